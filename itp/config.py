@@ -1,0 +1,99 @@
+"""Settings of a program: one dataclass, filled from defaults, then ``--config file.yaml``, then flags.
+
+>>> @dataclass
+... class Settings:
+...     out: str = flag(help="where to write")              # no default: required
+...     games: int = flag(5, help="how many games")
+>>> parse_settings(Settings, ["--out", "x", "--games", "3"])
+Settings(out='x', games=3)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from itp.runtime import UserError
+
+T = TypeVar("T")
+_REQUIRED = object()
+
+
+def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with what its flag needs.  Without a default the flag is required."""
+    metadata = {"help": help, "choices": choices, "required": default is _REQUIRED}
+    return dataclasses.field(default=None if default is _REQUIRED else default, metadata=metadata)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add ``--config`` and one ``--name`` for every field of ``settings``."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win")
+    types = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind, meta = types[field.name], field.metadata
+        note = " (required)" if meta["required"] else "" if field.default == "" else f" (default: {field.default})"
+        options: dict[str, Any] = {"help": meta["help"].replace("%", "%%") + note, "default": argparse.SUPPRESS}
+        if kind is bool:
+            # A switch, which also takes a value: --override and --override false.
+            options.update(nargs="?", const=True, type=_boolean, metavar="BOOL")
+        else:
+            options.update(type=kind, choices=meta["choices"], metavar=None if meta["choices"] else kind.__name__.upper())
+        parser.add_argument(f"--{field.name}", **options)
+
+
+def from_args(settings: type[T], args: argparse.Namespace) -> T:
+    """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file are an error."""
+    fields = {f.name: f for f in dataclasses.fields(settings)}
+    given = _read_yaml(args.config, settings) if args.config else {}
+    given.update({k: v for k, v in vars(args).items() if k in fields})
+    missing = [name for name, f in fields.items() if f.metadata["required"] and given.get(name) is None]
+    if missing:
+        raise UserError(f"missing required {', '.join('--' + m for m in missing)} (see --help)")
+    return settings(**given)
+
+
+def parse_settings(settings: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
+                   description: str | None = None) -> T:
+    """Parse a command line (``sys.argv`` by default) into ``settings``."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, settings)
+    return from_args(settings, parser.parse_args(argv))
+
+
+def _boolean(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false, 1, 0, yes, no")
+    return values[text.lower()]
+
+
+def _read_yaml(path: str, settings: type) -> dict[str, Any]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must hold `name: value` lines")
+    types = typing.get_type_hints(settings)
+    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(settings)}
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            raise UserError(f"--config {path}: unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is not types[name]:
+            raise UserError(f"--config {path}: {name} must be {types[name].__name__}, not {value!r}")
+        if choices[name] and value not in choices[name]:
+            raise UserError(f"--config {path}: {name} must be one of {list(choices[name])}, not {value!r}")
+    return values

@@ -1,0 +1,1 @@
+"""Text environments: the real engines behind one small contract (see :mod:`itp.envs.base`)."""

@@ -1,0 +1,108 @@
+"""Games and the lists of them, per environment and split.  Imports no engine.
+
+ALFWorld games lie in the published layout, whether downloaded (``alfworld-download``) or made by
+:mod:`itp.envs.alfworld_games`::
+
+    ROOT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-..-<scene>/trial_*/game.tw-pddl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.runtime import UserError
+
+SPLITS = ("train", "valid_seen", "valid_unseen")
+SPLIT_ALIASES = {
+    "train": "train",
+    "valid_seen": "valid_seen",
+    "seen": "valid_seen",
+    "dev": "valid_seen",
+    "valid_unseen": "valid_unseen",
+    "unseen": "valid_unseen",
+    "test": "valid_unseen",
+}
+
+ALFWORLD_TASK_TYPES = (
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
+
+
+@dataclass(frozen=True)
+class Game:
+    """One game: enough to load it in another process and to name it in a result."""
+
+    env: str
+    split: str
+    game_id: str
+    path: str
+    task_type: str
+
+
+def resolve_split(name: str) -> str:
+    """``dev``, ``seen``, ``test``, ... to the folder's name; anything unknown is an error."""
+    if name not in SPLIT_ALIASES:
+        raise UserError(f"unknown split {name!r}: choose one of {', '.join(SPLIT_ALIASES)}")
+    return SPLIT_ALIASES[name]
+
+
+def list_games(env: str, split: str, root: str | Path, only_ids: Sequence[int] = ()) -> list[Game]:
+    """All playable games of a split, in a fixed order (sorted by path).
+
+    ``root`` is the folder that holds ``json_2.1.1`` (or that folder itself).  ``only_ids`` keeps the
+    games at these indices of that order.  Raises UserError where there is no game to play.
+    """
+    if env != "alfworld":
+        raise UserError(f"unknown environment {env!r}: choose alfworld")
+    games = _list_alfworld(resolve_split(split), Path(root))
+    if not games:
+        raise UserError(
+            f"no playable game under {root} for split {split!r}: download ALFWorld's with "
+            f"`alfworld-download --data-dir {root}`, or make some with "
+            f"`python -m itp.envs.alfworld_games --out {root}`"
+        )
+    out_of_range = [i for i in only_ids if not 0 <= i < len(games)]
+    if out_of_range:
+        raise UserError(f"only_ids {out_of_range}: split {split!r} has games 0..{len(games) - 1}")
+    return [games[i] for i in only_ids] if only_ids else games
+
+
+def _list_alfworld(split: str, root: Path) -> list[Game]:
+    base = root if root.name == "json_2.1.1" else root / "json_2.1.1"
+    folder = base / split
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (give the folder that holds json_2.1.1/{split})")
+    games = []
+    for directory, _, files in sorted(os.walk(folder)):
+        # The engine's own filter: tasks with a movable receptacle or a sliced object have no text game.
+        if "game.tw-pddl" not in files or "movable" in directory or "Sliced" in directory:
+            continue
+        path = Path(directory) / "game.tw-pddl"
+        if not _is_solvable(path):
+            continue
+        task_type = _task_type(Path(directory))
+        if task_type in ALFWORLD_TASK_TYPES:
+            game_id = str(path.parent.relative_to(folder))
+            games.append(Game("alfworld", split, game_id, str(path), task_type))
+    return games
+
+
+def _task_type(trial: Path) -> str:
+    """The task type as the folder's name gives it (``<task>-<object>-..-<scene>/trial_*``)."""
+    return trial.parent.name.split("-", 1)[0]
+
+
+def _is_solvable(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("solvable"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable game file ({error}); download or make it again") from error

@@ -1,0 +1,111 @@
+"""The contract of a language model: generate, loglikelihood.  Lists in, lists out, in order.
+
+Both calls are coroutines and may be awaited by many episodes at once; batching them is the
+implementation's business, and no answer depends on what else is in its batch: a sampled completion
+depends on the prompt, the parameters and their ``seed`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class GenParams:
+    """How to decode.  ``temperature`` 0 is greedy.
+
+    ``stop``: decoding ends where one of these strings appears; it is not part of the text.
+    ``choices``: the completion must be one of these strings.  The model walks their token trie, so the
+    probabilities over ``choices`` are exact and sum to one at ``temperature`` 1.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One completion.
+
+    ``logprob``: log-probability (nats) of the completion under the distribution that it was drawn
+    from, before temperature and top_p; None where a backend doesn't report it.
+    ``cached_tokens``: how many of ``prompt_tokens`` were not computed again.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reason: Literal["stop", "length"]
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities (nats) of a completion's tokens given a context, and what it cost."""
+
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total(self) -> float:
+        return sum(self.logprobs)
+
+
+@dataclass
+class Usage:
+    """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def __iadd__(self, other: Usage) -> Usage:
+        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and generated tokens together, cached ones included: what a method asks for."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @classmethod
+    def of(cls, answers: Sequence[Generation | TokenLogprobs]) -> Usage:
+        return cls(
+            calls=len(answers),
+            prompt_tokens=sum(a.prompt_tokens for a in answers),
+            completion_tokens=sum(a.completion_tokens for a in answers if isinstance(a, Generation)),
+            cached_tokens=sum(a.cached_tokens for a in answers),
+        )
+
+
+class LM(Protocol):
+    """A language model that episodes share."""
+
+    name: str
+
+    async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
+        """Complete every prompt.
+
+        Several prompts of one call with ``temperature`` > 0 draw from seeds derived from
+        ``params.seed`` and their index.  Raises UserError where ``params.choices`` isn't supported.
+        """
+
+    async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
+        """log p(completion | context) for every (context, completion), token by token.
+
+        The token ids of context and completion are concatenated, never found by tokenising the
+        joined text.  Raises UserError where a backend can't score.
+        """
+
+    async def close(self) -> None:
+        """Release the model or the connection."""

@@ -1,0 +1,113 @@
+"""What every program needs and no paper mentions: seeds, devices, atomic files, provenance.
+
+Nothing here imports torch at module level, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("itp")
+
+
+class UserError(Exception):
+    """Something that the user can mend.  Its message is one line: what, where, what to do."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("httpx", "httpcore", "openai"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from what identifies a draw, such as (seed, game, step, call).
+
+    Independent of process, thread and order, so that an episode's random choices don't depend on
+    what else runs at the same time.
+    """
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a file that is either whole or absent: beside it, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, and the git revision of this code where it has one."""
+    found = {"python": platform.python_version()}
+    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "openai"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )
+    if revision.returncode == 0:
+        found["revision"] = revision.stdout.strip()
+    return found
+
+
+def claim_output(out_dir: str | Path, config: Mapping[str, Any], *, override: bool = False,
+                 ignore: tuple[str, ...] = ()) -> Path:
+    """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
+
+    A folder that holds results of another configuration is refused, because the two would mix.
+    ``ignore`` names settings that don't change a result (devices, concurrency).  ``override`` replaces
+    the record; what else the folder holds is the caller's to remove.  Returns the folder's path.
+    """
+    out_dir = Path(out_dir)
+    record = out_dir / "config.json"
+    wanted = json.loads(json.dumps(dict(config), default=str))
+    if record.exists() and not override:
+        recorded = read_json(record)["config"]
+        differing = [k for k in sorted({*recorded, *wanted} - set(ignore)) if recorded.get(k) != wanted.get(k)]
+        if differing:
+            said = ", ".join(f"{k}: {recorded.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+            raise UserError(f"{out_dir} holds results of another configuration ({said}); "
+                            "choose another output path, or --override to start it anew")
+        return out_dir
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"config": wanted, "versions": versions()})
+    return out_dir

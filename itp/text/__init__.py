@@ -1,0 +1,1 @@
+"""Pure strings: states, prompts, actions.  No torch, no engine."""

@@ -1,0 +1,97 @@
+r"""State text: the s_t of the paper, as every program writes and reads it.
+
+A state is the task, the first observation and what has been done and seen since::
+
+    Task: put a clean plate in fridge.
+    Observation: You are in the middle of a room. ...
+    Action: go to countertop 1
+    Observation: On the countertop 1, you see a plate 2.
+
+It only ever grows at its end, so that s_{t+1} starts with s_t (what a KV cache can use) and one
+training sequence holds all states of an episode.  When history must be cut (``last``), the oldest
+steps go first and a line says how many; task and first observation always stay.
+
+Rendering is exactly invertible: ``parse(render(s)) == s``.  A line break inside a value is written
+as a line break and two spaces, so no value can be mistaken for the start of another.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+TASK, OBSERVATION, ACTION = "Task: ", "Observation: ", "Action: "
+_OMITTED = re.compile(r"\[(\d+) earlier steps omitted\]")
+
+
+@dataclass(frozen=True)
+class State:
+    """s_t.  ``history`` holds (action, observation) pairs, oldest first; ``omitted`` were cut before it."""
+
+    task: str
+    first: str
+    history: tuple[tuple[str, str], ...] = ()
+    omitted: int = 0
+
+    @property
+    def observation(self) -> str:
+        """The current observation."""
+        return self.history[-1][1] if self.history else self.first
+
+    def after(self, action: str, observation: str) -> State:
+        """s_{t+1}: the state after ``action`` was answered by ``observation``."""
+        return replace(self, history=(*self.history, (action, observation)))
+
+    def last(self, steps: int) -> State:
+        """The same state with at most ``steps`` steps of history (0: all of it)."""
+        cut = max(0, len(self.history) - steps) if steps else 0
+        return replace(self, history=self.history[cut:], omitted=self.omitted + cut)
+
+    def render(self) -> str:
+        lines = [TASK + indent(self.task), OBSERVATION + indent(self.first)]
+        if self.omitted:
+            lines.append(f"[{self.omitted} earlier steps omitted]")
+        for action, observation in self.history:
+            lines += [ACTION + indent(action), OBSERVATION + indent(observation)]
+        return "\n".join(lines)
+
+
+def indent(value: str) -> str:
+    """``value`` as it stands inside a rendered state: later lines are indented."""
+    return value.replace("\n", "\n  ")
+
+
+def dedent(text: str) -> str:
+    """The inverse of :func:`indent`."""
+    return text.replace("\n  ", "\n")
+
+
+def parse(text: str) -> State:
+    """The state that rendered as ``text``.  Raises ValueError naming the line that doesn't fit."""
+    lines = _join_continuations(text)
+    if len(lines) < 2:
+        raise ValueError("a state has at least a task and an observation")
+    task, first, rest = _value(lines, 0, TASK), _value(lines, 1, OBSERVATION), 2
+    omitted = 0
+    if len(lines) > 2 and (match := _OMITTED.fullmatch(lines[2])):
+        omitted, rest = int(match[1]), 3
+    if (len(lines) - rest) % 2:
+        raise ValueError(f"an action without an observation at the end: {lines[-1]!r}")
+    history = tuple((_value(lines, i, ACTION), _value(lines, i + 1, OBSERVATION)) for i in range(rest, len(lines), 2))
+    return State(task, first, history, omitted)
+
+
+def _join_continuations(text: str) -> list[str]:
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if line.startswith("  ") and lines:
+            lines[-1] += "\n" + line
+        else:
+            lines.append(line)
+    return lines
+
+
+def _value(lines: list[str], index: int, label: str) -> str:
+    if not lines[index].startswith(label):
+        raise ValueError(f"expected {label!r}, found {lines[index]!r}")
+    return dedent(lines[index][len(label):])

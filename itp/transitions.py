@@ -1,0 +1,101 @@
+"""The one schema of trajectory data, and its JSON / JSONL files.
+
+A transition is one step of an episode.  ``state`` is the rendered state (:mod:`itp.text.state`),
+``next_state`` is what the environment answered: the new observation's text.  The state after is
+``parse(state).after(action, next_state)``, so nothing is written twice and a world model predicts only
+what it can't know: p_φ(s'|s, a) of the paper with s' = s ⊕ (a, o').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from itp.runtime import UserError, write_atomic
+
+
+@dataclass(frozen=True)
+class Transition:
+    """(s_t, a_t, s_{t+1}) and where it comes from.
+
+    ``expert_action``: what the expert would have done in ``state``; equal to ``action`` unless
+    something else was executed (exploration), empty where no expert was asked.
+    ``reward``: the engine's; ``done``: the episode ended here; ``source``: who acted.
+    """
+
+    episode_id: str
+    step: int
+    state: str
+    action: str
+    next_state: str
+    expert_action: str = ""
+    reward: float = 0.0
+    done: bool = False
+    success: bool = False
+    task_type: str = ""
+    source: str = ""
+
+
+REQUIRED = ("state", "action", "next_state")
+"""World-model data needs these fields; an expert file also needs ``episode_id`` and ``step``."""
+
+
+def write_transitions(path: str | Path, transitions: Iterable[Transition]) -> int:
+    """Write a JSONL file, whole or not at all.  Returns the number of rows."""
+    rows = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transitions]
+    write_atomic(path, "".join(row + "\n" for row in rows))
+    return len(rows)
+
+
+def read_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED) -> list[Transition]:
+    """Read a JSON list or a JSONL file.  Unknown fields are dropped, missing ones named with their line.
+
+    Raises UserError: no such file, not JSON, an empty file, a row without a field or of a wrong type.
+    """
+    transitions = [_transition(row, where, required) for where, row in read_rows(path)]
+    if not transitions:
+        raise UserError(f"{path}: holds no transitions; give a JSON or JSONL file of rows with {', '.join(required)}")
+    return transitions
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) for each element of a JSON list or each line of a JSONL file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+
+
+_TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
+_FIELDS = {f.name for f in dataclasses.fields(Transition)}
+
+
+def _transition(row: Any, where: str, required: tuple[str, ...]) -> Transition:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a row of named fields; each must have {', '.join(required)}")
+    for name in required:
+        if name not in row:
+            raise UserError(f"{where}: field {name!r} is missing; each row must have {', '.join(required)}")
+    values = {"episode_id": "", "step": 0, **{k: v for k, v in row.items() if k in _FIELDS}}
+    values["episode_id"] = str(values["episode_id"])
+    for name, value in values.items():
+        if not isinstance(value, _TYPES.get(name, str)):
+            raise UserError(f"{where}: field {name!r} is {value!r}, which is of the wrong type")
+    return Transition(**values)
