@@ -75,7 +75,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
         yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
