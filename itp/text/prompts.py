@@ -1,0 +1,113 @@
+r"""Every prompt of the project, once.
+
+A *tuned* model (trained by this project) sees the bare state and a label that says what to write::
+
+    Task: put a clean plate in fridge.          \
+    Observation: You are in the middle ...       | the state s_t, itp/text/state.py
+    Action: go to countertop 1                   |
+    Observation: On the countertop 1, you see .. /
+    If: take plate 2 from countertop 1          \  the imagined trajectory, if any:
+    Then: You pick up the plate 2 from the ..   /  K pairs of (â, ŝ)
+    Action:                                     <- the policy goes on from here
+
+An *instruct* model (not trained by us) gets the same text behind an instruction.
+
+Whitespace is code here: a label ends with its colon, what the model writes starts with a space and
+ends with a line break (the stop string), so that tokens never straddle the border between what is
+given and what is generated, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from itp.text.state import indent
+
+END = "\n"
+"""What ends an action, a thought, a horizon: every one-line completion."""
+
+INSTRUCTION = {
+    "alfworld": (
+        "You act in a household to complete a task, one text command at a time. Commands: go to X, open X, "
+        "close X, take X from Y, move X to Y, use X, heat X with Y, cool X with Y, clean X with Y, examine X, "
+        "inventory, look. Objects and places have a name and a number, such as apple 1. "
+        "If a command can't be carried out, the answer is: Nothing happens."
+    ),
+}
+
+_ASK = {
+    "Action": "Reply with the next command only.",
+    "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
+    "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
+                  "closer, and what is to be done instead if it doesn't?",
+    "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
+               "where its consequences matter. Reply with one number from 0 to {max_k}.",
+}
+
+_WORLD = (
+    "You are the simulator of a household text game. Given the game so far and the player's next command, reply "
+    "with the game's answer to that command, in the game's own words, and nothing else."
+)
+
+
+def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
+    """An imagined trajectory τ̂ of (action, observation) pairs as text; empty for no steps.
+
+    ``keep``: "full" writes every step (eq. 3); "last_obs" the last imagined observation only, as the
+    authors' release does.
+    """
+    if keep == "last_obs" and steps:
+        return f"\nThen: {indent(steps[-1][1])}"
+    return "".join(f"\nIf: {indent(action)}\nThen: {indent(observation)}" for action, observation in steps)
+
+
+def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "",
+                  style: str = "tuned", env: str = "alfworld", max_k: int = 0) -> str:
+    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon).
+
+    ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
+    ``"\\nReflection: ..."`` that come between it and the label.
+    """
+    text = f"{state}{foresight}{notes}\n{label}:"
+    if style == "tuned":
+        return text
+    return f"{INSTRUCTION[env]}\n{_ASK[label].format(max_k=max_k)}\n\n{text}"
+
+
+def action_target(action: str) -> str:
+    """What follows ``Action:`` in training."""
+    return f" {indent(action)}{END}"
+
+
+def world_model_prompt(state: str, action: str, *, style: str = "tuned") -> str:
+    """The world model's prompt for p_φ(s'|s, a), the same in training and inference."""
+    text = f"{state}\nAction: {indent(action)}\nObservation:"
+    return text if style == "tuned" else f"{_WORLD}\n\n{text}"
+
+
+def world_model_target(next_state: str) -> str:
+    """What follows ``Observation:`` in training (and then the end-of-sequence token)."""
+    return f" {indent(next_state)}"
+
+
+_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon):")
+
+
+def dialogue_segments(conversations: Sequence[dict]) -> list[tuple[str, bool]]:
+    """(text, supervised) segments of a dialogue of human and gpt turns, one after the other.
+
+    A gpt turn starts with a label (``Action: ...``), which is given and not learned: just what
+    :func:`policy_prompt` ends with.  A turn with ``weight`` 0 is context only.  Joined, the segments
+    are the text of a state that grows, so one sequence teaches all prompts of an episode.
+    """
+    segments: list[tuple[str, bool]] = []
+    for turn in conversations:
+        value, learned = turn["value"], turn["from"] == "gpt" and turn.get("weight", 1) != 0
+        if turn["from"] == "gpt":
+            label = _LABEL.match(value)
+            cut = label.end() if label else 0
+            segments += [(value[:cut], False)] * bool(cut) + [(value[cut:] + END, learned)]
+        else:
+            segments.append((value + END, False))
+    return segments
