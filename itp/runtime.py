@@ -111,3 +111,52 @@ def claim_output(out_dir: str | Path, config: Mapping[str, Any], *, override: bo
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})
     return out_dir
+
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def resolve_device(name: str) -> str:
+    """``name`` where the machine has it, otherwise the best it has, with one warning line."""
+    import torch
+
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            there = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.device_count() else "cpu"
+            log.warning("device %s doesn't exist here; using %s", name, there)
+            return there
+    return name
+
+
+def resolve_dtype(name: str, device: str):
+    """The torch dtype for inference.  The CPU computes in float32: half precision is slower there."""
+    import torch
+
+    if device == "cpu" and name != "fp32":
+        return torch.float32
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def load_tokenizer(path: str):
+    """A model's tokenizer.  Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer there ({str(error).splitlines()[0]})") from error
+
+
+def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32"):
+    """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(path)
+    device = resolve_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device),
+                                                     attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a causal language model ({str(error).splitlines()[0]})") from error
+    return model.to(device).eval(), tokenizer

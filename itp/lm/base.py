@@ -7,7 +7,9 @@ depends on the prompt, the parameters and their ``seed`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -88,10 +90,33 @@ class Usage:
         )
 
 
+_meter: ContextVar[dict[str, Usage]] = ContextVar("meter")
+
+
+@contextmanager
+def metered() -> Iterator[dict[str, Usage]]:
+    """Count what this task, and the tasks it starts, ask of each model: role -> Usage."""
+    usage: dict[str, Usage] = {}
+    token = _meter.set(usage)
+    try:
+        yield usage
+    finally:
+        _meter.reset(token)
+
+
+def record(role: str, answers: Sequence[Generation | TokenLogprobs]) -> None:
+    """Add answers to the meter of the current task, if there is one.  Called by every LM."""
+    usage = _meter.get(None)
+    if usage is not None:
+        usage.setdefault(role, Usage())
+        usage[role] += Usage.of(answers)
+
+
 class LM(Protocol):
-    """A language model that episodes share."""
+    """A language model that episodes share.  ``role`` is what it is used as: policy or world_model."""
 
     name: str
+    role: str
 
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         """Complete every prompt.

@@ -1,0 +1,52 @@
+"""Imagination (eq. 2): K steps of policy and world model, alternately, from the real state.
+
+â_{t+i} ~ π_θ(·|ŝ_{t+i}),  ŝ_{t+i+1} ~ M_φ(·|ŝ_{t+i}, â_{t+i}),  i = 0..K−1.  Departure from the authors'
+release: it asks the world model once for "the next K steps", a prompt that no training knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from itp.runtime import derive_seed
+from itp.text.prompts import foresight_text
+from itp.text.state import State
+from itp.world_model import WorldModel
+
+
+class Proposer(Protocol):
+    """What imagines actions: :class:`itp.policy.agent.Policy`."""
+
+    async def propose(self, state: State, seed: int) -> str:
+        """â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
+
+
+@dataclass(frozen=True)
+class ImaginedTrajectory:
+    """τ̂: (action, observation) pairs, oldest first, from the state where it started."""
+
+    start: State
+    steps: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def end(self) -> State:
+        """The last imagined state ŝ_{t+K}."""
+        state = self.start
+        for action, observation in self.steps:
+            state = state.after(action, observation)
+        return state
+
+    def text(self, keep: str = "full") -> str:
+        return foresight_text(self.steps, keep)
+
+
+async def imagine(policy: Proposer, world_model: WorldModel, state: State, k: int, seed: int) -> ImaginedTrajectory:
+    """Imagine ``k`` steps from ``state``.  The trajectory for a smaller k is this one's beginning."""
+    trajectory = ImaginedTrajectory(state)
+    for i in range(k):
+        here = trajectory.end
+        action = await policy.propose(here, derive_seed(seed, "imagine", i))
+        observation, = await world_model.step([here], [action])
+        trajectory = ImaginedTrajectory(state, (*trajectory.steps, (action, observation)))
+    return trajectory

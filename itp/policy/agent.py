@@ -1,0 +1,106 @@
+"""The policy LM π_θ as an agent uses it: propose, choose a horizon, reflect, act.
+
+Everything is a coroutine on one state, written as if for one episode; the LM batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from itp.lm.base import LM, GenParams
+from itp.runtime import UserError
+from itp.text import prompts
+from itp.text.actions import clean_action, parse_action, parse_horizon, parse_thought
+from itp.text.state import State
+
+SELECTIONS = ("generate", "constrained", "score")
+"""How an action is chosen: written freely; decoded under a trie of the admissible actions (exact
+probabilities, never invalid); or the admissible action with the highest log-probability."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An action and where it comes from.  ``parsed`` is False where the reply held no action."""
+
+    action: str
+    raw: str
+    thought: str = ""
+    parsed: bool = True
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """π_θ on an LM.
+
+    ``style``: the prompt's, tuned or instruct.  ``keep_steps``: history in the prompt (0: all of it).
+    ``temperature`` and ``top_p`` hold for executed and imagined actions; 0 is greedy.
+    """
+
+    lm: LM
+    env: str = "alfworld"
+    style: str = "tuned"
+    selection: str = "generate"
+    keep_steps: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    action_tokens: int = 16
+    imagined_action_tokens: int = 12
+    text_tokens: int = 256
+    """For thoughts and reflections."""
+
+    async def act(self, state: State, admissible: Sequence[str] | None, seed: int, *, foresight: str = "",
+                  notes: str = "") -> Choice:
+        """a_t ~ π_θ(·|s_t, τ̂_t), by ``selection``.  ``admissible`` isn't looked at when generating."""
+        prompt = self._prompt(state, "Action", foresight=foresight, notes=notes)
+        if self.selection == "generate":
+            raw = await self._line(prompt, self.action_tokens, seed)
+            action = clean_action(raw) if self.style == "tuned" else parse_action(raw)
+            return Choice(action or clean_action(raw), raw, parsed=bool(action))
+        if not admissible:
+            raise UserError(f"--action_selection {self.selection}: the environment lists no admissible action "
+                            f"after {state.observation!r}; use --action_selection generate")
+        targets = {prompts.action_target(a): a for a in admissible}
+        if self.selection == "constrained":
+            params = GenParams(temperature=self.temperature, seed=seed, choices=tuple(targets))
+            chosen, = await self.lm.generate([prompt], params)
+            return Choice(targets[chosen.text], chosen.text, logprob=chosen.logprob)
+        scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        action = list(targets.values())[best]
+        return Choice(action, action, logprob=scores[best])
+
+    async def think_and_act(self, state: State, seed: int, *, notes: str = "") -> Choice:
+        """A thought and an action in one reply (Chain-of-Thought, ReAct), written freely."""
+        prompt = self._prompt(state, "Thought", notes=notes)
+        params = self._params(self.text_tokens, seed, stop=("\nObservation:", "\nTask:"))
+        reply, = await self.lm.generate([prompt], params)
+        raw = "Thought:" + reply.text
+        action = parse_action(raw)
+        return Choice(action or clean_action(reply.text.split("\n")[-1]), raw, parse_thought(raw), action is not None)
+
+    async def propose(self, state: State, seed: int) -> str:
+        """An imagined action â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
+        return clean_action(await self._line(self._prompt(state, "Action"), self.imagined_action_tokens, seed))
+
+    async def horizon(self, state: State, max_k: int, seed: int) -> tuple[int | None, str]:
+        """ITP-I's K_t by prompt and the raw reply; None where the reply holds no number."""
+        raw = await self._line(self._prompt(state, "Horizon", max_k=max_k), self.action_tokens, seed)
+        return parse_horizon(raw, max_k), raw
+
+    async def reflect(self, state: State, foresight: str, seed: int) -> str:
+        """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means."""
+        prompt = self._prompt(state, "Reflection", foresight=foresight)
+        return (await self._line(prompt, self.text_tokens, seed)).strip()
+
+    def _prompt(self, state: State, label: str, **parts) -> str:
+        return prompts.policy_prompt(state.last(self.keep_steps).render(), label, style=self.style, env=self.env,
+                                     **parts)
+
+    async def _line(self, prompt: str, max_new_tokens: int, seed: int) -> str:
+        reply, = await self.lm.generate([prompt], self._params(max_new_tokens, seed, stop=(prompts.END,)))
+        return reply.text
+
+    def _params(self, max_new_tokens: int, seed: int, stop: tuple[str, ...]) -> GenParams:
+        return GenParams(max_new_tokens, self.temperature, self.top_p, stop, seed)

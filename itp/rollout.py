@@ -1,0 +1,186 @@
+"""The driver: games x a method -> episodes, N at a time.
+
+Evaluation, data collection, labelling and online RL all stand on it.  A method is written as if for one
+episode; that its model calls become batches is the business of the LMs (:mod:`itp.lm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from itp.envs.base import Observation
+from itp.envs.pool import EnvDied, EnvPool
+from itp.games import Game
+from itp.imagination import ImaginedTrajectory
+from itp.lm.base import Usage, metered
+from itp.lm.local import Quorum
+from itp.runtime import derive_seed
+from itp.text.state import State
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""How often an episode is started again after its environment process died."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a method sees of its episode at step t.  ``seed`` is this step's own."""
+
+    game: Game
+    step: int
+    state: State
+    observation: Observation
+    seed: int
+
+
+@dataclass
+class Decision:
+    """What a method does, and why: as it goes into the result file."""
+
+    action: str
+    k: int = 0
+    imagined: ImaginedTrajectory | None = None
+    k_raw: str = ""
+    reflection: str = ""
+    thought: str = ""
+    raw: str = ""
+    parsed: bool = True
+    logprob: float | None = None
+
+
+class Method(Protocol):
+    """One way to act."""
+
+    name: str
+    want_admissible: bool
+    """Does it look at the admissible actions?"""
+
+    async def act(self, view: View) -> Decision:
+        """Decide on one action."""
+
+
+@dataclass
+class Step:
+    """One executed decision: the state it was taken in, and what the environment answered."""
+
+    state: State
+    decision: Decision
+    observation: str
+    reward: float
+    score: float
+    done: bool
+    invalid: bool
+    usage: dict[str, Usage] = field(default_factory=dict)
+    seconds: float = 0.0
+    """From observation to action: what the decision took."""
+
+
+@dataclass
+class Episode:
+    """A finished episode.  ``reason``: success, step_limit, engine_end or env_died."""
+
+    game: Game
+    steps: list[Step] = field(default_factory=list)
+    success: bool = False
+    score: float = 0.0
+    reason: str = "step_limit"
+    restarts: int = 0
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What the whole episode asked of each model."""
+        total: dict[str, Usage] = {}
+        for step in self.steps:
+            for role, usage in step.usage.items():
+                total.setdefault(role, Usage())
+                total[role] += usage
+        return total
+
+
+async def run_episodes(pool: EnvPool, method: Method, games: Sequence[Game], *, max_steps: int, seed: int,
+                       concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
+    """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
+
+    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the
+    order of the games changes what happens in it.  The first error of a method ends the run.
+    """
+    todo = iter(games)
+    finished: asyncio.Queue[Episode] = asyncio.Queue()
+
+    async def worker() -> None:
+        async with pool.session() as env:
+            for game in todo:
+                await finished.put(await play(env, method, game, max_steps=max_steps, seed=seed))
+
+    async def counted() -> None:
+        if quorum is not None:
+            quorum.add(live=1)
+        try:
+            await worker()
+        finally:
+            if quorum is not None:
+                quorum.add(live=-1)
+
+    workers = [asyncio.create_task(counted()) for _ in range(min(concurrency, len(games)))]
+    try:
+        for _ in games:
+            yield await _next_or_error(finished, workers)
+    finally:
+        for task in workers:
+            task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _next_or_error(finished: asyncio.Queue[Episode], workers: Sequence[asyncio.Task]) -> Episode:
+    """The next finished episode, or the error of a worker."""
+    getter = asyncio.ensure_future(finished.get())
+    try:
+        waiting = {getter, *(w for w in workers if not w.done())}
+        while not getter.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {getter}:
+                task.result()  # raises what the worker raised
+        return getter.result()
+    finally:
+        getter.cancel()
+
+
+async def play(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:
+    """One episode on one environment session, started again if the environment's process dies."""
+    for restarts in range(MAX_RESTARTS + 1):
+        try:
+            episode = await _play_once(env, method, game, max_steps=max_steps, seed=seed)
+        except EnvDied as died:
+            log.warning("%s: %s; starting the episode again", game.game_id, died)
+            continue
+        episode.restarts = restarts
+        return episode
+    return Episode(game, reason="env_died", restarts=MAX_RESTARTS)
+
+
+async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:
+    observation = await env.reset(game)
+    state = State(observation.task, observation.text)
+    episode = Episode(game)
+    for step in range(max_steps):
+        view = View(game, step, state, observation, derive_seed(seed, game.game_id, step))
+        start = time.perf_counter()
+        with metered() as usage:
+            decision = await method.act(view)
+        seconds = time.perf_counter() - start
+        result = await env.step(decision.action)
+        observation = result.obs
+        episode.steps.append(Step(state, decision, observation.text, result.reward, result.score, result.done,
+                                  result.invalid, usage, seconds))
+        state = state.after(decision.action, observation.text)
+        episode.score, episode.success = result.score, result.success
+        if result.done:
+            episode.reason = "success" if result.success else "engine_end"
+            break
+    return episode

@@ -1,0 +1,41 @@
+"""From a model's reply to the action that is executed.
+
+Nothing is guessed: an action that the environment doesn't know is executed all the same and answered
+by the environment ("Nothing happens."), so that it can be counted.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ACTION_LINE = re.compile(r"^\s*Action:(.*)$", re.MULTILINE)
+
+
+def parse_action(reply: str) -> str | None:
+    """The action in a reply that also holds other text: what follows its last ``Action:`` on that line.
+
+    A reply of one line without the label is the action itself.  None where there is neither.
+    """
+    labelled = _ACTION_LINE.findall(reply)
+    if labelled:
+        return clean_action(labelled[-1]) or None
+    lines = [line for line in reply.splitlines() if line.strip()]
+    return clean_action(lines[0]) or None if len(lines) == 1 else None
+
+
+def clean_action(text: str) -> str:
+    """An action without the quotes, the final full stop and the spacing that chat models put around it."""
+    return " ".join(text.split()).strip("`'\"* ").removesuffix(".").strip()
+
+
+def parse_thought(reply: str) -> str:
+    """What stands before the last ``Action:`` line, without its ``Thought:`` label."""
+    matches = list(_ACTION_LINE.finditer(reply))
+    thought = reply[:matches[-1].start()] if matches else ""
+    return thought.strip().removeprefix("Thought:").strip()
+
+
+def parse_horizon(reply: str, max_k: int) -> int | None:
+    """The first whole number of a reply, at most ``max_k``; None where it has none."""
+    match = re.search(r"\d+", reply)
+    return min(int(match[0]), max_k) if match else None

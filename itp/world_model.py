@@ -1,0 +1,32 @@
+"""The textual world model M_φ: one step of p_φ(s'|s, a) by a language model.
+
+It is asked with the very text that it was trained on (:func:`itp.text.prompts.world_model_prompt`) and
+answers with the next observation; the next state follows from it (:meth:`itp.text.state.State.after`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from itp.lm.base import LM, GenParams
+from itp.text import prompts
+from itp.text.state import State, dedent
+
+
+class WorldModel:
+    """``style`` is the prompt's (tuned or instruct); ``keep_steps`` the history it is shown (0: all)."""
+
+    def __init__(self, lm: LM, *, style: str = "tuned", max_new_tokens: int = 192, keep_steps: int = 0) -> None:
+        self.lm = lm
+        self.style = style
+        self.keep_steps = keep_steps
+        # A model that wasn't taught to stop goes on with the next action.
+        self.params = GenParams(max_new_tokens=max_new_tokens, stop=("\nAction:", "\nTask:"))
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        """The predicted observations after ``actions`` in ``states`` (same length)."""
+        asked = [
+            prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style)
+            for state, action in zip(states, actions, strict=True)
+        ]
+        return [dedent(g.text).strip() for g in await self.lm.generate(asked, self.params)]
