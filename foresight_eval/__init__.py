@@ -1,0 +1,1 @@
+"""Evaluation: games x methods x devices, and what comes of it."""

@@ -11,14 +11,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from itp.envs.base import Observation
 from itp.envs.pool import EnvDied, EnvPool
 from itp.games import Game
-from itp.imagination import ImaginedTrajectory
 from itp.lm.base import Usage, metered
 from itp.lm.local import Quorum
+from itp.policy.method import Decision, Method, View
 from itp.runtime import derive_seed
 from itp.text.state import State
 
@@ -26,43 +24,6 @@ log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """How often an episode is started again after its environment process died."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What a method sees of its episode at step t.  ``seed`` is this step's own."""
-
-    game: Game
-    step: int
-    state: State
-    observation: Observation
-    seed: int
-
-
-@dataclass
-class Decision:
-    """What a method does, and why: as it goes into the result file."""
-
-    action: str
-    k: int = 0
-    imagined: ImaginedTrajectory | None = None
-    k_raw: str = ""
-    reflection: str = ""
-    thought: str = ""
-    raw: str = ""
-    parsed: bool = True
-    logprob: float | None = None
-
-
-class Method(Protocol):
-    """One way to act."""
-
-    name: str
-    want_admissible: bool
-    """Does it look at the admissible actions?"""
-
-    async def act(self, view: View) -> Decision:
-        """Decide on one action."""
 
 
 @dataclass
@@ -169,7 +130,8 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
     state = State(observation.task, observation.text)
     episode = Episode(game)
     for step in range(max_steps):
-        view = View(game, step, state, observation, derive_seed(seed, game.game_id, step))
+        view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
+                    tuple(s.decision for s in episode.steps))
         start = time.perf_counter()
         with metered() as usage:
             decision = await method.act(view)

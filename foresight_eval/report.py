@@ -1,0 +1,141 @@
+"""Tables from result files: a pure function of a result folder.
+
+``python -m foresight_eval.report DIR [DIR ...]`` prints them side by side.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from foresight_eval.results import read_episodes
+from itp.runtime import UserError, read_json, run_main, write_atomic, write_json
+
+BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
+
+
+def bucket(task_type: str) -> str:
+    """The column that a task type is counted in."""
+    if task_type.startswith("pick_two_obj"):
+        return "Pick2"
+    for part, name in (("clean", "Clean"), ("heat", "Heat"), ("cool", "Cool")):
+        if part in task_type:
+            return name
+    return "Look" if task_type.startswith("look") else "Pick"
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = successes / n, z * z
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a result folder: success by task type with intervals, k, invalid actions, cost."""
+    records = read_episodes(folder)
+    metas = [record["meta"] for record in records.values()]
+    counts = Counter(bucket(meta["task_type"]) for meta in metas)
+    successes = Counter(bucket(meta["task_type"]) for meta in metas if meta["success"])
+    n, won = len(metas), sum(successes.values())
+    steps = [step for record in records.values() for step in record["foresight_steps"]]
+    return {
+        "buckets": list(BUCKETS),
+        "counts": {b: counts[b] for b in BUCKETS},
+        "success": {b: successes[b] for b in BUCKETS},
+        "rates": {b: successes[b] / counts[b] if counts[b] else None for b in BUCKETS},
+        "intervals": {b: wilson(successes[b], counts[b]) for b in BUCKETS if counts[b]},
+        "overall": {"n": n, "success": won, "rate": won / n if n else None, "interval": wilson(won, n)},
+        "steps_per_episode": _mean([meta["steps"] for meta in metas]),
+        "invalid_action_rate": _mean([step["invalid"] for step in steps]),
+        "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
+        "mean_k": _mean([step["k"] for step in steps]),
+        "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
+        "cost": _cost(metas),
+        "restarts": sum(meta["restarts"] for meta in metas),
+    }
+
+
+def _cost(metas: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean calls and tokens an episode, by model and together."""
+    cost: dict[str, Any] = {}
+    for role in sorted({role for meta in metas for role in meta["usage"]}):
+        usages = [meta["usage"].get(role, {}) for meta in metas]
+        cost[role] = {f"{name}_per_episode": _mean([usage.get(name, 0) for usage in usages])
+                      for name in ("calls", "prompt_tokens", "completion_tokens")}
+    cost["tokens_per_episode"] = sum(
+        role["prompt_tokens_per_episode"] + role["completion_tokens_per_episode"] for role in cost.values())
+    return cost
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Write ``summary.json``, ``summary.csv`` and ``log.txt`` of a result folder, and return the first."""
+    summary = summarize(folder)
+    write_json(folder / "summary.json", summary)
+    rates = [summary["rates"][b] for b in BUCKETS] + [summary["overall"]["rate"]]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*BUCKETS, "All"])
+    writer.writerow(["" if rate is None else f"{100 * rate:.2f}" for rate in rates])
+    write_atomic(folder / "summary.csv", table.getvalue())
+    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, r in read_episodes(folder).items()))
+    return summary
+
+
+def log_line(index: int, meta: dict[str, Any]) -> str:
+    return (f"[TaskResult] id={index} success={meta['success']} steps={meta['steps']} "
+            f"terminate_reason={meta['terminate_reason']} reward={meta['reward']:g}")
+
+
+def table(folders: list[Path]) -> str:
+    """Success in percent by task type, one row a result folder."""
+    rows = [["", *BUCKETS, "All", "95 %", "n", "invalid", "mean k", "tokens/ep"]]
+    for folder in folders:
+        summary = read_json(folder / "summary.json")
+        overall = summary["overall"]
+        low, high = overall["interval"]
+        rows.append([
+            folder.name,
+            *(_percent(summary["rates"][b]) for b in BUCKETS),
+            _percent(overall["rate"]),
+            f"{100 * low:.0f}-{100 * high:.0f}",
+            str(overall["n"]),
+            _percent(summary["invalid_action_rate"]),
+            f"{summary['mean_k']:.2f}",
+            f"{summary['cost']['tokens_per_episode']:.0f}",
+        ])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+                     for row in rows)
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}"
+
+
+def main() -> None:
+    folders = [Path(arg) for arg in sys.argv[1:]]
+    if not folders or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: not a result folder (no config.json)")
+        write_summary(folder)
+    print(table(folders))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,83 @@
+"""Result files: one JSON a game, in the schema that users of the public release parse.
+
+A file appears whole or not at all, so that one that exists is a finished game.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from itp.rollout import Episode, Step
+from itp.runtime import read_json, write_json
+from itp.text.state import ACTION, OBSERVATION, State
+
+
+def write_episode(folder: Path, index: int, episode: Episode) -> None:
+    write_json(folder / f"{index}.json", episode_record(index, episode))
+
+
+def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
+    """All finished games of a result folder, by index."""
+    files = sorted((f for f in folder.glob("*.json") if f.stem.isdigit()), key=lambda f: int(f.stem))
+    return {int(f.stem): read_json(f) for f in files}
+
+
+def episode_record(index: int, episode: Episode) -> dict[str, Any]:
+    """What is written of an episode.  ``meta.error`` holds the game file, as in the public release."""
+    game = episode.game
+    return {
+        "meta": {
+            "steps": len(episode.steps),
+            "reward": sum(step.reward for step in episode.steps),
+            "score": episode.score,
+            "finished": episode.reason in ("success", "engine_end"),
+            "success": episode.success,
+            "terminate_reason": episode.reason,
+            "error": game.path,
+            "game_id": game.game_id,
+            "split": game.split,
+            "task_type": game.task_type,
+            "restarts": episode.restarts,
+            "invalid_actions": sum(step.invalid for step in episode.steps),
+            "unparsed_actions": sum(not step.decision.parsed for step in episode.steps),
+            "usage": {role: dataclasses.asdict(usage) for role, usage in sorted(episode.usage.items())},
+        },
+        "conversations": _conversations(episode),
+        "foresight_steps": [_step_record(index, t, step) for t, step in enumerate(episode.steps)],
+    }
+
+
+def _conversations(episode: Episode) -> list[dict[str, str]]:
+    if not episode.steps:
+        return []
+    first: State = episode.steps[0].state
+    turns = [{"from": "human", "value": first.render()}]
+    for step in episode.steps:
+        turns.append({"from": "gpt", "value": ACTION + step.decision.action})
+        turns.append({"from": "human", "value": OBSERVATION + step.observation})
+    return turns
+
+
+def _step_record(index: int, t: int, step: Step) -> dict[str, Any]:
+    decision = step.decision
+    imagined = decision.imagined.steps if decision.imagined else ()
+    return {
+        "episode_id": index,
+        "t": t,
+        "k": decision.k,
+        "k_raw_output": decision.k_raw,
+        "foresight_text": decision.imagined.text() if decision.imagined else "",
+        "wm_raw_output": [observation for _, observation in imagined],
+        "imagined_actions": [action for action, _ in imagined],
+        "reflection": decision.reflection,
+        "thought": decision.thought,
+        "action": decision.action,
+        "policy_raw_output": decision.raw,
+        "action_logprob": decision.logprob,
+        "obs_next": step.observation,
+        "done": step.done,
+        "invalid": step.invalid,
+        "info": {"reward": step.reward, "score": step.score, "seconds": round(step.seconds, 4)},
+    }

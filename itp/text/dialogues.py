@@ -1,0 +1,77 @@
+"""Dialogues for supervised fine-tuning of a policy, from recorded episodes.
+
+The format is the one that published trajectory sets use, a list of
+``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``; a gpt turn with
+``"weight": 0`` is history and not learned from (an exploratory action).
+
+Besides the episode itself two short forms teach what imagine-then-plan asks for.  They come from the
+record alone and are what they are: *foresight* dialogues end with the true next steps written as an
+imagined trajectory and the expert's action after it; *horizon* dialogues end with the number of coming
+steps whose outcome the record's past determines (see :func:`horizon`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from itp.text.prompts import foresight_text
+from itp.text.state import OBSERVATION, indent
+from itp.transitions import Transition
+
+Dialogue = dict[str, Any]
+
+
+def episode_dialogue(episode: Sequence[Transition]) -> Dialogue:
+    """The whole episode.  Where something else than the expert's action was executed, it isn't learned."""
+    return {"id": episode[0].episode_id, "conversations": _turns(episode, len(episode))}
+
+
+def foresight_dialogue(episode: Sequence[Transition], step: int, k: int, *, learn_past: bool) -> Dialogue:
+    """The episode up to ``step``, its next ``k`` steps as if imagined, and the expert's action at ``step``.
+
+    ``learn_past``: learn the actions before ``step`` too (not if another dialogue already does).
+    """
+    turns = _turns(episode, step) if learn_past else _unlearned(_turns(episode, step))
+    ahead = [(t.action, t.next_state) for t in episode[step:step + k]]
+    turns[-1] = {"from": "human", "value": turns[-1]["value"] + foresight_text(ahead)}
+    turns.append({"from": "gpt", "value": f"Action: {episode[step].expert_action}"})
+    return {"id": f"{episode[0].episode_id}/foresight-{step}-{k}", "conversations": turns}
+
+
+def horizon_dialogue(episode: Sequence[Transition], step: int, max_k: int) -> Dialogue:
+    """The episode up to ``step`` and how far it is worth looking from there."""
+    turns = _unlearned(_turns(episode, step))
+    turns.append({"from": "gpt", "value": f"Horizon: {horizon(episode, step, max_k)}"})
+    return {"id": f"{episode[0].episode_id}/horizon-{step}", "conversations": turns}
+
+
+def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
+    """How many of the coming steps (at most ``max_k``) don't show something for the first time.
+
+    Looking at what has been seen before can be imagined; what is in a drawer that nobody has opened
+    can't.  So the horizon is 0 while the episode searches and grows when it knows what it does.
+    """
+    seen = {t.next_state for t in episode[:step]}
+    count = 0
+    for t in episode[step:step + max_k]:
+        if "you see" in t.next_state and t.next_state not in seen:
+            break
+        seen.add(t.next_state)
+        count += 1
+    return count
+
+
+def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:
+    """human, gpt, human, ... for the first ``steps`` steps, ending with what the agent then sees."""
+    turns: list[dict[str, Any]] = [{"from": "human", "value": episode[0].state}]
+    for t in episode[:steps]:
+        turn: dict[str, Any] = {"from": "gpt", "value": f"Action: {t.action}"}
+        if t.action != t.expert_action:
+            turn["weight"] = 0
+        turns += [turn, {"from": "human", "value": OBSERVATION + indent(t.next_state)}]
+    return turns
+
+
+def _unlearned(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**turn, "weight": 0} if turn["from"] == "gpt" else turn for turn in turns]

@@ -1,0 +1,231 @@
+"""Trajectories for training: D_exp of an expert, D_roll of a policy, random walks.
+
+    python -m world_model.collect --actor expert --env_data_root data --out_dir runs/d_exp
+
+writes ``episodes.jsonl`` (a line an episode, as they end: what a restart goes on from) and, at the end,
+``transitions.jsonl`` (:mod:`itp.transitions`) and ``dialogues.json`` (:mod:`itp.text.dialogues`).
+
+``--noise`` is the share of steps at which a random admissible action is executed instead of the
+actor's; of a comma-separated list each episode draws one.  The actor's own choice is kept as
+``expert_action``, so such steps show what to do after a mistake without teaching the mistake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.config import flag, parse_settings
+from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld_expert import Expert
+from itp.envs.pool import EnvPool
+from itp.games import Game, list_games, task_params
+from itp.lm.local import LocalLM, Quorum
+from itp.policy.agent import Policy
+from itp.policy.method import Decision, Direct, Method, View
+from itp.rollout import Episode, run_episodes
+from itp.runtime import UserError, claim_output, derive_seed, run_main, write_json
+from itp.text import dialogues
+from itp.transitions import Transition, read_rows, write_transitions
+
+log = logging.getLogger(__name__)
+
+ACTORS = ("expert", "handcoded", "planner", "random", "policy")
+
+
+@dataclass
+class Settings:
+    env_data_root: str = flag(help="folder that holds json_2.1.1")
+    out_dir: str = flag(help="where to write episodes.jsonl, transitions.jsonl, dialogues.json")
+    actor: str = flag("expert", help="who acts: our expert from observations only, alfworld's handcoded expert or "
+                                     "its planner, a random walk, a policy", choices=ACTORS)
+    split: str = flag("train", help="split of the games")
+    max_games: int = flag(0, help="the first so many games only (0: all)")
+    episodes_per_game: int = flag(1, help="episodes of each game")
+    max_steps: int = flag(50, help="steps of an episode at most")
+    noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
+    foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
+    policy_model: str = flag("", help="model folder, with --actor policy")
+    policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=("fp16", "bf16", "fp32"))
+    policy_device: str = flag("cuda", help="device of the policy")
+    temperature: float = flag(0.7, help="sampling temperature of the policy")
+    top_p: float = flag(0.9, help="nucleus of the policy's sampling")
+    action_selection: str = flag("generate", help="how the policy chooses", choices=("generate", "constrained", "score"))
+    concurrency: int = flag(16, help="episodes at a time")
+    env_processes: int = flag(2, help="processes that run the environments")
+    seed: int = flag(123, help="seed of everything random")
+    override: bool = flag(False, help="delete what another configuration left in out_dir")
+
+
+def main() -> None:
+    settings = parse_settings(Settings, prog="python -m world_model.collect", description=__doc__)
+    if settings.actor == "policy" and not settings.policy_model:
+        raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
+    out = claim_output(settings.out_dir, dataclasses.asdict(settings), override=settings.override,
+                       ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
+    episodes_file = out / "episodes.jsonl"
+    if settings.override:
+        episodes_file.unlink(missing_ok=True)
+    games = _episode_games(settings)
+    done = _finished(episodes_file)
+    todo = [game for game in games if game.game_id not in done]
+    log.info("%d episodes to play, %d there already", len(todo), len(games) - len(todo))
+    if todo:
+        asyncio.run(_play(settings, todo, episodes_file))
+        done = _finished(episodes_file)
+    episodes = [done[game.game_id] for game in games]
+    rows = write_transitions(out / "transitions.jsonl", (t for episode in episodes for t in episode))
+    talks = [talk for episode in episodes for talk in _dialogues(settings, episode)]
+    write_json(out / "dialogues.json", talks)
+    won = sum(episode[-1].success for episode in episodes)
+    steps = rows / len(episodes)
+    print(f"{len(episodes)} episodes ({won} won, {steps:.1f} steps on average), {rows} transitions, "
+          f"{len(talks)} dialogues in {out}")
+
+
+def _episode_games(settings: Settings) -> list[Game]:
+    """One entry an episode: the n-th of a game has ``#n`` in its id, which makes its randomness its own."""
+    games = list_games("alfworld", settings.split, settings.env_data_root)
+    games = games[:settings.max_games] if settings.max_games else games
+    return [dataclasses.replace(game, game_id=f"{game.game_id}#{n}")
+            for game in games for n in range(settings.episodes_per_game)]
+
+
+def _finished(path: Path) -> dict[str, list[Transition]]:
+    """Episodes on file.  A last line that was cut off by a kill is removed: that episode is played again."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for _, row in read_rows(path)}
+
+
+async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
+    from tqdm import tqdm
+
+    quorum = Quorum()
+    method = _actor(settings, quorum)
+    make_env = functools.partial(AlfworldEnv, want_admissible=True,
+                                 expert=settings.actor if settings.actor in ("handcoded", "planner") else "")
+    pool = EnvPool(make_env, settings.env_processes)
+    try:
+        episodes = run_episodes(pool, Noisy(method, _noises(settings.noise)), games, max_steps=settings.max_steps, seed=settings.seed,
+                                concurrency=settings.concurrency, quorum=quorum)
+        with open(path, "a", encoding="utf-8") as file, tqdm(total=len(games), unit="episode") as bar:
+            async for episode in episodes:
+                transitions = episode_transitions(episode, settings.actor)
+                row = {"game_id": episode.game.game_id, "transitions": [dataclasses.asdict(t) for t in transitions]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update()
+    finally:
+        await pool.close()
+
+
+def episode_transitions(episode: Episode, source: str) -> list[Transition]:
+    """An episode in the schema of trajectory data."""
+    return [
+        Transition(episode.game.game_id, t, step.state.render(), step.decision.action, step.observation,
+                   step.decision.expert_action, step.reward, t == len(episode.steps) - 1, episode.success,
+                   episode.game.task_type, source)
+        for t, step in enumerate(episode.steps)
+    ]
+
+
+def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.Dialogue]:
+    """The dialogues of one episode: whole, or now and then cut short by a look ahead."""
+    if settings.actor == "random":
+        return [dialogues.episode_dialogue(episode)]
+    whole = dialogues.episode_dialogue(episode)
+    if not settings.foresight_k:
+        return [whole]
+    draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
+    step, k = draw.randrange(len(episode)), draw.randint(1, settings.foresight_k)
+    return [whole, dialogues.foresight_dialogue(episode, step, k, learn_past=False),
+            dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+
+
+def _noises(text: str) -> list[float]:
+    try:
+        noises = [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--noise {text!r}: give numbers from 0 to 1, such as 0,0.15,0.4") from error
+    if not all(0 <= noise <= 1 for noise in noises):
+        raise UserError(f"--noise {text!r}: must lie between 0 and 1")
+    return noises
+
+
+def _actor(settings: Settings, quorum: Quorum) -> Method:
+    if settings.actor == "expert":
+        return ExpertActor()
+    if settings.actor == "random":
+        return RandomWalk()
+    if settings.actor in ("handcoded", "planner"):
+        return EngineExpert()
+    lm = LocalLM.load(settings.policy_model, device=settings.policy_device, dtype=settings.policy_dtype,
+                      quorum=quorum)
+    return Direct(Policy(lm, selection=settings.action_selection, temperature=settings.temperature,
+                         top_p=settings.top_p))
+
+
+class ExpertActor:
+    """Our expert.  It is shown the episode so far at every step, so that there is nothing to keep."""
+
+    name, want_admissible = "expert", False
+
+    async def act(self, view: View) -> Decision:
+        expert = Expert(task_params(view.game), view.game.task_type, view.state.first)
+        for action, observation in view.state.history:
+            expert.observe(action, observation)
+        return Decision(expert.act())
+
+
+class EngineExpert:
+    """alfworld's own experts, as the environment reports them; they look around where they have no plan."""
+
+    name, want_admissible = "engine expert", False
+
+    async def act(self, view: View) -> Decision:
+        return Decision(view.observation.expert_action or "look")
+
+
+class RandomWalk:
+    """Random actions that a world model can learn from: half of them visits, to few enough places that
+    it comes back to what it has seen and changed."""
+
+    name, want_admissible = "random", True
+
+    async def act(self, view: View) -> Decision:
+        draw = random.Random(view.seed)
+        visits = [a for a in view.observation.admissible if a.startswith("go to ")]
+        if visits and draw.random() < 0.5:
+            return Decision(draw.choice(visits[:max(3, len(visits) // 3)]))
+        return Decision(draw.choice([a for a in view.observation.admissible if a != "help"]))
+
+
+class Noisy:
+    """Another method, interrupted by random admissible actions."""
+
+    def __init__(self, method: Method, noises: Sequence[float]) -> None:
+        self.method, self.noises = method, noises
+        self.name, self.want_admissible = method.name, True
+
+    async def act(self, view: View) -> Decision:
+        decision = await self.method.act(view)
+        noise = self.noises[derive_seed("noise", view.game.game_id) % len(self.noises)]
+        draw = random.Random(derive_seed(view.seed, "noise"))
+        executed = draw.choice(view.observation.admissible) if draw.random() < noise else decision.action
+        return dataclasses.replace(decision, action=executed, expert_action=decision.action)
+
+
+if __name__ == "__main__":
+    run_main(main)
