@@ -8,6 +8,7 @@ ALFWorld games lie in the published layout, whether downloaded (``alfworld-downl
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -74,6 +75,16 @@ def list_games(env: str, split: str, root: str | Path, only_ids: Sequence[int] =
     if out_of_range:
         raise UserError(f"only_ids {out_of_range}: split {split!r} has games 0..{len(games) - 1}")
     return [games[i] for i in only_ids] if only_ids else games
+
+
+@functools.lru_cache(maxsize=4096)
+def task_params(game: Game) -> dict[str, object]:
+    """What an ALFWorld game's mission is about (``pddl_params`` of its ``traj_data.json``): for teachers only."""
+    path = Path(game.path).with_name("traj_data.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["pddl_params"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path}: no readable pddl_params ({error}); download or make the game again") from error
 
 
 def _list_alfworld(split: str, root: Path) -> list[Game]:

@@ -160,3 +160,32 @@ def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32"):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a causal language model ({str(error).splitlines()[0]})") from error
     return model.to(device).eval(), tokenizer
+
+
+MODEL_CARD = "itp_model.json"
+"""Beside a model's config.json: how it was trained here, so that inference asks it the same way."""
+
+
+def model_card(path: str) -> dict[str, Any]:
+    """What training left beside a model (``prompt_style``, ...); empty for a model from elsewhere."""
+    card = Path(path) / MODEL_CARD
+    return read_json(card) if path and card.is_file() else {}
+
+
+def model_fingerprint(path: str) -> str:
+    """Identity of a model folder's weights (names, sizes and ends of its files); a hub name is itself.
+
+    Two results with the same fingerprint come from the same weights, so a retrained model under an old
+    path is noticed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(1 << 20))
+            content.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""World models: their data, their training, and how true they are."""

@@ -14,12 +14,17 @@ from itp.games import Game
 
 @dataclass(frozen=True)
 class Observation:
-    """What the agent may see.  ``admissible`` is None unless the environment was asked for it."""
+    """What the agent may see.  ``admissible`` is None unless the environment was asked for it.
+
+    ``expert_action`` is for teachers only: what the environment's own expert would do next, where the
+    environment was made with one.
+    """
 
     text: str
     task: str
     inventory: str = ""
     admissible: tuple[str, ...] | None = None
+    expert_action: str = ""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Choice:
 class Policy:
     """π_θ on an LM.
 
-    ``style``: the prompt's, tuned or instruct.  ``keep_steps``: history in the prompt (0: all of it).
+    ``style``: the prompt's, tuned or instruct.  ``keep_steps``: history in the prompt (0: all of it);
+    with ``history`` False an instruct prompt holds the current observation only.
     ``temperature`` and ``top_p`` hold for executed and imagined actions; 0 is greedy.
     """
 
@@ -43,10 +44,12 @@ class Policy:
     style: str = "tuned"
     selection: str = "generate"
     keep_steps: int = 0
+    history: bool = True
     temperature: float = 0.0
     top_p: float = 1.0
     action_tokens: int = 16
     imagined_action_tokens: int = 12
+    decision_tokens: int = 16
     text_tokens: int = 256
     """For thoughts and reflections."""
 
@@ -86,7 +89,7 @@ class Policy:
 
     async def horizon(self, state: State, max_k: int, seed: int) -> tuple[int | None, str]:
         """ITP-I's K_t by prompt and the raw reply; None where the reply holds no number."""
-        raw = await self._line(self._prompt(state, "Horizon", max_k=max_k), self.action_tokens, seed)
+        raw = await self._line(self._prompt(state, "Horizon", max_k=max_k), self.decision_tokens, seed)
         return parse_horizon(raw, max_k), raw
 
     async def reflect(self, state: State, foresight: str, seed: int) -> str:
@@ -95,8 +98,10 @@ class Policy:
         return (await self._line(prompt, self.text_tokens, seed)).strip()
 
     def _prompt(self, state: State, label: str, **parts) -> str:
-        return prompts.policy_prompt(state.last(self.keep_steps).render(), label, style=self.style, env=self.env,
-                                     **parts)
+        shown = state.last(self.keep_steps)
+        if self.style == "instruct" and not self.history:
+            shown = State(state.task, state.observation)
+        return prompts.policy_prompt(shown.render(), label, style=self.style, env=self.env, **parts)
 
     async def _line(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         reply, = await self.lm.generate([prompt], self._params(max_new_tokens, seed, stop=(prompts.END,)))

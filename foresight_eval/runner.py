@@ -1,0 +1,179 @@
+"""Plays the games of an evaluation and keeps what is finished.
+
+Every finished game is a file of its own, so a run that was killed is continued by its own command;
+another configuration on the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from foresight_eval import report, results
+from foresight_eval.methods import NEED_WORLD_MODEL, build
+from foresight_eval.methods.settings import MethodSettings
+from foresight_eval.settings import AlfworldSettings
+from itp.envs.alfworld import AlfworldEnv
+from itp.envs.pool import EnvPool
+from itp.games import Game, list_games
+from itp.lm.base import LM
+from itp.lm.local import LocalLM, Quorum
+from itp.lm.openai import OpenAILM
+from itp.policy.agent import Policy
+from itp.rollout import run_episodes
+from itp.runtime import UserError, claim_output, model_card, model_fingerprint
+from itp.world_model import WorldModel
+
+log = logging.getLogger(__name__)
+
+NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "only_ids", "device", "policy_device",
+                "wm_device", "concurrency", "env_processes", "wm_api_timeout_s", "wm_api_max_retries")
+"""Settings that don't change the result of a game: where, how many at a time, and which of the games."""
+
+DEEPSEEK_URL = "https://api.deepseek.com"
+
+
+async def evaluate(settings: AlfworldSettings) -> None:
+    """Play what is missing in ``settings.output_path``, then write and print the summary."""
+    games = list_games("alfworld", settings.split, settings.env_data_root)
+    chosen = choose_games(len(games), settings)
+    check(settings)
+    folder = claim(settings)
+    todo = {i: games[i] for i in chosen if not (folder / f"{i}.json").exists()}
+    log.info("%d games to play, %d finished before", len(todo), len(chosen) - len(todo))
+    if todo:
+        await play(settings, folder, todo)
+    report.write_summary(folder)
+    print(report.table([folder]))
+    print(f"results: {folder}")
+
+
+def choose_games(n: int, settings: AlfworldSettings) -> list[int]:
+    """The indices of the games that this run is to play."""
+    chosen = list(range(n))
+    if settings.only_ids:
+        try:
+            chosen = [int(i) for i in settings.only_ids.split(",")]
+        except ValueError as error:
+            raise UserError(f"--only_ids {settings.only_ids!r}: give indices such as 0,5,7") from error
+        if unknown := [i for i in chosen if not 0 <= i < n]:
+            raise UserError(f"--only_ids {unknown}: the split has games 0..{n - 1}")
+    if settings.debug:
+        chosen = chosen[:5]
+    if settings.part_idx >= settings.part_num:
+        raise UserError(f"--part_idx {settings.part_idx}: shares are numbered 0..{settings.part_num - 1}")
+    if settings.part_idx >= 0:
+        chosen = [i for i in chosen if i % settings.part_num == settings.part_idx]
+    return chosen
+
+
+def check(settings: AlfworldSettings) -> None:
+    """Refuse, before any model is loaded, what can't work."""
+    if needs_world_model(settings) and settings.wm_backend == "local" and not settings.wm_model:
+        raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
+    if settings.wm_backend == "openai" and not settings.wm_api_base_url:
+        raise UserError("--wm_backend openai needs --wm_api_base_url, such as http://127.0.0.1:8000/v1")
+    if settings.k_policy == "fixed" and settings.fixed_k < 0:
+        raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
+    if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
+        raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
+    if settings.method in ("react", "cot") and settings.action_selection != "generate":
+        raise UserError(f"--method {settings.method} writes thought and action in one reply: "
+                        "use --action_selection generate")
+
+
+def needs_world_model(settings: AlfworldSettings) -> bool:
+    return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
+
+
+def claim(settings: AlfworldSettings) -> Path:
+    """The result folder, with this configuration and the identity of the models on record."""
+    config = dataclasses.asdict(settings)
+    config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+    if needs_world_model(settings) and settings.wm_backend == "local":
+        config["wm_fingerprint"] = model_fingerprint(settings.wm_model)
+    folder = claim_output(settings.output_path, config, override=settings.override, ignore=NO_INFLUENCE)
+    if settings.override:
+        for index in results.read_episodes(folder):
+            (folder / f"{index}.json").unlink()
+    return folder
+
+
+async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) -> None:
+    quorum = Quorum()
+    policy_lm = LocalLM.load(settings.policy_model, device=settings.policy_device or settings.device,
+                             dtype=settings.policy_dtype, quorum=quorum, role="policy")
+    wm_lm = load_world_model(settings, quorum) if needs_world_model(settings) else None
+    method = build(settings.method, make_policy(settings, policy_lm),
+                   make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
+    make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
+    pool = EnvPool(make_env, min(settings.env_processes, settings.concurrency, len(todo), os.cpu_count() or 1))
+    index = {game.game_id: i for i, game in todo.items()}
+    lost: list[str] = []
+    start, steps = time.monotonic(), 0
+    try:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, tqdm(total=len(todo), unit="game") as bar:
+            async for episode in run_episodes(pool, method, list(todo.values()), max_steps=settings.max_steps,
+                                              seed=settings.seed, concurrency=settings.concurrency, quorum=quorum):
+                bar.update()
+                if episode.reason == "env_died":
+                    lost.append(episode.game.game_id)
+                    continue
+                i = index[episode.game.game_id]
+                results.write_episode(folder, i, episode)
+                log_file.write(report.log_line(i, results.episode_record(i, episode)["meta"]) + "\n")
+                log_file.flush()
+                steps += len(episode.steps)
+    finally:
+        await pool.close()
+        await policy_lm.close()
+        if wm_lm:
+            await wm_lm.close()
+    log.info("%d steps in %.1f s: %.1f steps/s", steps, time.monotonic() - start,
+             steps / (time.monotonic() - start))
+    if lost:
+        raise UserError(f"{len(lost)} games lost their environment process again and again ({', '.join(lost[:3])}); "
+                        "start the same command again to play them")
+
+
+def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
+    if settings.wm_backend == "local":
+        return LocalLM.load(settings.wm_model, device=settings.wm_device or settings.device, dtype=settings.wm_dtype,
+                            quorum=quorum, role="world_model")
+    url = settings.wm_api_base_url or DEEPSEEK_URL
+    return OpenAILM(settings.wm_api_model, url, settings.wm_api_key_env, role="world_model",
+                    api="chat" if settings.wm_backend == "deepseek_api" else "completions",
+                    concurrency=settings.concurrency, timeout_s=settings.wm_api_timeout_s,
+                    max_retries=settings.wm_api_max_retries)
+
+
+def make_policy(settings: AlfworldSettings, lm: LM) -> Policy:
+    return Policy(lm, style=_style(settings.prompt_style, settings.policy_model), selection=settings.action_selection,
+                  keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
+                  temperature=settings.temperature, top_p=settings.top_p,
+                  action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
+                  decision_tokens=settings.decision_tokens)
+
+
+def make_world_model(settings: AlfworldSettings, lm: LM) -> WorldModel:
+    style = _style(settings.wm_prompt_style, settings.wm_model if settings.wm_backend == "local" else "")
+    return WorldModel(lm, style=style, max_new_tokens=settings.foresight_tokens,
+                      keep_steps=settings.history_keep_steps)
+
+
+def method_settings(settings: AlfworldSettings) -> MethodSettings:
+    fixed = 0 if settings.disable_wm else settings.fixed_k
+    k_policy = "fixed" if fixed >= 0 else "prompt" if settings.k_policy == "auto" else settings.k_policy
+    tuned = _style(settings.prompt_style, settings.policy_model) == "tuned"
+    return MethodSettings(settings.max_k, k_policy, fixed, settings.foresight_format, reflect=not tuned)
+
+
+def _style(flag: str, model: str) -> str:
+    """``flag``, or what the model's folder says that it was trained with."""
+    return flag if flag != "auto" else model_card(model).get("prompt_style", "instruct")

@@ -1,0 +1,65 @@
+"""The flags of the evaluation programs: those that all share, and ALFWorld's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from itp.config import flag
+from itp.runtime import DTYPES
+
+METHODS = ("foresight", "sft", "react", "cot")
+SELECTIONS = ("generate", "constrained", "score")
+STYLES = ("auto", "tuned", "instruct")
+K_POLICIES = ("auto", "prompt", "fixed", "random")
+
+
+@dataclass
+class EvalSettings:
+    policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub")
+    output_path: str = flag(help="result folder; the same command again plays only what is missing there")
+    wm_model: str = flag("", help="world model (not needed by methods without imagination or with a server)")
+    override: bool = flag(False, help="delete the results in output_path and start anew")
+    debug: bool = flag(False, help="play the first 5 games only")
+    part_num: int = flag(1, help="share the games out over this many runs")
+    part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)")
+    only_ids: str = flag("", help="play these games only: indices such as 0,5,7")
+    policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
+    wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
+    wm_backend: str = flag("local", help="where the world model runs", choices=("local", "openai", "deepseek_api"))
+    wm_api_base_url: str = flag("", help="server of --wm_backend openai, such as http://127.0.0.1:8000/v1")
+    wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
+    wm_api_model: str = flag("deepseek-chat", help="name of the model on the server")
+    wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
+    wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now")
+    decision_tokens: int = flag(16, help="new tokens of a horizon decision at most")
+    act_tokens: int = flag(256, help="new tokens of an action reply or reflection at most")
+    foresight_tokens: int = flag(256, help="new tokens of one imagined observation at most")
+    fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
+    k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else prompt", choices=K_POLICIES)
+    action_selection: str = flag("generate", help="write the action freely, decode it under the trie of admissible "
+                                                  "actions, or score each of them", choices=SELECTIONS)
+    prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
+                             choices=STYLES)
+    wm_prompt_style: str = flag("auto", help="the same for the world model", choices=STYLES)
+    foresight_format: str = flag("full", help="what of the imagined trajectory the policy reads",
+                                 choices=("full", "last_obs"))
+    history_keep_steps: int = flag(0, help="steps of history in a prompt (0: all)")
+    temperature: float = flag(0.0, help="sampling temperature of the policy (0: greedy)")
+    top_p: float = flag(1.0, help="nucleus of the policy's sampling")
+    concurrency: int = flag(16, help="episodes at a time")
+    env_processes: int = flag(2, help="processes that run the environments")
+
+
+@dataclass
+class AlfworldSettings(EvalSettings):
+    method: str = flag("foresight", help="how to act", choices=METHODS)
+    split: str = flag("dev", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
+    env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
+    max_steps: int = flag(40, help="steps of an episode at most")
+    seed: int = flag(123, help="seed of everything random")
+    device: str = flag("cuda", help="device of both models, where they have none of their own")
+    policy_device: str = flag("", help="device of the policy")
+    wm_device: str = flag("", help="device of the world model")
+    max_k: int = flag(2, help="K_max: steps to imagine at most (the paper: 5)")
+    disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
+    use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))

@@ -1,0 +1,136 @@
+r"""A base LM from nothing: a tokenizer and a small causal LM trained on transcripts of an engine.
+
+    python -m itp.training.base_lm --transitions runs/d_exp/transitions.jsonl,runs/walks/transitions.jsonl \
+        --out_dir runs/base_lm
+
+It stands in for a downloaded model where there is none: the result, ``OUT_DIR/merged_full``, is an ordinary
+Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later step treats like any other.
+
+The tokenizer is made for small models and short sequences.  Its vocabulary is the words of the
+transcripts; numbers are tokens of their own, and what the engine says in fixed words (``You arrive at``,
+``, you see``) is one token.  The articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are
+dropped on the way in and put back on the way out, so that what the model writes is what the engine would.
+All engine text survives the round trip (``help`` excepted).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.config import flag, parse_settings
+from itp.runtime import run_main
+from itp.text.dialogues import episode_dialogue
+from itp.text.prompts import dialogue_segments
+from itp.training.finetune import Example, FinetuneSettings, claim_run, finetune
+from itp.transitions import Transition, read_transitions
+
+PHRASES = (
+    "You are in the middle of a room. Looking quickly around you, you see", "You arrive at", "You pick up the",
+    "You move the", "You open the", "You close the", "You heat the", "You cool the", "You clean the",
+    "You turn on the", "from the", "to the", "using the", "On the", "In it, you see", ", you see", "is closed",
+    "is open", "Nothing happens", "There's nothing special about", "This is a", "You are facing the",
+    "Next to it", "You are carrying:", "go to",
+)
+"""What the engine says in fixed words: one token each."""
+
+LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:")
+
+
+@dataclass
+class BaseLMSettings(FinetuneSettings):
+    transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas")
+    hidden_size: int = flag(128, help="width of the model")
+    num_layers: int = flag(3, help="layers")
+    num_heads: int = flag(4, help="attention heads")
+    intermediate_size: int = flag(320, help="width of the feed-forward layers")
+
+
+def main() -> None:
+    settings = parse_settings(BaseLMSettings, prog="python -m itp.training.base_lm", description=__doc__)
+    files = settings.transitions.split(",")
+    episodes = [episode for path in files for episode in _episodes(path)]
+    initial = Path(settings.out_dir) / "initial"
+    settings = dataclasses.replace(settings, model_path=str(initial), lora_r=0)
+    if claim_run(settings, files):
+        return
+    if not (initial / "config.json").exists():
+        write_initial(settings, episodes, initial)
+    finetune(settings, [transcript(episode) for episode in episodes])
+
+
+def _episodes(path: str) -> Iterator[list[Transition]]:
+    rows = read_transitions(path, required=("episode_id", "step", "state", "action", "next_state"))
+    for _, episode in itertools.groupby(rows, key=lambda t: t.episode_id):
+        yield list(episode)
+
+
+def transcript(episode: Sequence[Transition]) -> Example:
+    """All that the engine said and all that the expert did are learned; explorations are just history."""
+    segments = [(text, learned or not text.startswith(" "))
+                for text, learned in dialogue_segments(episode_dialogue(episode)["conversations"])]
+    return Example(segments, keep_first=True, group=episode[0].episode_id)
+
+
+def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transition]], folder: Path) -> None:
+    """Tokenizer and random weights, as a model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = {text for episode in episodes for text, _ in transcript(episode).segments}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer(sorted(texts)), pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        clean_up_tokenization_spaces=False)
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads, intermediate_size=settings.intermediate_size,
+        max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def build_tokenizer(texts: Iterable[str]):
+    """A word-level ``tokenizers.Tokenizer`` whose vocabulary is the words of ``texts``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(r"(?:, and|,) a (?=[a-z]+ \d)"), " "),
+        normalizers.Replace(Regex(r"(?<=see|ying:) a (?=[a-z]+ \d)"), " "),
+    ])
+    phrases = "|".join(p.replace(".", r"\.") for p in PHRASES)
+    words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|\w+|\n|[^\w\s]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "removed", invert=True)
+    found = {word for text in texts for word, _ in
+             tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
+    numbers = {str(n) for n in range(1, 51)}
+    special = ["[PAD]", "[UNK]", "[EOS]"]
+    vocabulary = [*special, *sorted(found | numbers | {"\n"} | set(LABELS) | set(PHRASES))]
+    tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer.add_special_tokens(special)
+
+    def put(pattern: str, text: str):
+        return decoders.Replace(Regex(pattern), text)
+
+    tokenizer.decoder = decoders.Sequence([
+        decoders.WordPiece(prefix="\x01", cleanup=False),  # a space before each token ...
+        decoders.Fuse(),
+        put(r" (?=[.,'])", ""),  # ... but not before punctuation
+        put(r" ?\n ?", "\n"),
+        put(r"(?<=') (?=s )", ""),  # There's
+        # Two things in a row are a list; its last one stands before a full stop.
+        put(r"(?<=\d) (?=[a-z]+ \d+(?: |\.|$))", ", a "),
+        put(r", a (?=[a-z]+ \d+\.)", ", and a "),
+        put(r"(?<=see )(?=[a-z]+ \d)", "a "),
+        put(r"(?<=carrying: )(?=[a-z]+ \d)", "a "),
+    ])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run_main(main)

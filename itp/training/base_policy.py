@@ -1,0 +1,69 @@
+r"""Train the base policy π_θ0: supervised fine-tuning on expert dialogues.
+
+    python -m itp.training.base_policy --train_json dialogues.json --model_path MODEL --out_dir OUT
+    torchrun --nproc_per_node 2 -m itp.training.base_policy ...
+    deepspeed --no_local_rank --module itp.training.base_policy ... --deepspeed DEEPSPEED_CONFIG.json
+
+A dialogue is ``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`` as ETO
+publishes them, or ``{"messages": [{"role": "user" | "assistant", "content": ...}, ...]}``.  What gpt
+says is learned, except turns with ``"weight": 0`` (explored, not the expert's).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from itp.config import flag, parse_settings
+from itp.runtime import UserError, run_main
+from itp.text.prompts import dialogue_segments
+from itp.training.finetune import Example, FinetuneSettings, check_settings, claim_run, finetune
+from itp.transitions import read_rows
+
+SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "system": "human", "assistant": "gpt"}
+
+
+@dataclass
+class BasePolicySettings(FinetuneSettings):
+    train_json: str = flag(help="dialogues: a JSON list, or JSONL")
+
+
+def read_dialogues(path: str) -> list[Example]:
+    """One example a dialogue.  Raises UserError naming the row that isn't one."""
+    examples = []
+    for where, row in read_rows(path):
+        turns = _turns(row, where)
+        examples.append(Example(dialogue_segments(turns), keep_first=True, group=str(row.get("id", ""))))
+    if not examples:
+        raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
+    return examples
+
+
+def _turns(row: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
+        raise UserError(f"{where}: not a dialogue; a row needs 'conversations' (from, value) "
+                        "or 'messages' (role, content)")
+    name, who, what = ("conversations", "from", "value") if "conversations" in row else ("messages", "role", "content")
+    if not isinstance(row[name], list):
+        raise UserError(f"{where}: {name!r} must be a list of turns")
+    turns = []
+    for number, turn in enumerate(row[name]):
+        if not isinstance(turn, dict) or turn.get(who) not in SPEAKERS or not isinstance(turn.get(what), str):
+            raise UserError(f"{where}: turn {number} needs {who!r} (one of {', '.join(SPEAKERS)}) and a text {what!r}")
+        learned = turn.get("weight", 1) != 0
+        turns.append({"from": SPEAKERS[turn[who]], "value": turn[what], "weight": int(learned)})
+    if not any(turn["from"] == "gpt" and turn["weight"] for turn in turns):
+        raise UserError(f"{where}: no turn of gpt (assistant) to learn from")
+    return turns
+
+
+def main() -> None:
+    settings = parse_settings(BasePolicySettings, prog="python -m itp.training.base_policy", description=__doc__)
+    examples = read_dialogues(settings.train_json)
+    check_settings(settings)
+    if not claim_run(settings, settings.train_json, ignore=("train_json",)):
+        finetune(settings, examples)
+
+
+if __name__ == "__main__":
+    run_main(main)

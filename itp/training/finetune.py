@@ -1,0 +1,386 @@
+r"""The one fine-tuning core: LoRA or full training of a causal LM on text of which a part is supervised.
+
+The world model (eq. 1 of the paper, loss on s' only) and the base policy π_θ0 (loss on its actions)
+are this program with different examples.  A program hands :func:`finetune` its settings and a list of
+:class:`Example`; this module tokenises, holds out, trains (:mod:`itp.training.hf_trainer`), saves,
+merges, and writes ``metrics.json`` last: a folder that has one is finished.
+
+``out_dir`` then holds ``config.json`` (the claim of :func:`itp.runtime.claim_output`), ``checkpoint-N/``,
+``trainer_state.json``, the tokenizer, with LoRA ``adapter_config.json`` and ``adapter_model.safetensors``,
+and in ``merged_full`` a plain model folder.  The same command again goes on from the newest checkpoint
+that is whole.
+
+torch is imported inside functions, so that a command line answers ``--help`` and refuses unusable
+input at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import statistics
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itp.config import flag
+from itp.runtime import UserError, claim_output, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("itp.finetune")
+IGNORED = -100
+"""The label of a token without loss: what PyTorch's cross entropy skips."""
+
+
+@dataclass
+class FinetuneSettings:
+    model_path: str = flag(help="model to start from: a folder, or a name on the Hugging Face hub")
+    out_dir: str = flag(help="folder for checkpoints, adapter, metrics; the same command again resumes in it")
+    epochs: float = flag(3.0, help="passes over the training rows")
+    batch_size: int = flag(1, help="examples per device and forward pass")
+    grad_accum: int = flag(16, help="forward passes per optimizer step")
+    lr: float = flag(2e-5, help="peak learning rate")
+    wd: float = flag(0.0, help="weight decay")
+    adam_beta2: float = flag(0.999, help="AdamW's second beta; .95 suits short runs from scratch")
+    warmup_ratio: float = flag(0.03, help="share of the steps over which the learning rate rises")
+    lr_scheduler_type: str = flag("cosine", choices=("constant", "cosine"), help="learning rate after the warm-up")
+    max_grad_norm: float = flag(1.0, help="gradients are clipped to this norm")
+    max_seq_len: int = flag(1536, help="tokens per example; longer ones lose context on the left, never the target")
+    fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
+    bf16: bool = flag(False, help="train in bfloat16")
+    gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
+    lora_r: int = flag(8, help="rank of LoRA; 0 trains every weight")
+    lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, help="dropout in front of LoRA")
+    lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
+    q_lora: bool = flag(False, help="keep the base model in 4 bits (needs CUDA and bitsandbytes)")
+    merge: bool = flag(True, help="also write the complete model to merged_dir")
+    merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full")
+    deepspeed: str = flag("", help="DeepSpeed configuration; start the program with the deepspeed launcher")
+    save_every_steps: int = flag(0, help="optimizer steps between checkpoints; 0: one after every epoch")
+    save_total_limit: int = flag(3, help="how many checkpoints are kept")
+    logging_steps: int = flag(10, help="optimizer steps between progress lines")
+    eval_share: float = flag(0.05, help="share of the examples that is held out, whole episodes where known")
+    eval_every_epoch: bool = flag(True, help="held-out loss after every epoch, not only at the end")
+    seed: int = flag(42, help="seed of the split, the order, LoRA's start and dropout")
+
+    @property
+    def merged_path(self) -> Path:
+        return Path(self.merged_dir) if self.merged_dir else Path(self.out_dir) / "merged_full"
+
+
+NOT_THE_RESULT = ("out_dir", "merge", "merged_dir", "save_every_steps", "save_total_limit", "logging_steps",
+                  "eval_every_epoch")
+"""Settings that may change between a run and its resumption."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence.
+
+    ``segments``: (text, supervised), tokenised each on its own, so that what is given and what is
+    learned never share a token.  ``eos``: an end-of-sequence token follows, supervised.
+    ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: examples of one
+    group (an episode) are held out together.
+    """
+
+    segments: list[tuple[str, bool]]
+    eos: bool = True
+    keep_first: bool = False
+    group: str = ""
+
+
+Row = dict[str, list[int]]
+"""``input_ids`` and ``labels`` of one example, equally long."""
+
+
+@dataclass
+class Encoding:
+    """Tokenised examples.  ``examples[i]`` is the index of the example that ``rows[i]`` came from."""
+
+    rows: list[Row]
+    examples: list[int]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- before torch: claims and checks
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes; launchers number processes by RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def check_model_path(model_path: str) -> None:
+    """Raises UserError where ``model_path`` is neither a model folder nor a model that the hub has."""
+    path = Path(model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model_path}: no config.json in this folder; give a Hugging Face model folder")
+        return
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
+        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(model_path, "config.json"), str):
+        return
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
+        huggingface_hub.hf_hub_download(model_path, "config.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
+                        f"({type(error).__name__}); check the name and the network") from error
+
+
+def _reach(url: str) -> None:
+    """Raises OSError where nothing answers at ``url``; any status is an answer."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return
+
+
+def check_settings(settings: FinetuneSettings) -> None:
+    """Raises UserError for settings that can't be carried out, before anything slow is started."""
+    check_model_path(settings.model_path)
+    if settings.fp16 and settings.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    if settings.deepspeed and not Path(settings.deepspeed).is_file():
+        raise UserError(f"--deepspeed {settings.deepspeed}: no such file")
+    if settings.q_lora and not settings.lora_r:
+        raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
+    if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--q_lora needs bitsandbytes, which isn't installed; pip install bitsandbytes, or Q_LORA=false")
+    for name in ("epochs", "batch_size", "grad_accum", "lr", "max_seq_len", "logging_steps", "save_total_limit"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"--{name} {getattr(settings, name)}: must be above 0")
+    for name in ("lora_r", "save_every_steps", "wd", "max_grad_norm"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"--{name} {getattr(settings, name)}: must not be negative")
+    for name in ("eval_share", "warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name} {getattr(settings, name)}: must be at least 0 and below 1")
+
+
+def claim_run(settings: FinetuneSettings, data_path: str | Path, ignore: tuple[str, ...] = ()) -> bool:
+    """Make ``out_dir`` this run's, or check that it is.  True: the run is already finished.
+
+    The data count by their content, so that an edited file isn't taken for the same run; ``ignore``
+    names the program's own settings that don't matter, such as the data's path.
+    """
+    unclaimed = not (Path(settings.out_dir) / "config.json").exists()
+    if unclaimed and settings.merged_path.is_dir() and any(settings.merged_path.iterdir()):
+        raise UserError(f"{settings.merged_path} holds files that aren't this run's; choose another --merged_dir")
+    # Paths may be written differently the next time; what they lead to may not differ.
+    config = asdict(settings) | {"data_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest()}
+    if Path(settings.model_path).is_dir():
+        config["model_path"] = str(Path(settings.model_path).resolve())
+    if settings.deepspeed:
+        config["deepspeed"] = read_json(settings.deepspeed)
+    finished = (Path(settings.out_dir) / "metrics.json").exists()
+    if is_first_process():
+        nothing_yet = not finished and not whole_checkpoints(settings.out_dir)
+        claim_output(settings.out_dir, config, override=nothing_yet, ignore=(*NOT_THE_RESULT, *ignore))
+    if not finished:
+        return False
+    if settings.merge and not settings.merged_path.exists():
+        return False
+    if is_first_process():
+        log.info("already done: %s has metrics.json; choose another out_dir to train anew", settings.out_dir)
+    return True
+
+
+def whole_checkpoints(out_dir: str | Path) -> list[Path]:
+    """The checkpoints that were written to their end, oldest first.
+
+    ``complete.json`` is written after everything else and holds each file's size; a folder without
+    it (the process was killed while saving) or with a file that has shrunk isn't one to resume from.
+    """
+    found = []
+    for folder in Path(out_dir).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if not step.isdigit():
+            continue
+        marker = folder / "complete.json"
+        sizes = read_json(marker)["sizes"] if marker.is_file() else {"complete.json": -1}
+        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+            found.append((int(step), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Encoding:
+    """Token ids and labels of every example, at most ``max_len`` long.
+
+    What is too long loses tokens on the left, after a first segment that is to be kept, but never of
+    its last supervised segment.  An example whose target alone is too long is left out.  ``counts``
+    says how often each happened.
+    """
+    texts = list(dict.fromkeys(text for example in examples for text, _ in example.segments))
+    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
+    bos = _bos_ids(tokenizer)
+    if any(example.eos for example in examples) and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    encoding = Encoding([], [], dict.fromkeys(("examples", "cut", "lost_tokens", "lost_supervised", "too_long",
+                                               "unsupervised"), 0))
+    counts = encoding.counts
+    for index, example in enumerate(examples):
+        counts["examples"] += 1
+        parts = [(ids_of[text], supervised) for text, supervised in example.segments]
+        if example.eos:
+            parts.append(([tokenizer.eos_token_id], True))
+        ids = bos + [i for part, _ in parts for i in part]
+        labels = [IGNORED] * len(bos) + [i if learned else IGNORED for part, learned in parts for i in part]
+        if all(label == IGNORED for label in labels[1:]):  # the first token is predicted from nothing
+            counts["unsupervised"] += 1
+            continue
+        if (excess := len(ids) - max_len) > 0:
+            target = _last_target(labels)
+            head = len(bos) + (len(parts[0][0]) if example.keep_first else 0)
+            if excess > target - len(bos):
+                counts["too_long"] += 1
+                continue
+            start = min(head, target - excess)
+            lost = labels[start:start + excess]
+            counts["cut"] += 1
+            counts["lost_tokens"] += excess
+            counts["lost_supervised"] += sum(label != IGNORED for label in lost)
+            ids, labels = ids[:start] + ids[start + excess:], labels[:start] + labels[start + excess:]
+        encoding.rows.append({"input_ids": ids, "labels": labels})
+        encoding.examples.append(index)
+    return encoding
+
+
+def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself would put in front of a text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _last_target(labels: list[int]) -> int:
+    """Where the last run of supervised tokens starts."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORED)
+    return next((i + 1 for i in range(end, -1, -1) if labels[i] == IGNORED), 0)
+
+
+def report_counts(counts: dict[str, int], max_len: int) -> None:
+    if counts["cut"]:
+        log.warning("%d of %d examples were longer than max_seq_len %d and lost %d tokens on the left "
+                    "(%d of them supervised)", counts["cut"], counts["examples"], max_len, counts["lost_tokens"],
+                    counts["lost_supervised"])
+    if counts["too_long"]:
+        log.warning("%d of %d examples were left out: their target alone is longer than max_seq_len %d",
+                    counts["too_long"], counts["examples"], max_len)
+    if counts["unsupervised"]:
+        log.warning("%d of %d examples were left out: nothing in them is supervised", counts["unsupervised"],
+                    counts["examples"])
+
+
+def hold_out(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices (train, held out): about ``share`` of them, whole groups where there are several.
+
+    Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.
+    """
+    keys = [f"group {group}" if group else f"row {i}" for i, group in enumerate(groups)]
+    if len(set(keys)) == 1:
+        keys = [f"row {i}" for i in range(len(groups))]
+    wanted = max(1, round(share * len(keys))) if share and len(keys) > 1 else 0
+    sizes = {key: 0 for key in keys}
+    for key in keys:
+        sizes[key] += 1
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    held: set[str] = set()
+    count = 0
+    for key in order:
+        if count < wanted and count + sizes[key] < len(keys):
+            held.add(key)
+            count += sizes[key]
+    return ([i for i, key in enumerate(keys) if key not in held], [i for i, key in enumerate(keys) if key in held])
+
+
+# ---------------------------------------------------------------- the run
+
+
+def finetune(settings: FinetuneSettings, examples: Sequence[Example],
+             measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Row]], dict[str, Any]] | None = None,
+             ) -> dict[str, Any] | None:
+    """Train, save, evaluate; the metrics that stand in ``metrics.json``, or None in all but the first process.
+
+    ``measure(trained model, tokenizer, held-out rows)`` may add metrics; it runs in the first process.
+    Raises UserError where nothing can be trained on, or when the loss is no longer finite.
+    """
+    from transformers import set_seed
+
+    from itp.training import hf_trainer
+
+    hf_trainer.quiet()
+    dtype = hf_trainer.choose_dtype(settings)
+    tokenizer = hf_trainer.load_tokenizer(settings.model_path)
+    encoding = encode(examples, tokenizer, settings.max_seq_len)
+    if is_first_process():
+        report_counts(encoding.counts, settings.max_seq_len)
+    if not encoding.rows:
+        raise UserError(f"nothing to train on: none of {len(examples)} examples fits --max_seq_len "
+                        f"{settings.max_seq_len} with a supervised token; raise it or mend the data")
+    train, held = hold_out([examples[i].group for i in encoding.examples], settings.eval_share, settings.seed)
+    train_rows, held_rows = [encoding.rows[i] for i in train], [encoding.rows[i] for i in held]
+
+    args = hf_trainer.training_arguments(settings, dtype, len(train_rows))  # before the model: ZeRO-3 looks there
+    set_seed(settings.seed)
+    trainer = hf_trainer.FineTuner(hf_trainer.load_model(settings, dtype), args, tokenizer, train_rows, held_rows,
+                                   save_total_limit=settings.save_total_limit)
+    metrics = trainer.run(_resume_from(settings.out_dir, args.world_size))
+    if settings.lora_r:
+        trainer.save_model(settings.out_dir)
+    else:
+        trainer.save_complete(settings.merged_path, dtype)
+    first, device = args.process_index == 0, args.device
+    if first:
+        trainer.state.save_to_json(str(Path(settings.out_dir) / "trainer_state.json"))
+        tokenizer.save_pretrained(settings.out_dir)
+    trainer.release()
+    if not first:
+        return None
+    if settings.lora_r and settings.merge:
+        # Merged from the files: under ZeRO-3 no process holds whole weights.
+        shutil.rmtree(settings.merged_path, ignore_errors=True)
+        hf_trainer.save_whole(hf_trainer.merged_model(settings), tokenizer, settings.merged_path)
+    if measure and held_rows:
+        metrics |= measure(hf_trainer.merged_model(settings, device).eval(), tokenizer, held_rows)
+    metrics |= {"train_rows": len(train_rows), "held_out_rows": len(held_rows), "encoding": encoding.counts,
+                "tokens_per_row": statistics.fmean(len(row["input_ids"]) for row in encoding.rows),
+                "dtype": str(dtype).removeprefix("torch."), "world_size": args.world_size}
+    write_json(Path(settings.out_dir) / "metrics.json", metrics)
+    log.info("metrics: %s", json.dumps(metrics))
+    return metrics
+
+
+def _resume_from(out_dir: str, world_size: int) -> Path | None:
+    checkpoints = whole_checkpoints(out_dir)
+    if not checkpoints:
+        return None
+    then = read_json(checkpoints[-1] / "complete.json")["world_size"]
+    if then != world_size:
+        raise UserError(f"{checkpoints[-1]} was written by {then} processes and this run has {world_size}; "
+                        f"start it with {then}, or with another out_dir")
+    if is_first_process():
+        newest = max(Path(out_dir).glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+        skipped = "" if newest == checkpoints[-1] else f" ({newest.name} was not written to its end)"
+        log.info("resuming from %s%s", checkpoints[-1], skipped)
+    return checkpoints[-1]
+

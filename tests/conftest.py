@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def games_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with real ALFWorld games made on the spot: 6 train (one of each task type), 2 seen, 2 unseen."""
+    from itp.envs.alfworld_games import Settings, generate
+
+    root = tmp_path_factory.mktemp("games")
+    generate(Settings(out=str(root), train=6, seen=2, unseen=2))
+    return root

@@ -1,0 +1,322 @@
+"""The fine-tuning core: labels, cuts, order, the held-out split, resumption, divergence, LoRA and merging."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from itp.runtime import UserError
+from itp.training import base_policy
+from itp.training.finetune import Example, FinetuneSettings, claim_run, encode, finetune, hold_out, whole_checkpoints
+from itp.training.hf_trainer import Collator, SimilarLengths
+
+ROOT = Path(__file__).parents[1]
+WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
+VOCAB = {word: i for i, word in enumerate(WORDS)}
+EOS, BOS = VOCAB["<eos>"], VOCAB["<bos>"]
+
+
+def make_tokenizer(*, bos: bool = False, pad: str = "<eos>") -> PreTrainedTokenizerFast:
+    """Words and line breaks.  By default the pad token is the stop token, as in many published models."""
+    tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token=pad, unk_token="<unk>",
+                                   bos_token="<bos>" if bos else None)
+
+
+def make_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, eos_token_id=EOS, pad_token_id=EOS,
+                         bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    torch.set_num_threads(1)
+    return str(make_model(tmp_path_factory.mktemp("model")))
+
+
+EXAMPLES = [Example([(" ".join("abcdefgh"[:1 + i % 7]), False), (f" {'gh'[i % 2]} {1 + i % 3}", True)],
+                    group=f"e{i // 2}") for i in range(40)]
+
+
+def settings_for(model_path: str, out_dir: Path, **changes) -> FinetuneSettings:
+    return FinetuneSettings(**{"model_path": model_path, "out_dir": str(out_dir), "epochs": 2.0, "batch_size": 4,
+                               "grad_accum": 1, "lr": 1e-2, "eval_share": 0.1, "logging_steps": 5} | changes)
+
+
+# ---------------------------------------------------------------- tokens and labels
+
+
+def test_only_supervised_segments_and_the_stop_token_have_labels():
+    example = Example([("Task : a\n", False), ("Action :", False), (" go to b\n", True), ("see c\n", False),
+                       ("d", True)])
+    (row,) = encode([example], make_tokenizer(bos=True), 99).rows
+    expected = [("<bos>", 0), ("Task", 0), (":", 0), ("a", 0), ("\n", 0), ("Action", 0), (":", 0), ("go", 1), ("to", 1),
+                ("b", 1), ("\n", 1), ("see", 0), ("c", 0), ("\n", 0), ("d", 1), ("<eos>", 1)]
+    assert row["input_ids"] == [VOCAB[word] for word, _ in expected]
+    assert row["labels"] == [VOCAB[word] if learned else -100 for word, learned in expected]
+
+
+def test_a_pad_token_that_is_the_stop_token_leaves_the_stop_token_supervised():
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
+    rows = encode([Example([("a", False), ("b", True)]), Example([("a b c", False), ("d", True)])], tokenizer, 99).rows
+    a, b, c, d = (VOCAB[word] for word in "abcd")
+    batch = Collator(tokenizer.pad_token_id)(rows)
+    assert batch["input_ids"].tolist() == [[a, b, EOS, EOS, EOS], [a, b, c, d, EOS]]
+    assert batch["labels"].tolist() == [[-100, b, EOS, -100, -100], [-100, -100, -100, d, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_too_long_examples_lose_the_left_of_their_context_never_their_target():
+    def words(example: Example, length: int) -> str:
+        encoding = encode([example], make_tokenizer(), length)
+        return " ".join(WORDS[i] for row in encoding.rows for i in row["input_ids"]), encoding.counts
+
+    plain = Example([("a b c d", False), ("e f", True)])
+    assert words(plain, 7) == ("a b c d e f <eos>", words(plain, 7)[1])
+    text, counts = words(plain, 5)
+    assert text == "c d e f <eos>" and (counts["cut"], counts["lost_tokens"], counts["lost_supervised"]) == (1, 2, 0)
+    assert words(plain, 3)[0] == "e f <eos>"
+    text, counts = words(plain, 2)
+    assert text == "" and counts["too_long"] == 1
+    episode = Example([("a b", False), ("c", True), ("d", False), ("e f", True)], keep_first=True)
+    text, counts = words(episode, 5)
+    assert text == "a b e f <eos>" and (counts["lost_tokens"], counts["lost_supervised"]) == (2, 1)
+    assert words(episode, 4)[0] == "a e f <eos>"  # no room for all of the first segment: its end goes
+
+
+def test_episodes_are_held_out_whole_and_always_the_same():
+    groups = [f"e{i // 5}" for i in range(100)]
+    train, held = hold_out(groups, 0.1, seed=1)
+    assert sorted(train + held) == list(range(100)) and len(held) == 10
+    assert not {groups[i] for i in train} & {groups[i] for i in held}
+    assert hold_out(groups, 0.1, seed=1) == (train, held) != hold_out(groups, 0.1, seed=2)
+    train, held = hold_out([""] * 40, 0.05, seed=1)
+    assert (len(train), len(held)) == (38, 2)
+    assert hold_out(["only"], 0.5, seed=1) == ([0], [])
+
+
+def test_an_epoch_has_every_row_once_grouped_by_length_in_a_reproducible_order():
+    lengths = [(i * 37) % 101 + 1 for i in range(203)]
+
+    def order(epoch: int) -> list[int]:
+        return list(SimilarLengths(lengths, 4, 0, lambda: epoch))
+
+    assert sorted(order(0)) == list(range(203))
+    assert order(0) == order(0) != order(1)
+    steps = [[lengths[i] for i in order(0)[s:s + 4]] for s in range(0, 203, 4)]
+    padded = sum(len(step) * max(step) for step in steps)
+    assert sum(lengths) / padded > 0.95  # in random order it would be about .63
+    assert [max(step) for step in steps] != sorted((max(step) for step in steps), reverse=True)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_lora_run_metrics_and_merged_model(model_path, tmp_path):
+    seen = {}
+
+    def measure(model, tokenizer, rows):
+        seen["rows"] = rows
+        return {"extra": 1}
+
+    out = tmp_path / "out"
+    metrics = finetune(settings_for(model_path, out), EXAMPLES, measure)
+    assert metrics == json.loads((out / "metrics.json").read_text()) and metrics["extra"] == 1
+    assert metrics["steps"] == 18 and metrics["held_out_rows"] == len(seen["rows"]) == 4
+    assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= {f.name for f in out.iterdir()}
+    assert [c.name for c in whole_checkpoints(out)] == ["checkpoint-9", "checkpoint-18"]
+
+    import peft
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged_full")
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), out)
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    ids = torch.tensor([[4, 5, 6, 7, 8, 9]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (merged(ids).logits - base(ids).logits).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(out / "merged_full")("a b")["input_ids"] == [VOCAB["a"], VOCAB["b"]]
+
+    def loss(model) -> float:  # the mean over supervised tokens, row by row without padding
+        losses = []
+        for row in seen["rows"]:
+            logits = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            losses += [-logits[i - 1, label].item() for i, label in enumerate(row["labels"]) if label != -100]
+        return sum(losses) / len(losses)
+
+    assert metrics["eval_loss"] == pytest.approx(loss(merged), abs=1e-5)
+    assert metrics["eval_loss"] < loss(base) - 0.2
+
+
+def test_full_fine_tuning_learns_and_leaves_a_plain_model(model_path, tmp_path):
+    rows = [Example([("a b" if i % 2 else "c d", False), (" g 1" if i % 2 else " h 2", True)]) for i in range(16)]
+    metrics = finetune(settings_for(model_path, tmp_path / "full", lora_r=0, epochs=8.0), rows)
+    assert metrics["eval_loss"] < 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "merged_full")
+    out = model.generate(torch.tensor([[VOCAB["c"], VOCAB["d"]]]), max_new_tokens=3, do_sample=False)
+    assert [WORDS[i] for i in out[0]] == ["c", "d", "h", "2", "<eos>"]
+
+
+def dialogues(path: Path, count: int = 40) -> Path:
+    rows = [{"id": str(i), "conversations": [
+        {"from": "human", "value": f"Task : {'abcdefgh'[i % 8]}"}, {"from": "gpt", "value": "Action: go to 1"},
+        {"from": "human", "value": "see " + "b " * (i % 5)}, {"from": "gpt", "value": f"Action: go to {1 + i % 3}"}]}
+        for i in range(count)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_path, tmp_path):
+    data = dialogues(tmp_path / "dialogues.json")
+    flags = {"train_json": str(data), "model_path": model_path, "epochs": 12.0, "batch_size": 4, "grad_accum": 2,
+             "lr": 1e-3, "save_every_steps": 7, "save_total_limit": 100, "lora_dropout": 0.2}
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "itp.training.base_policy", "--out_dir", str(killed)]
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint-14" / "complete.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "metrics.json").exists()
+    # As if it had been killed while saving: the newest checkpoint is half of one.
+    newest = whole_checkpoints(killed)[-1]
+    half = killed / f"checkpoint-{int(newest.name.split('-')[1]) + 1000}"
+    shutil.copytree(newest, half)
+    os.truncate(half / "adapter_model.safetensors", 100)
+    (half / "complete.json").rename(half / "trainer_state.json")
+
+    def settings(out: Path) -> base_policy.BasePolicySettings:
+        return base_policy.BasePolicySettings(out_dir=str(out), **flags)
+
+    examples = base_policy.read_dialogues(str(data))
+    assert not claim_run(settings(killed), data)
+    resumed = finetune(settings(killed), examples)
+    whole = finetune(settings(tmp_path / "whole"), examples)
+    assert resumed["resumed"] and not whole["resumed"]
+    assert resumed["steps"] == whole["steps"] == 60
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-6)
+    weights, expected = (load_file(f / "adapter_model.safetensors") for f in (killed, tmp_path / "whole"))
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
+
+    assert claim_run(settings(killed), data)  # finished
+    with pytest.raises(UserError, match="lr: 0.001 there, 0.5 now"):
+        claim_run(dataclasses.replace(settings(killed), lr=0.5), data)
+    dialogues(data, 41)
+    with pytest.raises(UserError, match="data_sha256"):
+        claim_run(settings(killed), data)
+
+
+def test_a_checkpoint_with_a_file_cut_short_is_not_whole(tmp_path):
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"12345")
+        (folder / "complete.json").write_text(json.dumps({"sizes": {"weights": 5}}))
+    (tmp_path / "checkpoint-20").mkdir()
+    assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+    os.truncate(tmp_path / "checkpoint-10" / "weights", 4)
+    assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_divergence_stops_the_run_and_only_finite_checkpoints_remain(model_path, tmp_path):
+    out = tmp_path / "diverged"
+    with pytest.raises(UserError, match="diverged"):
+        finetune(settings_for(model_path, out, lora_r=0, lr=1e25, max_grad_norm=0.0, warmup_ratio=0.0,
+                              lr_scheduler_type="constant", epochs=20.0, save_every_steps=1), EXAMPLES)
+    assert not (out / "metrics.json").exists()
+    for checkpoint in whole_checkpoints(out):
+        assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_poisoned_weights_are_refused_at_the_first_step(model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.lm_head.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    make_tokenizer().save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(UserError, match="the loss is nan in step 1"):
+        finetune(settings_for(str(tmp_path / "poisoned"), tmp_path / "out"), EXAMPLES)
+
+
+def test_float16_without_a_gpu_trains_in_float32_and_says_so(model_path, tmp_path, caplog):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    metrics = finetune(settings_for(model_path, tmp_path / "out", fp16=True, epochs=0.2, merge=False), EXAMPLES)
+    assert metrics["dtype"] == "float32" and not (tmp_path / "out" / "merged_full").exists()
+    assert [r for r in caplog.messages if "float32 instead" in r] == [
+        "fp16 training needs a CUDA device and there is none: training in float32 instead"]
+
+
+def test_a_folder_is_claimed_by_its_configuration_once_it_holds_a_checkpoint(model_path, tmp_path, monkeypatch):
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+    settings = settings_for(model_path, tmp_path / "out")
+    other = dataclasses.replace(settings, lr=0.5)
+    assert not claim_run(settings, data)
+    assert not claim_run(other, data)  # nothing was trained yet, so nothing can mix
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    (tmp_path / "out" / "checkpoint-3" / "complete.json").write_text('{"sizes": {}}')
+    with pytest.raises(UserError, match="lr: 0.5 there, 0.01 now"):
+        claim_run(settings, data)
+    monkeypatch.chdir(tmp_path)  # the same folders by other names, and settings that don't change the result
+    assert not claim_run(dataclasses.replace(other, out_dir="out", model_path=os.path.relpath(model_path), merge=False),
+                         Path("data.json"))
+    foreign = settings_for(model_path, tmp_path / "new", merged_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds files that aren't this run's"):
+        claim_run(foreign, data)
+
+
+# ---------------------------------------------------------------- base policy data
+
+
+def test_gpt_turns_are_learned_except_those_of_weight_zero(tmp_path):
+    row = {"id": 7, "conversations": [
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "Action: b"}, {"from": "human", "value": "c"},
+        {"from": "gpt", "value": "Action: d", "weight": 0}]}
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Action: b"}]}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(chat) + "\n")
+    first, second = base_policy.read_dialogues(str(path))
+    assert [text for text, learned in first.segments if learned] == [" b\n"] and first.group == "7"
+    assert "".join(text for text, _ in first.segments) == "a\nAction: b\nc\nAction: d\n"
+    assert second.segments == [("a\n", False), ("Action:", False), (" b\n", True)]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"id": 1}, "conversations"),
+    ({"conversations": [{"from": "human"}]}, "turn 0"),
+    ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 0"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of gpt"),
+])
+def test_rows_that_are_no_dialogue_are_named(tmp_path, row, said):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=said) as error:
+        base_policy.read_dialogues(str(path))
+    assert str(error.value).startswith(f"{path}:1: ") and "\n" not in str(error.value)

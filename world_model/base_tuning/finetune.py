@@ -1,0 +1,139 @@
+r"""Train the world model M_φ: p_φ(s'|s, a) on transitions, loss on s' only (eq. 1 of the paper).
+
+Usually started by ``run_worldmodel_tuning.sh``.  The prompt is the one of
+:func:`itp.text.prompts.world_model_prompt`, the same that inference uses.  Besides the held-out loss,
+``metrics.json`` has the share of held-out transitions whose s' is predicted to the letter (greedy).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# The script also runs from a checkout that isn't installed, started by its path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from itp.config import flag, parse_settings  # noqa: E402
+from itp.runtime import UserError, run_main  # noqa: E402
+from itp.text.prompts import world_model_prompt, world_model_target  # noqa: E402
+from itp.text.state import State, parse  # noqa: E402
+from itp.training.finetune import (  # noqa: E402
+    IGNORED, Example, FinetuneSettings, Row, check_settings, claim_run, finetune,
+)
+from itp.transitions import Transition, read_transitions  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALREADY_DONE = 3
+"""Exit status of ``--check_only`` where nothing is left to do; the shell script then stops."""
+
+
+@dataclass
+class WorldModelSettings(FinetuneSettings):
+    data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state")
+    max_seq_len: int = flag(2048, help="tokens per transition; longer ones lose their oldest steps, never s'")
+    eval_rows: int = flag(200, help="how many held-out transitions are predicted for the exact match; 0: none")
+    eval_batch_size: int = flag(16, help="how many of them at a time")
+    check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
+
+
+def to_examples(transitions: Sequence[Transition]) -> list[Example]:
+    return [Example([(world_model_prompt(t.state, t.action), False), (world_model_target(t.next_state), True)],
+                    group=t.episode_id) for t in transitions]
+
+
+def shorten(example: Example, transition: Transition, excess: int,
+            tokenizer: PreTrainedTokenizerBase) -> Example:
+    """``example`` with the oldest steps of its state left out until it is ``excess`` tokens shorter.
+
+    Task and first observation stay, as they do when a long state is cut at inference.  A state that
+    isn't in this project's form stays as it is; the core then cuts its tokens on the left.
+    """
+    try:
+        state = parse(transition.state)
+    except ValueError:
+        return example
+
+    def prompt(state: State) -> str:
+        return world_model_prompt(state.render(), transition.action)
+
+    long = len(tokenizer(prompt(state), add_special_tokens=False)["input_ids"])
+    low, high = 1, len(state.history)  # the most recent steps that still fit; the last step always stays
+    while low < high:
+        middle = (low + high + 1) // 2
+        short = len(tokenizer(prompt(state.last(middle)), add_special_tokens=False)["input_ids"])
+        low, high = (middle, high) if long - short >= excess else (low, middle - 1)
+    return Example([(prompt(state.last(low)), False), example.segments[1]], group=example.group)
+
+
+def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, max_len: int) -> list[Example]:
+    """Examples of at most ``max_len`` tokens, where leaving out old steps can do that."""
+    examples = to_examples(transitions)
+    for start in range(0, len(examples), 1000):
+        texts = [text for example in examples[start:start + 1000] for text, _ in example.segments]
+        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for i in range(0, len(lengths), 2):
+            index, excess = start + i // 2, lengths[i] + lengths[i + 1] + 2 - max_len  # 2: bos and eos
+            if excess > 0:
+                examples[index] = shorten(examples[index], transitions[index], excess, tokenizer)
+    return examples
+
+
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row],
+                batch_size: int) -> dict[str, Any]:
+    """How many of ``rows`` the model completes to the letter, decoding greedily to its stop token."""
+    import torch
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    split = [sum(label == IGNORED for label in row["labels"]) for row in rows]  # the prompt is what has no label
+    right = 0
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        width = max(split[i] for i in batch)
+        # One token more than the longest target, so that a longer prediction can't pass for it.
+        new = max(len(rows[i]["labels"]) - split[i] for i in batch) + 1
+        prompts = [rows[i]["input_ids"][:split[i]] for i in batch]
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        with torch.inference_mode():
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                                    pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
+        for i, predicted in zip(batch, output[:, width:].tolist(), strict=True):
+            if tokenizer.eos_token_id in predicted:
+                predicted = predicted[:predicted.index(tokenizer.eos_token_id) + 1]
+            target = rows[i]["input_ids"][split[i]:]
+            right += tokenizer.decode(predicted) == tokenizer.decode(target)
+    return {"exact_match": round(right / len(rows), 4), "exact_match_rows": len(rows)}
+
+
+def main() -> None:
+    settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
+    transitions = read_transitions(settings.data_path)
+    check_settings(settings)
+    if settings.eval_batch_size < 1 or settings.eval_rows < 0:
+        raise UserError("--eval_batch_size must be at least 1 and --eval_rows at least 0")
+    ignore = ("data_path", "check_only", "eval_rows", "eval_batch_size")
+    done = claim_run(settings, settings.data_path, ignore)
+    if settings.check_only:
+        sys.exit(ALREADY_DONE if done else 0)
+    if done:
+        return
+
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row]) -> dict[str, Any]:
+        rows = random.Random(settings.seed).sample(held_rows, min(settings.eval_rows, len(held_rows)))
+        return exact_match(model, tokenizer, rows, settings.eval_batch_size)
+
+    from itp.training.hf_trainer import load_tokenizer
+
+    examples = fit(transitions, load_tokenizer(settings.model_path), settings.max_seq_len)
+    finetune(settings, examples, measure if settings.eval_rows else None)
+
+
+if __name__ == "__main__":
+    run_main(main)
