@@ -117,8 +117,8 @@ def table(folders: list[Path]) -> str:
             f"{summary['cost']['tokens_per_episode']:.0f}",
         ])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-                     for row in rows)
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(row) for row in cells)
 
 
 def _percent(rate: float | None) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from itp.config import flag
+from itp.policy.agent import SELECTIONS
 from itp.runtime import DTYPES
 
 METHODS = ("foresight", "sft", "react", "cot")
-SELECTIONS = ("generate", "constrained", "score")
 STYLES = ("auto", "tuned", "instruct")
 K_POLICIES = ("auto", "prompt", "fixed", "random")
 

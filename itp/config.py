@@ -42,7 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             # A switch, which also takes a value: --override and --override false.
             options.update(nargs="?", const=True, type=_boolean, metavar="BOOL")
         else:
-            options.update(type=kind, choices=meta["choices"], metavar=None if meta["choices"] else kind.__name__.upper())
+            shown = None if meta["choices"] else kind.__name__.upper()
+            options.update(type=kind, choices=meta["choices"], metavar=shown)
         parser.add_argument(f"--{field.name}", **options)
 
 
@@ -89,7 +90,8 @@ def _read_yaml(path: str, settings: type) -> dict[str, Any]:
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1)
-            raise UserError(f"--config {path}: unknown setting {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--config {path}: unknown setting {name!r}{hint}")
         if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
             values[name] = float(value)
         elif type(value) is not types[name]:

@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests leave no translated games in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def games_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with real ALFWorld games made on the spot: 6 train (one of each task type), 2 seen, 2 unseen."""

@@ -81,10 +81,10 @@ def test_lazy_plan_is_the_plan_made_at_once(games: list[Game]) -> None:
     assert plans[0] == plans[1]
 
 
-def test_each_world_is_translated_once(games: list[Game], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_world_is_translated_once(games: list[Game], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import fast_downward
 
-    from itp.envs import alfworld_fast
+    from itp.envs import alfworld_translation
 
     translations = []
     translate = fast_downward.pddl2sas
@@ -94,12 +94,16 @@ def test_each_world_is_translated_once(games: list[Game], monkeypatch: pytest.Mo
         return translate(*args, optimize=optimize, **kwargs)
 
     monkeypatch.setattr(fast_downward, "pddl2sas", counting)
-    alfworld_fast._world.cache_clear()
-    alfworld_fast._planner_sas.cache_clear()
+    monkeypatch.setenv("ITP_CACHE", str(tmp_path))
+    alfworld_translation.world.cache_clear()
+    alfworld_translation.planner_sas.cache_clear()
     env = AlfworldEnv()
     for game in (games[0], games[1], games[0], games[0]):
         env.reset(game)
         env.step("look")
+    assert translations == [False, False]
+    alfworld_translation.world.cache_clear()  # as in another process: the files are there
+    env.reset(games[0])
     assert translations == [False, False]
     planning = AlfworldEnv(expert="planner")
     planning.reset(games[0])

@@ -215,7 +215,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
         return base_policy.BasePolicySettings(out_dir=str(out), **flags)
 
     examples = base_policy.read_dialogues(str(data))
-    assert not claim_run(settings(killed), data)
+    assert not claim_run(settings(killed), [data])
     resumed = finetune(settings(killed), examples)
     whole = finetune(settings(tmp_path / "whole"), examples)
     assert resumed["resumed"] and not whole["resumed"]
@@ -225,12 +225,12 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
 
-    assert claim_run(settings(killed), data)  # finished
+    assert claim_run(settings(killed), [data])  # finished
     with pytest.raises(UserError, match="lr: 0.001 there, 0.5 now"):
         claim_run(dataclasses.replace(settings(killed), lr=0.5), data)
     dialogues(data, 41)
     with pytest.raises(UserError, match="data_sha256"):
-        claim_run(settings(killed), data)
+        claim_run(settings(killed), [data])
 
 
 def test_a_checkpoint_with_a_file_cut_short_is_not_whole(tmp_path):
@@ -278,18 +278,18 @@ def test_a_folder_is_claimed_by_its_configuration_once_it_holds_a_checkpoint(mod
     data.write_text("[]")
     settings = settings_for(model_path, tmp_path / "out")
     other = dataclasses.replace(settings, lr=0.5)
-    assert not claim_run(settings, data)
-    assert not claim_run(other, data)  # nothing was trained yet, so nothing can mix
+    assert not claim_run(settings, [data])
+    assert not claim_run(other, [data])  # nothing was trained yet, so nothing can mix
     (tmp_path / "out" / "checkpoint-3").mkdir()
     (tmp_path / "out" / "checkpoint-3" / "complete.json").write_text('{"sizes": {}}')
     with pytest.raises(UserError, match="lr: 0.5 there, 0.01 now"):
-        claim_run(settings, data)
+        claim_run(settings, [data])
     monkeypatch.chdir(tmp_path)  # the same folders by other names, and settings that don't change the result
     assert not claim_run(dataclasses.replace(other, out_dir="out", model_path=os.path.relpath(model_path), merge=False),
-                         Path("data.json"))
+                         [Path("data.json")])
     foreign = settings_for(model_path, tmp_path / "new", merged_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds files that aren't this run's"):
-        claim_run(foreign, data)
+        claim_run(foreign, [data])
 
 
 # ---------------------------------------------------------------- base policy data

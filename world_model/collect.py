@@ -28,7 +28,7 @@ from itp.envs.alfworld_expert import Expert
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games, task_params
 from itp.lm.local import LocalLM, Quorum
-from itp.policy.agent import Policy
+from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import UserError, claim_output, derive_seed, run_main, write_json
@@ -57,7 +57,7 @@ class Settings:
     policy_device: str = flag("cuda", help="device of the policy")
     temperature: float = flag(0.7, help="sampling temperature of the policy")
     top_p: float = flag(0.9, help="nucleus of the policy's sampling")
-    action_selection: str = flag("generate", help="how the policy chooses", choices=("generate", "constrained", "score"))
+    action_selection: str = flag("generate", help="how the policy chooses its action", choices=SELECTIONS)
     concurrency: int = flag(16, help="episodes at a time")
     env_processes: int = flag(2, help="processes that run the environments")
     seed: int = flag(123, help="seed of everything random")
@@ -118,8 +118,8 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
                                  expert=settings.actor if settings.actor in ("handcoded", "planner") else "")
     pool = EnvPool(make_env, settings.env_processes)
     try:
-        episodes = run_episodes(pool, Noisy(method, _noises(settings.noise)), games, max_steps=settings.max_steps, seed=settings.seed,
-                                concurrency=settings.concurrency, quorum=quorum)
+        episodes = run_episodes(pool, Noisy(method, _noises(settings.noise)), games, max_steps=settings.max_steps,
+                                seed=settings.seed, concurrency=settings.concurrency, quorum=quorum)
         with open(path, "a", encoding="utf-8") as file, tqdm(total=len(games), unit="episode") as bar:
             async for episode in episodes:
                 transitions = episode_transitions(episode, settings.actor)

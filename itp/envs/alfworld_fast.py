@@ -5,11 +5,11 @@ plans, ``won`` and score.  What makes TextWorld's own slow is work done again an
 is either a memo or an evaluation without copies, and says why the outcome is the same:
 
 =====================  =================================================================================
-:func:`_world`         PDDL is translated to SAS four times per load and reset; here once per problem
+:func:`world`          PDDL is translated to SAS four times per load and reset; here once per problem
 :func:`game_logic`     the grammar is parsed at each load; games differ only in its task sentence
 :class:`Grammar`       derivation deep-copies symbols and contexts, and parses templates and queries anew
 :class:`_State`        facts are sorted for every query; every operator's command is derived every step
-:class:`FastPddlEnv`   uses these (the grammar is in :mod:`itp.envs.alfworld_grammar`)
+:class:`FastPddlEnv`   uses these (:mod:`itp.envs.alfworld_translation`, :mod:`itp.envs.alfworld_grammar`)
 =====================  =================================================================================
 
 All memos are bounded (least recently used goes first).  Nothing of TextWorld is changed by importing this
@@ -22,13 +22,10 @@ put into the sets in TextWorld's own order, and :mod:`itp.envs.pool` runs its pr
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import fast_downward
@@ -36,17 +33,14 @@ import mementos.core
 import textworld.envs
 import textworld.envs.pddl
 import textworld.envs.pddl.pddl
-from fast_downward.translate.pddl.conditions import Atom
-from fast_downward.translate.pddl.f_expression import Assign
 from textworld.core import GameState
 from textworld.envs.pddl import logic as pddl_logic
 from textworld.generator.game import EntityInfo
 from textworld.logic import Action, Placeholder, Proposition, Rule, Signature, Type, Variable
 
+from itp.envs import alfworld_translation as translation
 from itp.envs.alfworld_grammar import game_logic, make_context
 
-WORLDS_KEPT = 256
-"""Translated problems kept per process, at about 1 MB each with their propositions."""
 MEMENTOS_KEPT = 200_000
 """TextWorld itself keeps every proposition ever made; when there are more, a load forgets them."""
 
@@ -68,76 +62,6 @@ def _install(engine: type) -> None:
         module.PddlEnv = engine
 
 
-# --- the translated problem
-
-
-@dataclass(frozen=True)
-class _Schema:
-    """What TextWorld uses of a translated action, and its parameters as placeholders."""
-
-    parameters: tuple[Any, ...]
-    placeholders: tuple[Placeholder, ...]
-
-
-@dataclass
-class _World:
-    """What a game needs of ``pddl2sas``, without the rest of the translator's objects."""
-
-    sas: bytes
-    types: tuple[tuple[str, tuple[str, ...]], ...]
-    name2type: Mapping[str, str]
-    schemas: Mapping[str, _Schema]
-    task_facts: tuple[Proposition, ...]
-    """Facts of the problem text, in its order."""
-    state_facts: tuple[Proposition, ...] | None = None
-    """Facts that the native library reports at the start; filled when it first loads this world."""
-
-
-@functools.lru_cache(WORLDS_KEPT)
-def _world(domain: str, problem: str) -> _World:
-    """The translation of a problem.  It is a function of the two texts, so once is enough."""
-    task, sas = _translate(domain, problem, optimize=False)
-    name2type = {o.name: o.type_name for o in task.objects}
-    facts = (_proposition(element, name2type) for element in task.init)
-    return _World(
-        sas=sas,
-        types=tuple((t.name, tuple(t.supertype_names)) for t in task.types),
-        name2type=name2type,
-        schemas={action.name: _schema(action.parameters) for action in task.actions},
-        task_facts=tuple(fact for fact in facts if fact is not None),
-    )
-
-
-def _schema(parameters: list[Any]) -> _Schema:
-    return _Schema(tuple(parameters), tuple(Placeholder(p.name.strip("?"), p.type_name) for p in parameters))
-
-
-@functools.lru_cache(WORLDS_KEPT)
-def _planner_sas(domain: str, problem: str) -> bytes:
-    """The second, optimized translation.  Only the planner reads it, so it is made when a plan is asked for."""
-    return _translate(domain, problem, optimize=True)[1]
-
-
-def _translate(domain: str, problem: str, *, optimize: bool) -> tuple[Any, bytes]:
-    argv = sys.argv  # pddl2sas overwrites it
-    try:
-        task, sas = fast_downward.pddl2sas(domain, problem, optimize=optimize)
-    finally:
-        sys.argv = argv
-    return task, zlib.compress(sas.encode("utf-8"), 1)
-
-
-def _proposition(element: Any, name2type: Mapping[str, str]) -> Proposition | None:
-    """An element of the initial state as a fact; equality and numbers (distances, costs) are none."""
-    if isinstance(element, Atom) and element.predicate != "=":
-        return Proposition(element.predicate, [Variable(arg, name2type[arg]) for arg in element.args])
-    if isinstance(element, Assign) and element.fluent.symbol != "total-cost":
-        value = str(element.expression.value)
-        if not value.isdigit():
-            return Proposition(value, [Variable(arg, name2type[arg]) for arg in element.fluent.args])
-    return None
-
-
 class _State(pddl_logic.PddlState):
     """A ``PddlState`` that is quick to make and to question.
 
@@ -157,7 +81,7 @@ class _State(pddl_logic.PddlState):
         self._logic = logic
         self.downward_lib = downward_lib
         self.pddl_problem = pddl_problem
-        self._world = world = _world(logic.domain, pddl_problem)
+        self._world = world = translation.world(logic.domain, pddl_problem)
         self._actions = world.schemas
         self.name2type = world.name2type
         self._lib_loaded = self._planner_loaded = False
@@ -194,7 +118,8 @@ class _State(pddl_logic.PddlState):
         # The planner starts from the library's current state, so its problem may be loaded at any time.
         self._load_library()
         if not self._planner_loaded:
-            self.downward_lib.load_sas_replan(zlib.decompress(_planner_sas(self._logic.domain, self.pddl_problem)))
+            sas = translation.planner_sas(self._logic.domain, self.pddl_problem)
+            self.downward_lib.load_sas_replan(zlib.decompress(sas))
             self._planner_loaded = True
         return super().replan(infos)
 

@@ -55,7 +55,7 @@ def main() -> None:
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
     settings = dataclasses.replace(settings, model_path=str(initial), lora_r=0)
-    if claim_run(settings, files):
+    if claim_run(settings, files, ignore=("transitions",)):
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial)

@@ -61,7 +61,7 @@ def main() -> None:
     settings = parse_settings(BasePolicySettings, prog="python -m itp.training.base_policy", description=__doc__)
     examples = read_dialogues(settings.train_json)
     check_settings(settings)
-    if not claim_run(settings, settings.train_json, ignore=("train_json",)):
+    if not claim_run(settings, [settings.train_json], ignore=("train_json",)):
         finetune(settings, examples)
 
 

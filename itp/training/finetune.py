@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itp.config import flag
-from itp.runtime import UserError, claim_output, read_json, write_json
+from itp.runtime import UserError, claim_output, load_tokenizer, model_fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,7 +174,7 @@ def check_settings(settings: FinetuneSettings) -> None:
             raise UserError(f"--{name} {getattr(settings, name)}: must be at least 0 and below 1")
 
 
-def claim_run(settings: FinetuneSettings, data_path: str | Path, ignore: tuple[str, ...] = ()) -> bool:
+def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], ignore: tuple[str, ...] = ()) -> bool:
     """Make ``out_dir`` this run's, or check that it is.  True: the run is already finished.
 
     The data count by their content, so that an edited file isn't taken for the same run; ``ignore``
@@ -184,15 +184,15 @@ def claim_run(settings: FinetuneSettings, data_path: str | Path, ignore: tuple[s
     if unclaimed and settings.merged_path.is_dir() and any(settings.merged_path.iterdir()):
         raise UserError(f"{settings.merged_path} holds files that aren't this run's; choose another --merged_dir")
     # Paths may be written differently the next time; what they lead to may not differ.
-    config = asdict(settings) | {"data_sha256": hashlib.sha256(Path(data_path).read_bytes()).hexdigest()}
-    if Path(settings.model_path).is_dir():
-        config["model_path"] = str(Path(settings.model_path).resolve())
+    digest = hashlib.sha256(b"".join(hashlib.sha256(Path(path).read_bytes()).digest() for path in data_paths))
+    config = asdict(settings) | {"data_sha256": digest.hexdigest(), "model": model_fingerprint(settings.model_path)}
     if settings.deepspeed:
         config["deepspeed"] = read_json(settings.deepspeed)
     finished = (Path(settings.out_dir) / "metrics.json").exists()
     if is_first_process():
         nothing_yet = not finished and not whole_checkpoints(settings.out_dir)
-        claim_output(settings.out_dir, config, override=nothing_yet, ignore=(*NOT_THE_RESULT, *ignore))
+        claim_output(settings.out_dir, config, override=nothing_yet,
+                     ignore=(*NOT_THE_RESULT, "model_path", "out_dir", *ignore))
     if not finished:
         return False
     if settings.merge and not settings.merged_path.exists():
@@ -330,7 +330,7 @@ def finetune(settings: FinetuneSettings, examples: Sequence[Example],
 
     hf_trainer.quiet()
     dtype = hf_trainer.choose_dtype(settings)
-    tokenizer = hf_trainer.load_tokenizer(settings.model_path)
+    tokenizer = load_tokenizer(settings.model_path)
     encoding = encode(examples, tokenizer, settings.max_seq_len)
     if is_first_process():
         report_counts(encoding.counts, settings.max_seq_len)

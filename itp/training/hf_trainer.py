@@ -26,13 +26,13 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import Sampler
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer,
+    AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer,
     TrainerCallback, TrainingArguments,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
-from itp.runtime import UserError, write_json
+from itp.runtime import MODEL_CARD, UserError, write_json
 from itp.training.finetune import IGNORED, FinetuneSettings, Row, is_first_process, whole_checkpoints
 
 log = logging.getLogger("itp.finetune")
@@ -101,13 +101,6 @@ def choose_dtype(settings: FinetuneSettings) -> torch.dtype:
     return torch.float16 if settings.fp16 else torch.bfloat16 if settings.bf16 else torch.float32
 
 
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_path}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
-
-
 def load_model(settings: FinetuneSettings, dtype: torch.dtype) -> PreTrainedModel:
     """The model to train: with LoRA a frozen base in ``dtype`` and float32 adapters, else float32."""
     options: dict[str, Any] = {"dtype": dtype if settings.lora_r else torch.float32}
@@ -153,6 +146,7 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(beside, **options)
     tokenizer.save_pretrained(beside)
+    write_json(beside / MODEL_CARD, {"prompt_style": "tuned"})  # so that inference asks it as training did
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)

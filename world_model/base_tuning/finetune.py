@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from itp.config import flag, parse_settings  # noqa: E402
-from itp.runtime import UserError, run_main  # noqa: E402
+from itp.runtime import UserError, load_tokenizer, run_main  # noqa: E402
 from itp.text.prompts import world_model_prompt, world_model_target  # noqa: E402
 from itp.text.state import State, parse  # noqa: E402
 from itp.training.finetune import (  # noqa: E402
@@ -119,7 +119,7 @@ def main() -> None:
     if settings.eval_batch_size < 1 or settings.eval_rows < 0:
         raise UserError("--eval_batch_size must be at least 1 and --eval_rows at least 0")
     ignore = ("data_path", "check_only", "eval_rows", "eval_batch_size")
-    done = claim_run(settings, settings.data_path, ignore)
+    done = claim_run(settings, [settings.data_path], ignore)
     if settings.check_only:
         sys.exit(ALREADY_DONE if done else 0)
     if done:
@@ -128,8 +128,6 @@ def main() -> None:
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row]) -> dict[str, Any]:
         rows = random.Random(settings.seed).sample(held_rows, min(settings.eval_rows, len(held_rows)))
         return exact_match(model, tokenizer, rows, settings.eval_batch_size)
-
-    from itp.training.hf_trainer import load_tokenizer
 
     examples = fit(transitions, load_tokenizer(settings.model_path), settings.max_seq_len)
     finetune(settings, examples, measure if settings.eval_rows else None)

@@ -1,0 +1,166 @@
+"""The local LM against plain Transformers: batches, prefixes, choices, stop strings and seeds change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from itp.lm.base import GenParams, metered
+from itp.lm.local import LocalLM
+from itp.runtime import UserError
+from tests.tiny import write_tiny_model
+
+STATE = "Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around you, " \
+        "you see a cabinet 1, a fridge 1, and a desk 2."
+STEP = "\nAction: go to cabinet 1\nObservation: You arrive at cabinet 1. The cabinet 1 is closed."
+PROMPTS = [STATE + "\nAction:", STATE + STEP + "\nAction:", STATE + 3 * STEP + "\nAction:", "Task: look\nAction:",
+           STATE + STEP + "\nAction: open cabinet 1\nObservation:"]
+CHOICES = (" go to cabinet 1\n", " go to desk 2\n", " open cabinet 1\n", " take plate 1 from cabinet 1\n",
+           " take mug 2 from cabinet 1\n", " look\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def lm(folder: Path) -> LocalLM:
+    return LocalLM.load(str(folder))
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+def slow_logprobs(lm: LocalLM, context: str, completion: str) -> list[float]:
+    """Token log-probabilities by one plain forward pass without padding or cache."""
+    a, b = (lm.tokenizer.encode(t, add_special_tokens=False) for t in (context, completion))
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([a + b])).logits[0].log_softmax(-1)
+    return [float(logits[len(a) + i - 1, token]) for i, token in enumerate(b)]
+
+
+def test_greedy_batches_equal_transformers_generate(lm: LocalLM) -> None:
+    answers = run(lm.generate(PROMPTS, GenParams(max_new_tokens=12)))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([lm.tokenizer.encode(prompt, add_special_tokens=False)])
+        expected = lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+        assert answer.text == lm.tokenizer.decode(expected, skip_special_tokens=True)
+        assert answer.completion_tokens == len(expected)
+
+
+def test_cached_prefixes_change_nothing(folder: Path, lm: LocalLM) -> None:
+    fresh = [run(LocalLM.load(str(folder)).generate([p], GenParams(max_new_tokens=8)))[0] for p in PROMPTS]
+
+    async def one_after_the_other():
+        return [(await lm.generate([p], GenParams(max_new_tokens=8)))[0] for p in PROMPTS]
+
+    answers = run(one_after_the_other())
+    assert [a.text for a in answers] == [a.text for a in fresh]
+    assert [a.logprob for a in answers] == pytest.approx([a.logprob for a in fresh], abs=1e-5)
+    assert fresh[1].cached_tokens == 0 < answers[1].cached_tokens < answers[1].prompt_tokens
+    long = answers[2]
+    assert long.cached_tokens >= len(lm.tokenizer.encode(STATE + STEP)) - 1  # all that the second prompt had
+
+
+def test_loglikelihood_equals_plain_forward_passes(lm: LocalLM) -> None:
+    pairs = [(p, c) for p in PROMPTS for c in CHOICES]
+    scores = run(lm.loglikelihood(pairs))
+    for (context, completion), score in zip(pairs, scores, strict=True):
+        assert score.logprobs == pytest.approx(slow_logprobs(lm, context, completion), abs=1e-5)
+    computed = sum(s.prompt_tokens - s.cached_tokens for s in scores)
+    encode = lm.tokenizer.encode
+    once = sum(len(encode(p)) for p in PROMPTS) + len(PROMPTS) * sum(len(encode(c)) for c in CHOICES)
+    assert computed <= once  # a context that six completions share is computed once
+
+
+def test_choices_have_exact_normalised_probabilities(lm: LocalLM) -> None:
+    """The chance of a choice is the product over branchings of p(token) / p(tokens that could follow)."""
+    ids = [lm.tokenizer.encode(c, add_special_tokens=False) for c in CHOICES]
+
+    def by_hand(chosen: int) -> float:
+        total, left = 0.0, range(len(ids))
+        for depth in itertools.count():
+            if len(left) == 1:
+                return total
+            options = sorted({ids[c][depth] for c in left})
+            context = lm.tokenizer.encode(PROMPTS[1], add_special_tokens=False) + ids[chosen][:depth]
+            with torch.no_grad():
+                logits = lm.model(torch.tensor([context])).logits[0, -1, options].log_softmax(-1)
+            total += float(logits[options.index(ids[chosen][depth])])
+            left = [c for c in left if ids[c][depth] == ids[chosen][depth]]
+
+    assert sum(math.exp(by_hand(c)) for c in range(len(ids))) == pytest.approx(1, abs=1e-5)
+    drawn = set()
+    for seed in range(40):
+        answer, = run(lm.generate([PROMPTS[1]], GenParams(temperature=1.0, choices=CHOICES, seed=seed)))
+        assert answer.logprob == pytest.approx(by_hand(CHOICES.index(answer.text)), abs=1e-4)
+        drawn.add(answer.text)
+    assert len(drawn) > 1
+
+
+def test_choices_that_cannot_be_told_apart_are_refused(lm: LocalLM) -> None:
+    with pytest.raises(ValueError, match="beginning"):
+        run(lm.generate(["Task: look\nAction:"], GenParams(choices=(" go to desk", " go to desk 2"))))
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_company(lm: LocalLM) -> None:
+    params = [GenParams(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=s) for s in range(6)]
+
+    async def together():
+        return await asyncio.gather(*(lm.generate([PROMPTS[s % 5]], p) for s, p in enumerate(params)))
+
+    alone = [run(lm.generate([PROMPTS[s % 5]], p))[0].text for s, p in enumerate(params)]
+    assert [a[0].text for a in run(together())] == alone
+    same_prompt = {run(lm.generate([PROMPTS[0]], p))[0].text for p in params}
+    assert len(same_prompt) > 1
+
+
+def test_top_p_keeps_the_likeliest_tokens_only(lm: LocalLM) -> None:
+    greedy = run(lm.generate(PROMPTS, GenParams(max_new_tokens=6)))
+    tight = run(lm.generate(PROMPTS, GenParams(max_new_tokens=6, temperature=1.0, top_p=1e-6, seed=3)))
+    assert [a.text for a in tight] == [a.text for a in greedy]
+
+
+def test_a_stop_string_ends_decoding(lm: LocalLM) -> None:
+    free, = run(lm.generate([PROMPTS[0]], GenParams(max_new_tokens=30)))
+    word = free.text.split()[3]
+    answer, = run(lm.generate([PROMPTS[0]], GenParams(max_new_tokens=30, stop=(word,))))
+    assert answer.text == free.text[:free.text.index(word)]
+    assert answer.finish_reason == "stop"
+    assert answer.completion_tokens < free.completion_tokens
+
+
+def test_concurrent_requests_share_batches_and_are_metered(lm: LocalLM) -> None:
+    async def episodes():
+        async def one(i: int):
+            with metered() as usage:
+                await lm.generate([PROMPTS[i % 5]], GenParams(max_new_tokens=4))
+                return usage["policy"]
+        lm.quorum.add(live=8)
+        return await asyncio.gather(*(one(i) for i in range(8)))
+
+    usages = run(episodes())
+    assert lm.batches == [8]
+    assert [u.calls for u in usages] == [1] * 8
+    assert usages[0].prompt_tokens == len(lm.tokenizer.encode(PROMPTS[0]))
+
+
+def test_a_prompt_that_does_not_fit_is_refused(lm: LocalLM) -> None:
+    with pytest.raises(UserError, match="exceed its context of 512"):
+        run(lm.generate([STATE + 60 * STEP], GenParams()))
+
+
+def test_an_error_in_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(requests):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lm.engine, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(lm.generate(PROMPTS, GenParams()))
