@@ -45,6 +45,7 @@ async def evaluate(settings: AlfworldSettings) -> None:
     chosen = choose_games(len(games), settings)
     check(settings)
     folder = claim(settings)
+    check_games(folder, games)
     todo = {i: games[i] for i in chosen if not (folder / f"{i}.json").exists()}
     log.info("%d games to play, %d finished before", len(todo), len(chosen) - len(todo))
     if todo:
@@ -103,6 +104,14 @@ def claim(settings: AlfworldSettings) -> Path:
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
     return folder
+
+
+def check_games(folder: Path, games: list[Game]) -> None:
+    """Refuse to go on where games came or went since: a result's index would name another game."""
+    for i, record in results.read_episodes(folder).items():
+        if i >= len(games) or games[i].game_id != record["meta"]["game_id"]:
+            raise UserError(f"{folder}/{i}.json is a result of {record['meta']['game_id']}, which is not game {i} of "
+                            "the split any more; choose another output path, or --override to start it anew")
 
 
 async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) -> None:

@@ -31,10 +31,10 @@ def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None =
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add ``--config`` and one ``--name`` for every field of ``settings``."""
+    """Add ``--config`` and one ``--name`` for every flag of ``settings``."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win")
     types = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
+    for field in flag_fields(settings):
         kind, meta = types[field.name], field.metadata
         note = " (required)" if meta["required"] else "" if field.default == "" else f" (default: {field.default})"
         options: dict[str, Any] = {"help": meta["help"].replace("%", "%%") + note, "default": argparse.SUPPRESS}
@@ -47,9 +47,14 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         parser.add_argument(f"--{field.name}", **options)
 
 
+def flag_fields(settings: type) -> list[dataclasses.Field]:
+    """The fields made with :func:`flag`.  A plain field (also one that overrides a flag) is not for users."""
+    return [field for field in dataclasses.fields(settings) if field.metadata]
+
+
 def from_args(settings: type[T], args: argparse.Namespace) -> T:
     """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file are an error."""
-    fields = {f.name: f for f in dataclasses.fields(settings)}
+    fields = {f.name: f for f in flag_fields(settings)}
     given = _read_yaml(args.config, settings) if args.config else {}
     given.update({k: v for k, v in vars(args).items() if k in fields})
     missing = [name for name, f in fields.items() if f.metadata["required"] and given.get(name) is None]
@@ -85,8 +90,9 @@ def _read_yaml(path: str, settings: type) -> dict[str, Any]:
         raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold `name: value` lines")
-    types = typing.get_type_hints(settings)
-    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
+    types = {f.name: hints[f.name] for f in flag_fields(settings)}
+    choices = {f.name: f.metadata["choices"] for f in flag_fields(settings)}
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=1)

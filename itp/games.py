@@ -8,12 +8,14 @@ ALFWorld games lie in the published layout, whether downloaded (``alfworld-downl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from itp.runtime import UserError
 
@@ -40,13 +42,18 @@ ALFWORLD_TASK_TYPES = (
 
 @dataclass(frozen=True)
 class Game:
-    """One game: enough to load it in another process and to name it in a result."""
+    """One game: enough to load it in another process and to name it in a result.
+
+    ``mission``: 0 is the game's own; n poses the n-th other mission of its ``traj_data.json`` in the same
+    world (see :func:`with_other_missions`), for gathering training data only.
+    """
 
     env: str
     split: str
     game_id: str
     path: str
     task_type: str
+    mission: int = 0
 
 
 def resolve_split(name: str) -> str:
@@ -77,14 +84,37 @@ def list_games(env: str, split: str, root: str | Path, only_ids: Sequence[int] =
     return [games[i] for i in only_ids] if only_ids else games
 
 
-@functools.lru_cache(maxsize=4096)
+def with_other_missions(game: Game, n: int) -> list[Game]:
+    """``game`` and up to ``n`` - 1 others in its world, where its ``traj_data.json`` names them (made games do)."""
+    others = _traj_data(game.path).get("other_missions", [])[:n - 1]
+    return [game, *(dataclasses.replace(game, game_id=f"{game.game_id}@{i}", task_type=mission["task_type"], mission=i)
+                    for i, mission in enumerate(others, start=1))]
+
+
 def task_params(game: Game) -> dict[str, object]:
-    """What an ALFWorld game's mission is about (``pddl_params`` of its ``traj_data.json``): for teachers only."""
-    path = Path(game.path).with_name("traj_data.json")
+    """What the mission of an ALFWorld game is about (``pddl_params``): for teachers only."""
+    return _mission(game)["pddl_params"]
+
+
+def posed_task(game: Game) -> str:
+    """The task sentence of a mission that isn't the game's own."""
+    return _mission(game)["task_desc"]
+
+
+def _mission(game: Game) -> dict[str, Any]:
+    data = _traj_data(game.path)
+    return data["other_missions"][game.mission - 1] if game.mission else data
+
+
+@functools.lru_cache(maxsize=4096)
+def _traj_data(game_path: str) -> dict[str, Any]:
+    path = Path(game_path).with_name("traj_data.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["pddl_params"]
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data["pddl_params"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path}: no readable pddl_params ({error}); download or make the game again") from error
+    return data
 
 
 def _list_alfworld(split: str, root: Path) -> list[Game]:
@@ -95,7 +125,8 @@ def _list_alfworld(split: str, root: Path) -> list[Game]:
     games = []
     for directory, _, files in sorted(os.walk(folder)):
         # The engine's own filter: tasks with a movable receptacle or a sliced object have no text game.
-        if "game.tw-pddl" not in files or "movable" in directory or "Sliced" in directory:
+        name = os.path.relpath(directory, folder)
+        if "game.tw-pddl" not in files or "movable" in name or "Sliced" in name:
             continue
         path = Path(directory) / "game.tw-pddl"
         if not _is_solvable(path):

@@ -26,6 +26,9 @@ class UserError(Exception):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    # Threads that wait leave the cores to those that have work: models and environments share them.  torch
+    # reads it when it is imported, which no program has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpcore", "openai"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -182,7 +185,8 @@ def model_fingerprint(path: str) -> str:
     if not folder.is_dir():
         return path
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+    kinds = ("*.safetensors", "*.json", "pytorch_model*.bin", "*.pt")
+    for file in (file for kind in kinds for file in sorted(folder.glob(kind))):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         with open(file, "rb") as content:
             digest.update(content.read(1 << 20))

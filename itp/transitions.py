@@ -96,6 +96,7 @@ def _transition(row: Any, where: str, required: tuple[str, ...]) -> Transition:
     values = {"episode_id": "", "step": 0, **{k: v for k, v in row.items() if k in _FIELDS}}
     values["episode_id"] = str(values["episode_id"])
     for name, value in values.items():
-        if not isinstance(value, _TYPES.get(name, str)):
+        kind = _TYPES.get(name, str)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{where}: field {name!r} is {value!r}, which is of the wrong type")
     return Transition(**values)

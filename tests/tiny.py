@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 TEXTS = [
@@ -14,14 +15,17 @@ TEXTS = [
 ]
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """A random two-layer Llama whose outputs are far from uniform, as an ordinary model folder."""
+def write_tiny_model(folder: Path, *, seed: int = 0, words: Iterable[str] = ()) -> Path:
+    """A random two-layer Llama whose outputs are far from uniform, as an ordinary model folder.
+
+    ``words``: what its vocabulary knows besides the words of TEXTS.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from itp.training.base_lm import build_tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(TEXTS), pad_token="[PAD]", unk_token="[UNK]",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer([*TEXTS, *words]), pad_token="[PAD]", unk_token="[UNK]",
                                         eos_token="[EOS]", clean_up_tokenization_spaces=False)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld import AlfworldEnv
 from itp.envs.alfworld_expert import Expert
+from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games, task_params
+from itp.games import Game, list_games, task_params, with_other_missions
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.method import Decision, Direct, Method, View
@@ -48,7 +48,8 @@ class Settings:
                                      "its planner, a random walk, a policy", choices=ACTORS)
     split: str = flag("train", help="split of the games")
     max_games: int = flag(0, help="the first so many games only (0: all)")
-    episodes_per_game: int = flag(1, help="episodes of each game")
+    missions: int = flag(1, help="missions in the world of each game: its own and others posed in words")
+    episodes_per_game: int = flag(1, help="episodes of each mission")
     max_steps: int = flag(50, help="steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
@@ -94,8 +95,8 @@ def _episode_games(settings: Settings) -> list[Game]:
     """One entry an episode: the n-th of a game has ``#n`` in its id, which makes its randomness its own."""
     games = list_games("alfworld", settings.split, settings.env_data_root)
     games = games[:settings.max_games] if settings.max_games else games
-    return [dataclasses.replace(game, game_id=f"{game.game_id}#{n}")
-            for game in games for n in range(settings.episodes_per_game)]
+    return [dataclasses.replace(mission, game_id=f"{mission.game_id}#{n}") for game in games
+            for mission in with_other_missions(game, settings.missions) for n in range(settings.episodes_per_game)]
 
 
 def _finished(path: Path) -> dict[str, list[Transition]]:
@@ -114,7 +115,7 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
 
     quorum = Quorum()
     method = _actor(settings, quorum)
-    make_env = functools.partial(AlfworldEnv, want_admissible=True,
+    make_env = functools.partial(MissionEnv, want_admissible=True,
                                  expert=settings.actor if settings.actor in ("handcoded", "planner") else "")
     pool = EnvPool(make_env, settings.env_processes)
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from itp.envs.alfworld_expert import LAMP_STANDS, TOOLS
+from itp.games import ALFWORLD_TASK_TYPES
 from itp.runtime import write_atomic, write_json
 
 # Rooms are furnished as the layouts list them, plus what the layouts' lists of openable things lack
@@ -30,6 +32,8 @@ WEIGHT = {"DiningTable": 5, "CounterTop": 4, "CoffeeTable": 4, "SideTable": 4, "
 CAPACITY = {"DiningTable": 10, "CounterTop": 10, "CoffeeTable": 7, "SideTable": 6, "Desk": 8, "Dresser": 8, "Bed": 5,
             "Fridge": 6, "SinkBasin": 5, "StoveBurner": 1, "CoffeeMachine": 1, "ToiletPaperHanger": 1,
             "TowelHolder": 1, "HandTowelHolder": 1}
+OTHERS_PER_TYPE = 3
+"""Other missions of a task type that a game's traj_data.json names."""
 COPIES = (0, 1, 1, 1, 2, 3)
 TARGET_COPIES = (1, 1, 2, 3)
 ABILITIES = {"Heatable": "heatable", "Coolable": "coolable", "Cleanable": "cleanable", "Sliceable": "sliceable"}
@@ -110,7 +114,15 @@ class GeneratedGame:
             "scene": {"scene_num": self.world.scene, "floor_plan": f"FloorPlan{self.world.scene}"},
             "template": {"task_desc": self.sentence},
             "turk_annotations": {"anns": [{"task_desc": self.sentence, "high_descs": []}]},
+            "other_missions": [{"task_type": other.mission.task_type, "pddl_params": other.pddl_params(),
+                                "task_desc": other.sentence} for other in self.others()],
         }
+
+    def others(self) -> list[GeneratedGame]:
+        """Other missions that could be posed in this world, of every possible type in turn."""
+        by_type = [other_missions(self, OTHERS_PER_TYPE, self.world.fingerprint(), task_type)
+                   for task_type in ALFWORLD_TASK_TYPES]
+        return [game for rank in itertools.zip_longest(*by_type) for game in rank if game is not None]
 
     def game_data(self, walkthrough: list[str]) -> dict[str, object]:
         domain, grammar = _game_logic()
@@ -253,13 +265,14 @@ def make_game(scene: int, task_type: str, seed: int) -> GeneratedGame | None:
     return GeneratedGame(world, mission, _sentence(mission, rng))
 
 
-def other_missions(game: GeneratedGame, n: int, seed: int) -> list[GeneratedGame]:
-    """Up to ``n`` games of the same task type in ``game``'s world, with different goals."""
+def other_missions(game: GeneratedGame, n: int, seed: int, task_type: str = "") -> list[GeneratedGame]:
+    """Up to ``n`` games in ``game``'s world with different goals, of ``task_type`` (default: of the same)."""
     rng, world = random.Random(seed), game.world
-    wanted = 2 if game.mission.task_type == "pick_two_obj_and_place" else 1
+    task_type = task_type or game.mission.task_type
+    wanted = 2 if task_type == "pick_two_obj_and_place" else 1
     count = Counter(thing.kind for thing in world.objects)
     lies_in = {(thing.kind, world.kind_of[thing.place]) for thing in world.objects}
-    left = [mission for mission in _possible_missions(world, world.object_kinds, game.mission.task_type)
+    left = [mission for mission in _possible_missions(world, world.object_kinds, task_type)
             if mission != game.mission and count[mission.target] >= wanted
             and (mission.target, mission.parent) not in lies_in]
     others = []

@@ -130,11 +130,13 @@ class Batch:
 
     def rows(self, wanted: Sequence[int]) -> list[KV]:
         """The keys and values of some rows, without padding."""
-        return [
-            torch.stack([torch.stack((layer.keys[i][:, self.valid[i]], layer.values[i][:, self.valid[i]]))
-                         for layer in self.cache.layers])
-            for i in wanted
-        ]
+        found = []
+        for i in wanted:
+            real = self.valid[i].nonzero()[:, 0]
+            pairs = [(layer.keys[i].index_select(1, real), layer.values[i].index_select(1, real))
+                     for layer in self.cache.layers]
+            found.append(torch.stack([torch.stack(pair) for pair in pairs]))
+        return found
 
 
 class Decoder(Protocol):
@@ -179,21 +181,18 @@ class Engine:
         return answers
 
     def _generate_group(self, requests: Sequence[Request]) -> list[Generation]:
-        rows, logits, cached = self.prefill([r.ids for r in requests])
+        batch, logits, cached = self._start([r.ids for r in requests])
         decoders = [_Choose(r) if r.choices else _Sample(r, self) for r in requests]
-        batch, live, sequences = None, list(range(len(requests))), [list(r.ids) for r in requests]
+        live, sequences = list(range(len(requests))), [list(r.ids) for r in requests]
         while True:
             logprobs = logits.float().log_softmax(-1)  # (live rows, V)
             new = [decoders[i].advance(row) for i, row in zip(live, logprobs, strict=True)]
             going = [j for j, tokens in enumerate(new) if tokens]
-            if batch is None:
-                batch = Batch(self.model, [rows[live[j]] for j in going]) if going else None
-            else:
-                done = [j for j, tokens in enumerate(new) if not tokens]
-                for j, kv in zip(done, batch.rows(done), strict=True):
-                    self.cache.put(sequences[live[j]], kv)
-                if done and going:
-                    batch.select(going)
+            done = [j for j, tokens in enumerate(new) if not tokens]
+            for j, kv in zip(done, batch.rows(done), strict=True):
+                self.cache.put(sequences[live[j]], kv)
+            if done and going:
+                batch.select(going)
             live = [live[j] for j in going]
             if not live:
                 break
@@ -202,6 +201,17 @@ class Engine:
             for i, tokens in zip(live, new, strict=True):
                 sequences[i] += tokens
         return [d.result(len(r.ids), c) for d, r, c in zip(decoders, requests, cached, strict=True)]
+
+    def _start(self, prompts: Sequence[list[int]]) -> tuple[Batch, torch.Tensor, list[int]]:
+        """The prompts as one batch to go on from, the logits (B, V) after them, and cached tokens."""
+        known = [self.cache.longest(tuple(ids)) for ids in prompts]
+        skip = [0 if kv is None else kv.shape[-2] for kv in known]
+        todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
+        if len(set(map(tuple, prompts))) == len(prompts) and len(self._groups(list(map(len, todo)))) == 1:
+            batch = Batch(self.model, known)
+            return batch, batch.forward(todo)[:, -1], skip
+        rows, logits, cached = self.prefill(prompts)
+        return Batch(self.model, rows), logits, cached
 
     def prefill(self, prompts: Sequence[list[int]]) -> tuple[list[KV], torch.Tensor, list[int]]:
         """Compute prompts, each distinct one once: their KV, the logits (B, V) after them, cached tokens."""

@@ -25,7 +25,7 @@ def parse_action(reply: str) -> str | None:
 
 def clean_action(text: str) -> str:
     """An action without the quotes, the final full stop and the spacing that chat models put around it."""
-    return " ".join(text.split()).strip("`'\"* ").removesuffix(".").strip()
+    return " ".join(text.split()).strip("`'\"*. ")
 
 
 def parse_thought(reply: str) -> str:

@@ -47,6 +47,13 @@ class BaseLMSettings(FinetuneSettings):
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(4, help="attention heads")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
+    # Not for users: every weight of a model made here is trained.
+    model_path: str = ""
+    lora_r: int = 0
+    lora_alpha: int = 0
+    lora_dropout: float = 0.0
+    lora_targets: str = ""
+    q_lora: bool = False
 
 
 def main() -> None:
@@ -54,8 +61,8 @@ def main() -> None:
     files = settings.transitions.split(",")
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
-    settings = dataclasses.replace(settings, model_path=str(initial), lora_r=0)
-    if claim_run(settings, files, ignore=("transitions",)):
+    settings = dataclasses.replace(settings, model_path=str(initial))
+    if claim_run(settings, files, ignore=("transitions", "model")):
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial)

@@ -37,6 +37,7 @@ ALREADY_DONE = 3
 class WorldModelSettings(FinetuneSettings):
     data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state")
     max_seq_len: int = flag(2048, help="tokens per transition; longer ones lose their oldest steps, never s'")
+    max_rows: int = flag(0, help="train on a random sample of so many transitions; 0: all")
     eval_rows: int = flag(200, help="how many held-out transitions are predicted for the exact match; 0: none")
     eval_batch_size: int = flag(16, help="how many of them at a time")
     check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
@@ -119,6 +120,8 @@ def main() -> None:
     if settings.eval_batch_size < 1 or settings.eval_rows < 0:
         raise UserError("--eval_batch_size must be at least 1 and --eval_rows at least 0")
     ignore = ("data_path", "check_only", "eval_rows", "eval_batch_size")
+    if 0 < settings.max_rows < len(transitions):
+        transitions = random.Random(settings.seed).sample(transitions, settings.max_rows)
     done = claim_run(settings, [settings.data_path], ignore)
     if settings.check_only:
         sys.exit(ALREADY_DONE if done else 0)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The test suite, from a bare checkout: makes or updates the virtual environment (scripts/environment.sh),
+# then runs pytest.  Arguments go to pytest:
+#
+#   bash scripts/test.sh                          everything
+#   bash scripts/test.sh tests/test_pool.py -x    one file, up to its first failure
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+export TOKENIZERS_PARALLELISM=false  # the tests start processes after they have used a tokenizer
+exec python -m pytest -q "$@"

@@ -1,0 +1,44 @@
+"""Installs the packages itp, world_model and foresight_eval; requirements.txt pins what was tested together."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "itp" / "__init__.py").read_text(), re.MULTILINE)
+
+SERVING = ["transformers[serving]"]
+"""For `transformers serve`, an OpenAI-compatible server of a local model."""
+
+setup(
+    name="itp",
+    version=VERSION[1],
+    description="Imagine-then-Plan: language agents that look ahead with a learned textual world model",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["itp*", "world_model*", "foresight_eval*"]),
+    package_data={"world_model.base_tuning": ["config/*.json", "*.sh"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.4.3",
+        "peft>=0.18",
+        "accelerate>=1.1",
+        "deepspeed>=0.18",
+        # The fast engine is held equal to these versions' own engine, and reaches into them.
+        "alfworld>=0.4.2,<0.5",
+        "textworld[pddl]>=1.7,<1.8",
+        "openai>=1.98",
+        "huggingface_hub>=1.3",
+        "numpy>=1.24",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "psutil>=5.9", *SERVING],
+        "report": ["matplotlib>=3.8"],
+        "serving": SERVING,
+    },
+)

@@ -1,0 +1,140 @@
+"""Collection on real games: what is written, what it means, and going on after a cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from itp.games import list_games
+from itp.runtime import UserError
+from itp.text.state import parse
+from itp.training.base_policy import read_dialogues
+from itp.transitions import Transition, read_transitions
+from world_model import collect
+
+ALL_FIELDS = ("episode_id", "step", "state", "action", "next_state")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, games_root: Path, out: Path, *flags: str) -> list[Transition]:
+    argv = ["collect", "--env_data_root", str(games_root), "--out_dir", str(out), "--env_processes", "1", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    collect.main()
+    return read_transitions(out / "transitions.jsonl", required=ALL_FIELDS)
+
+
+def by_episode(rows: list[Transition]) -> dict[str, list[Transition]]:
+    episodes: dict[str, list[Transition]] = {}
+    for t in rows:
+        episodes.setdefault(t.episode_id, []).append(t)
+    return episodes
+
+
+def check_chain(episode: list[Transition]) -> None:
+    """Each state is the one before, its action and its answer; only the last step is the end."""
+    assert [t.step for t in episode] == list(range(len(episode)))
+    assert [t.done for t in episode] == [False] * (len(episode) - 1) + [True]
+    for t, after in zip(episode, episode[1:], strict=False):
+        assert parse(t.state).after(t.action, t.next_state).render() == after.state
+
+
+def test_the_expert_wins_every_game(monkeypatch, games_root: Path, tmp_path: Path, capsys) -> None:
+    episodes = by_episode(run(monkeypatch, games_root, tmp_path, "--actor", "expert"))
+    games = list_games("alfworld", "train", games_root)
+    assert list(episodes) == [f"{g.game_id}#0" for g in games]
+    for episode, game in zip(episodes.values(), games, strict=True):
+        check_chain(episode)
+        assert all(t.success and t.expert_action == t.action and t.source == "expert" for t in episode)
+        assert {t.task_type for t in episode} == {game.task_type}
+        assert [t.reward > 0 for t in episode] == [False] * (len(episode) - 1) + [True]
+    assert "6 episodes (6 won" in capsys.readouterr().out
+
+    talks = json.loads((tmp_path / "dialogues.json").read_text())
+    assert [talk["id"] for talk in talks] == list(episodes)
+    for talk, episode in zip(talks, episodes.values(), strict=True):
+        turns = talk["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(episode) + ["human"]
+        assert [turn["value"] for turn in turns[1::2]] == [f"Action: {t.action}" for t in episode]
+        assert all("weight" not in turn for turn in turns)
+    assert len(read_dialogues(str(tmp_path / "dialogues.json"))) == 6
+
+
+def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    rows = run(monkeypatch, games_root, tmp_path, "--noise", "0,0.5", "--episodes_per_game", "3", "--max_games", "4",
+               "--max_steps", "25", "--foresight_k", "3")
+    episodes = by_episode(rows)
+    assert len(episodes) == 12 and {name.rpartition("#")[2] for name in episodes} == {"0", "1", "2"}
+    explored = {name: sum(t.action != t.expert_action for t in episode) for name, episode in episodes.items()}
+    quiet = [name for name, count in explored.items() if not count]
+    assert 0 < len(quiet) < 12  # each episode draws its share of noise: none or a half
+    noisy = [t for name in episodes if name not in quiet for t in episodes[name]]
+    assert 0.3 < sum(t.action != t.expert_action for t in noisy) / len(noisy) < 0.7
+    assert all(t.expert_action for t in rows)
+    for episode in episodes.values():
+        check_chain(episode)
+
+    talks = json.loads((tmp_path / "dialogues.json").read_text())
+    assert len(talks) == 3 * 12
+    for talk in talks:
+        name, _, kind = talk["id"].partition("/foresight-") if "/foresight-" in talk["id"] else \
+            talk["id"].partition("/horizon-")
+        gpt = [turn for turn in talk["conversations"] if turn["from"] == "gpt"]
+        learned = [turn["value"] for turn in gpt if turn.get("weight", 1)]
+        if kind:  # the short forms teach their last turn only
+            assert learned == [gpt[-1]["value"]]
+        else:
+            assert learned == [f"Action: {t.expert_action}" for t in episodes[name] if t.action == t.expert_action]
+    read_dialogues(str(tmp_path / "dialogues.json"))
+
+
+def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    flags = ("--actor", "random", "--max_steps", "8")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(monkeypatch, games_root, whole, *flags)
+    expected = (whole / "transitions.jsonl").read_bytes()
+
+    run(monkeypatch, games_root, cut, *flags, "--concurrency", "1")
+    assert (cut / "transitions.jsonl").read_bytes() == expected  # at any concurrency
+    episodes = cut / "episodes.jsonl"
+    lines = episodes.read_bytes().splitlines(keepends=True)
+    episodes.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    (cut / "transitions.jsonl").unlink()
+    run(monkeypatch, games_root, cut, *flags)
+    assert (cut / "transitions.jsonl").read_bytes() == expected
+    assert (cut / "dialogues.json").read_bytes() == (whole / "dialogues.json").read_bytes()
+    names = [json.loads(line)["game_id"] for line in episodes.read_bytes().splitlines()]
+    assert len(names) == len(set(names)) == 6
+    assert episodes.read_bytes().startswith(b"".join(lines[:3]))
+
+    before = episodes.read_bytes()
+    run(monkeypatch, games_root, cut, *flags)  # nothing left to play
+    assert episodes.read_bytes() == before
+    with pytest.raises(UserError, match="max_steps: 8 there, 9 now"):
+        run(monkeypatch, games_root, cut, "--actor", "random", "--max_steps", "9")
+
+
+def test_only_whole_lines_count_as_played(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    assert collect._finished(path) == {}
+    t = Transition("a#0", 0, "Task: t\nObservation: o", "look", "You see.")
+    lines = [json.dumps({"game_id": f"{name}#0", "transitions": [dataclasses.asdict(t)]}) + "\n" for name in "ab"]
+    for rest in ("", lines[1][:1], lines[1][:-1]):
+        path.write_text(lines[0] + rest)
+        assert collect._finished(path) == {"a#0": [t]}
+        assert path.read_text() == lines[0]
+    path.write_text("".join(lines))
+    assert list(collect._finished(path)) == ["a#0", "b#0"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--actor", "policy"), "--policy_model"),
+    (("--noise", "0,often"), "--noise '0,often'"),
+    (("--noise", "1.5"), "between 0 and 1"),
+])
+def test_errors_come_before_anything_is_played(monkeypatch, games_root: Path, tmp_path: Path, flags, says) -> None:
+    with pytest.raises(UserError, match=says):
+        run(monkeypatch, games_root, tmp_path / "out", *flags)
+    assert not (tmp_path / "out" / "transitions.jsonl").exists()

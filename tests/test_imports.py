@@ -1,0 +1,114 @@
+"""Imports go one way, and programs answer ``--help`` at once.  Reads the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("runtime", "config", "games", "transitions", "text", "envs", "lm", "world_model", "imagination", "policy",
+          "rollout", "training")
+"""The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
+HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
+         "fast_downward", "openai", "scienceworld", "datasets"}
+PROGRAMS = ("foresight_eval", "foresight_eval.report", "world_model.collect", "world_model.fidelity",
+            "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
+            "world_model/base_tuning/finetune.py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(imported module, is it executed when the file is imported) for every import of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {id(node) for outer in ast.walk(tree) for node in ast.walk(outer)
+            if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_type_checking(outer)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from ((f"{node.module}.{alias.name}", id(node) not in lazy) for alias in node.names)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def sources(package: str) -> list[Path]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    return files
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_every_unit_of_the_library_has_its_floor() -> None:
+    units = {path.relative_to(ROOT / "itp").parts[0].removesuffix(".py") for path in sources("itp")} - {"__init__"}
+    assert units == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", sources("itp"), ids=name_of)
+def test_the_library_imports_downwards_only(path: Path) -> None:
+    unit = path.relative_to(ROOT / "itp").parts[0].removesuffix(".py")
+    for module, _ in imports(path):
+        top, _, rest = module.partition(".")
+        assert top not in ("foresight_eval", "world_model", "tests"), f"{name_of(path)} imports {module}"
+        if top == "itp" and unit != "__init__":
+            below = rest.split(".")[0]
+            assert FLOORS.index(below) <= FLOORS.index(unit), f"{name_of(path)} imports {module}, which is above it"
+
+
+def test_evaluation_and_training_do_not_know_each_other() -> None:
+    for path in sources("foresight_eval"):
+        for module, _ in imports(path):
+            assert not module.startswith(("itp.training", "world_model", "tests")), f"{name_of(path)}: {module}"
+    for path in sources("world_model"):
+        for module, _ in imports(path):
+            assert not module.startswith(("foresight_eval", "tests")), f"{name_of(path)}: {module}"
+
+
+def test_text_and_leaves_are_pure() -> None:
+    leaves = [*sources("itp/text"), *(ROOT / "itp" / f"{leaf}.py" for leaf in ("config", "games", "transitions"))]
+    for path in leaves:
+        for module, _ in imports(path):
+            assert module.split(".")[0] in {*sys.stdlib_module_names, "itp", "yaml"}, f"{name_of(path)}: {module}"
+
+
+HEAVY_BY_NATURE = {"itp.lm.decoding", "itp.training.hf_trainer", "itp.envs.alfworld_fast",
+                   "itp.envs.alfworld_translation", "itp.envs.alfworld_grammar"}
+"""Modules that nothing imports at its top."""
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    for package in ("itp", "foresight_eval", "world_model"):
+        for path in sources(package):
+            at_import = {module for module, at_once in imports(path) if at_once}
+            if name_of(path) in HEAVY_BY_NATURE:
+                continue
+            heavy = {module for module in at_import if module.split(".")[0] in HEAVY}
+            assert not heavy, f"{name_of(path)} imports {heavy} at its top"
+            natured = {m for m in at_import for heavy in HEAVY_BY_NATURE if m == heavy or m.startswith(heavy + ".")}
+            assert not natured, f"{name_of(path)} imports {natured} at its top"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_answers_at_once(program: str) -> None:
+    how = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    said = subprocess.run([sys.executable, "-X", "importtime", *how, "--help"], env=env, capture_output=True,
+                          text=True, timeout=60, check=True)
+    seconds = time.monotonic() - begin
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in said.stderr.splitlines()
+              if line.startswith("import time:")}
+    assert "itp" in loaded and not loaded & HEAVY
+    assert program.removesuffix(".py").rpartition("/")[2] in said.stdout
+    assert seconds < 2
