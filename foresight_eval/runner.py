@@ -99,11 +99,11 @@ def claim(settings: AlfworldSettings) -> Path:
     config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
     if needs_world_model(settings) and settings.wm_backend == "local":
         config["wm_fingerprint"] = model_fingerprint(settings.wm_model)
-    folder = claim_output(settings.output_path, config, override=settings.override, ignore=NO_INFLUENCE)
-    if settings.override:
+    if settings.override:  # first: a run killed in between must not leave old results under a new configuration
+        folder = Path(settings.output_path)
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
-    return folder
+    return claim_output(settings.output_path, config, override=settings.override, ignore=NO_INFLUENCE)
 
 
 def check_games(folder: Path, games: list[Game]) -> None:

@@ -14,8 +14,8 @@ cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
-# Sizes of the demo; scripts/test.sh runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=120}" "${EPISODES:=4}"
+# Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
+: "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=120}" "${MISSIONS:=8}" "${MAX_STEPS:=40}"
 : "${LM_EPOCHS:=7}" "${POLICY_EPOCHS:=1}" "${WM_ROWS:=6000}" "${WM_EPOCHS:=1}" "${MAX_K:=3}" "${CPUS:=$(nproc)}"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -27,7 +27,7 @@ python -m itp.envs.alfworld_games --out "$run/data" --train "$TRAIN_GAMES" --see
 
 step "2/8 trajectories: an expert that acts from observations (D_exp), and random walks"
 python -m world_model.collect --actor expert --env_data_root "$run/data" --out_dir "$run/d_exp" \
-  --episodes_per_game "$EPISODES" --noise 0,0.15,0.4 --foresight_k 5 --env_processes "$CPUS"
+  --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 5 --env_processes "$CPUS"
 python -m world_model.collect --actor random --env_data_root "$run/data" --out_dir "$run/walks" \
   --max_steps 40 --env_processes "$CPUS"
 
@@ -57,7 +57,7 @@ evaluate() {
   local name=$1
   shift
   python -m foresight_eval --policy_model "$run/policy/merged_full" --wm_model "$run/world_model/merged_full" \
-    --env_data_root "$run/data" --split unseen --max_k "$MAX_K" --output_path "$run/eval/$name" \
+    --env_data_root "$run/data" --split unseen --max_k "$MAX_K" --max_steps "$MAX_STEPS" --output_path "$run/eval/$name" \
     --env_processes "$CPUS" "$@"
 }
 evaluate sft --method sft --action_selection constrained

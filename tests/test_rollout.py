@@ -109,13 +109,14 @@ def test_actions_the_engine_does_not_know_are_executed_and_counted(games: list[G
         assert episode.steps[1].observation == "Nothing happens."
 
 
-@pytest.mark.parametrize("selection, max_steps", [("generate", 3), ("constrained", 5)])
-def test_concurrency_changes_nothing(games: list[Game], tiny_model: Path, selection: str, max_steps: int) -> None:
+@pytest.mark.parametrize("selection, temperature, max_steps", [("generate", 0.7, 3), ("constrained", 2.0, 5)])
+def test_concurrency_changes_nothing(games: list[Game], tiny_model: Path, selection: str, temperature: float,
+                                     max_steps: int) -> None:
     async def sampled(pool: EnvPool, concurrency: int, seed: int,
                       games: list[Game]) -> tuple[dict[str, Episode], list[int]]:
         quorum = Quorum()
         lm = LocalLM.load(str(tiny_model), quorum=quorum)
-        policy = Policy(lm, selection=selection, temperature=0.7, top_p=0.95, keep_steps=2)
+        policy = Policy(lm, selection=selection, temperature=temperature, top_p=0.95, keep_steps=2)
         try:
             return await run(pool, Direct(policy), games, max_steps=max_steps, seed=seed, concurrency=concurrency,
                              quorum=quorum), lm.batches
@@ -137,7 +138,7 @@ def test_concurrency_changes_nothing(games: list[Game], tiny_model: Path, select
     assert rounded(together) == rounded(alone)
     assert max(batches) == 1 and max(full_batches) == 8
     chosen = {s.decision.action for e in alone.values() for s in e.steps}
-    assert len(chosen) > 10  # sampled, not one action again and again
+    assert len(chosen) > 5  # sampled, not one action again and again
     for name, episode in other_seed.items():
         assert [step.decision.action for step in episode.steps] != [s.decision.action for s in alone[name].steps]
     # One call a step, metered where it was asked.

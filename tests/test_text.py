@@ -145,12 +145,10 @@ def test_foresight_dialogues_are_what_the_policy_is_asked_after_imagining(step: 
         return lm.asked[-1]
 
     asked = asyncio.run(act())
-    dialogue = foresight_dialogue(rows, step, k, learn_past=False)
+    dialogue = foresight_dialogue(rows, step, k)
     assert joined(dialogue) == asked + f" {rows[step].expert_action}\n"
     learned = [text for text, learn in dialogue_segments(dialogue["conversations"]) if learn]
     assert learned == [f" {rows[step].expert_action}\n"]
-    both = dialogue_segments(foresight_dialogue(rows, step, k, learn_past=True)["conversations"])
-    assert sum(learn for _, learn in both) == 1 + sum(t.action == t.expert_action for t in rows[:step])
 
 
 def test_horizon_dialogues_are_what_the_policy_is_asked() -> None:

@@ -25,8 +25,8 @@ def write_tiny_model(folder: Path, *, seed: int = 0, words: Iterable[str] = ()) 
 
     from itp.training.base_lm import build_tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer([*TEXTS, *words]), pad_token="[PAD]", unk_token="[UNK]",
-                                        eos_token="[EOS]", clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer([*TEXTS, *words]), pad_token="[PAD]",
+                                        unk_token="[UNK]", eos_token="[EOS]", clean_up_tokenization_spaces=False)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -53,6 +53,7 @@ class Settings:
     max_steps: int = flag(50, help="steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
+    foresight_share: float = flag(0.25, help="share of the episodes that foresight and horizon dialogues are made of")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=("fp16", "bf16", "fp32"))
     policy_device: str = flag("cuda", help="device of the policy")
@@ -143,16 +144,14 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
 
 
 def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.Dialogue]:
-    """The dialogues of one episode: whole, or now and then cut short by a look ahead."""
-    if settings.actor == "random":
-        return [dialogues.episode_dialogue(episode)]
-    whole = dialogues.episode_dialogue(episode)
-    if not settings.foresight_k:
-        return [whole]
+    """The dialogues of one episode: the whole of it, and for some a foresight and a horizon dialogue."""
+    talks = [dialogues.episode_dialogue(episode)]
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
-    step, k = draw.randrange(len(episode)), draw.randint(1, settings.foresight_k)
-    return [whole, dialogues.foresight_dialogue(episode, step, k, learn_past=False),
-            dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+    step, k = draw.randrange(len(episode)), draw.randint(1, max(1, settings.foresight_k))
+    if settings.foresight_k and draw.random() < settings.foresight_share:
+        talks += [dialogues.foresight_dialogue(episode, step, k),
+                  dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+    return talks
 
 
 def _noises(text: str) -> list[float]:

@@ -25,7 +25,8 @@ class Quorum:
     """Counts the live episodes and how many of them wait for a model.
 
     A model starts its batch when every live episode waits for some model, since then nobody can still
-    join; or after ``patience_s``, when an environment is slow.  Shared by the models of a run.
+    join; or after ``patience_s``, when an environment is slow.  Shared by the models of a run.  Models on
+    one device take turns (``turn``): while one computes, the other's requests gather into a fuller batch.
     """
 
     def __init__(self, patience_s: float = 0.05) -> None:
@@ -33,6 +34,10 @@ class Quorum:
         self.live = 0
         self.waiting = 0
         self.changed = asyncio.Event()
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    def turn(self, device: str) -> asyncio.Lock:
+        return self._turns.setdefault(device, asyncio.Lock())
 
     def add(self, live: int = 0, waiting: int = 0) -> None:
         self.live += live
@@ -148,14 +153,17 @@ class LocalLM:
         """Run batches until nobody waits any more."""
         loop = asyncio.get_running_loop()
         while self._jobs:
-            await self.quorum.complete()
-            jobs, self._jobs = self._jobs, []
-            start = time.monotonic()
-            for kind, run in (("generate", self.engine.generate), ("score", self.engine.score)):
-                chosen = [job for job in jobs if job.work[0] == kind]
-                if chosen:
-                    await self._answer(loop, run, chosen)
-            self.busy_s += time.monotonic() - start
+            async with self.quorum.turn(str(self.model.device)):
+                await self.quorum.complete()
+                jobs, self._jobs = self._jobs, []
+                start = time.monotonic()
+                for kind, run in (("generate", self.engine.generate), ("score", self.engine.score)):
+                    chosen = [job for job in jobs if job.work[0] == kind]
+                    if chosen:
+                        await self._answer(loop, run, chosen)
+                self.busy_s += time.monotonic() - start
+                for _ in range(4):
+                    await asyncio.sleep(0)  # those who were answered stop waiting before the next turn is taken
 
     async def _answer(self, loop: asyncio.AbstractEventLoop, run: Callable[[list], list], jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))
@@ -174,7 +182,9 @@ class LocalLM:
 def _check_choices(ids: list[list[int]], texts: tuple[str, ...]) -> None:
     by_ids = {tuple(i): text for i, text in zip(ids, texts, strict=True)}
     if len(by_ids) < len(texts):
-        raise ValueError(f"two choices have the same tokens: {texts}")
+        same = [text for i, text in zip(ids, texts, strict=True) if by_ids[tuple(i)] != text]
+        raise UserError(f"the tokenizer writes {same[0]!r} like another admissible action: its vocabulary lacks a word; "
+                        "use --action_selection generate, or a model whose tokenizer knows these games")
     for key, text in by_ids.items():
         for n in range(1, len(key)):
             if key[:n] in by_ids:

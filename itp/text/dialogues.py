@@ -27,12 +27,12 @@ def episode_dialogue(episode: Sequence[Transition]) -> Dialogue:
     return {"id": episode[0].episode_id, "conversations": _turns(episode, len(episode))}
 
 
-def foresight_dialogue(episode: Sequence[Transition], step: int, k: int, *, learn_past: bool) -> Dialogue:
+def foresight_dialogue(episode: Sequence[Transition], step: int, k: int) -> Dialogue:
     """The episode up to ``step``, its next ``k`` steps as if imagined, and the expert's action at ``step``.
 
-    ``learn_past``: learn the actions before ``step`` too (not if another dialogue already does).
+    What came before is context only: the episode's own dialogue teaches it.
     """
-    turns = _turns(episode, step) if learn_past else _unlearned(_turns(episode, step))
+    turns = _unlearned(_turns(episode, step))
     ahead = [(t.action, t.next_state) for t in episode[step:step + k]]
     turns[-1] = {"from": "human", "value": turns[-1]["value"] + foresight_text(ahead)}
     turns.append({"from": "gpt", "value": f"Action: {episode[step].expert_action}"})

@@ -101,6 +101,16 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
     model.save_pretrained(folder)
 
 
+def _alfworld_names() -> Iterator[str]:
+    """All things and places of ALFWorld: an unseen room has some that no transcript mentions."""
+    from alfworld.gen import constants
+
+    for receptacle, objects in constants.VAL_RECEPTACLE_OBJECTS.items():
+        yield receptacle
+        yield from objects
+    yield from constants.OBJECTS
+
+
 def build_tokenizer(texts: Iterable[str]):
     """A word-level ``tokenizers.Tokenizer`` whose vocabulary is the words of ``texts``."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -116,6 +126,7 @@ def build_tokenizer(texts: Iterable[str]):
     found = {word for text in texts for word, _ in
              tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
     numbers = {str(n) for n in range(1, 51)}
+    found |= {name.lower() for name in _alfworld_names()}
     special = ["[PAD]", "[UNK]", "[EOS]"]
     vocabulary = [*special, *sorted(found | numbers | {"\n"} | set(LABELS) | set(PHRASES))]
     tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
