@@ -15,8 +15,8 @@ from itp.lm.local import LocalLM
 from itp.runtime import UserError
 from tests.tiny import write_tiny_model
 
-STATE = "Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around you, " \
-        "you see a cabinet 1, a fridge 1, and a desk 2."
+STATE = ("Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around "
+         "you, you see a cabinet 1, a fridge 1, and a desk 2.")
 STEP = "\nAction: go to cabinet 1\nObservation: You arrive at cabinet 1. The cabinet 1 is closed."
 PROMPTS = [STATE + "\nAction:", STATE + STEP + "\nAction:", STATE + 3 * STEP + "\nAction:", "Task: look\nAction:",
            STATE + STEP + "\nAction: open cabinet 1\nObservation:"]

@@ -31,7 +31,7 @@ from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import UserError, claim_output, derive_seed, run_main, write_json
+from itp.runtime import UserError, claim_output, derive_seed, model_fingerprint, run_main, write_json
 from itp.text import dialogues
 from itp.transitions import Transition, read_rows, write_transitions
 
@@ -53,7 +53,7 @@ class Settings:
     max_steps: int = flag(50, help="steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
-    foresight_share: float = flag(0.25, help="share of the episodes that foresight and horizon dialogues are made of")
+    foresight_share: float = flag(0.15, help="share of the episodes that foresight and horizon dialogues are made of")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=("fp16", "bf16", "fp32"))
     policy_device: str = flag("cuda", help="device of the policy")
@@ -70,11 +70,15 @@ def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.collect", description=__doc__)
     if settings.actor == "policy" and not settings.policy_model:
         raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
-    out = claim_output(settings.out_dir, dataclasses.asdict(settings), override=settings.override,
-                       ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
+    out = Path(settings.out_dir)
     episodes_file = out / "episodes.jsonl"
-    if settings.override:
+    if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         episodes_file.unlink(missing_ok=True)
+    config = dataclasses.asdict(settings)
+    if settings.policy_model:
+        config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+    claim_output(out, config, override=settings.override,
+                 ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
     games = _episode_games(settings)
     done = _finished(episodes_file)
     todo = [game for game in games if game.game_id not in done]
@@ -145,6 +149,8 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
 
 def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.Dialogue]:
     """The dialogues of one episode: the whole of it, and for some a foresight and a horizon dialogue."""
+    if settings.actor == "random" or all(t.action != t.expert_action for t in episode):
+        return []  # nothing in it is worth imitating
     talks = [dialogues.episode_dialogue(episode)]
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
     step, k = draw.randrange(len(episode)), draw.randint(1, max(1, settings.foresight_k))
