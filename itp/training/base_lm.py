@@ -7,8 +7,8 @@ It stands in for a downloaded model where there is none: the result, ``OUT_DIR/m
 Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later step treats like any other.
 
 The tokenizer is made for small models and short sequences.  Its vocabulary is the words of the
-transcripts; numbers are tokens of their own, and what the engine says in fixed words (``You arrive at``,
-``, you see``) is one token.  The articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are
+transcripts; a thing or place with its number (``cabinet 1``) is one token, which starts out as the sum of the
+two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are
 dropped on the way in and put back on the way out, so that what the model writes is what the engine would.
 All engine text survives the round trip (``help`` excepted).
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ PHRASES = (
     "Next to it", "You are carrying:", "go to",
 )
 """What the engine says in fixed words: one token each."""
+
+MANY = ("cabinet", "drawer", "shelf")
+"""Places that a room may have dozens of."""
 
 LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:")
 
@@ -97,6 +101,12 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
         num_attention_heads=settings.num_heads, intermediate_size=settings.intermediate_size,
         max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    with torch.no_grad():
+        words = model.get_input_embeddings().weight
+        for token, index in tokenizer.get_vocab().items():
+            if match := re.fullmatch(r"([a-z]+) (\d+)", token):
+                kind, number = tokenizer.convert_tokens_to_ids(list(match.groups()))
+                words[index] = words[kind] + words[number]
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
@@ -121,12 +131,16 @@ def build_tokenizer(texts: Iterable[str]):
         normalizers.Replace(Regex(r"(?<=see|ying:) a (?=[a-z]+ \d)"), " "),
     ])
     phrases = "|".join(p.replace(".", r"\.") for p in PHRASES)
-    words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|\w+|\n|[^\w\s]"
+    names = sorted({name.lower() for name in _alfworld_names()} - set(MANY), key=len, reverse=True)
+    # Numbers that games have; a name with another one is two tokens.
+    numbered = rf"(?:(?:{'|'.join(names)}) [1-6]|(?:{'|'.join(MANY)}) (?:[1-9]|[1-4]\d))(?!\d)"
+    words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|{numbered}|\w+|\n|[^\w\s]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "removed", invert=True)
     found = {word for text in texts for word, _ in
              tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
     numbers = {str(n) for n in range(1, 51)}
-    found |= {name.lower() for name in _alfworld_names()}
+    found |= {*names, *MANY, *(f"{name} {n}" for name in names for n in range(1, 7)),
+              *(f"{name} {n}" for name in MANY for n in range(1, 50))}
     special = ["[PAD]", "[UNK]", "[EOS]"]
     vocabulary = [*special, *sorted(found | numbers | {"\n"} | set(LABELS) | set(PHRASES))]
     tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
