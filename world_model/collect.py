@@ -47,13 +47,13 @@ class Settings:
     actor: str = flag("expert", help="who acts: our expert from observations only, alfworld's handcoded expert or "
                                      "its planner, a random walk, a policy", choices=ACTORS)
     split: str = flag("train", help="split of the games")
-    max_games: int = flag(0, help="the first so many games only (0: all)")
+    max_games: int = flag(0, help="a random choice of so many games (0: all)")
     missions: int = flag(1, help="missions in the world of each game: its own and others posed in words")
     episodes_per_game: int = flag(1, help="episodes of each mission")
     max_steps: int = flag(50, help="steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
-    foresight_share: float = flag(0.15, help="share of the episodes that foresight and horizon dialogues are made of")
+    foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=("fp16", "bf16", "fp32"))
     policy_device: str = flag("cuda", help="device of the policy")
@@ -99,7 +99,8 @@ def main() -> None:
 def _episode_games(settings: Settings) -> list[Game]:
     """One entry an episode: the n-th of a game has ``#n`` in its id, which makes its randomness its own."""
     games = list_games("alfworld", settings.split, settings.env_data_root)
-    games = games[:settings.max_games] if settings.max_games else games
+    if settings.max_games:  # a random choice: in the list's order the first would all be of one task type
+        games = sorted(games, key=lambda g: derive_seed(settings.seed, "games", g.game_id))[:settings.max_games]
     return [dataclasses.replace(mission, game_id=f"{mission.game_id}#{n}") for game in games
             for mission in with_other_missions(game, settings.missions) for n in range(settings.episodes_per_game)]
 
