@@ -227,7 +227,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
 
     assert claim_run(settings(killed), [data])  # finished
     with pytest.raises(UserError, match="lr: 0.001 there, 0.5 now"):
-        claim_run(dataclasses.replace(settings(killed), lr=0.5), data)
+        claim_run(dataclasses.replace(settings(killed), lr=0.5), [data])
     dialogues(data, 41)
     with pytest.raises(UserError, match="data_sha256"):
         claim_run(settings(killed), [data])

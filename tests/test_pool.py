@@ -218,7 +218,8 @@ async def test_close_ends_what_waits_and_what_hangs() -> None:
 
 
 PARENT = """
-import asyncio, sys
+import asyncio, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with it ignored
 sys.path.insert(0, {tests!r})
 from test_pool import ToyEnv, toy
 from itp.envs.pool import EnvPool
