@@ -16,7 +16,7 @@ source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
 : "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=12}" "${MAX_STEPS:=40}"
-: "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=4}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}" "${MAX_K:=3}" "${CPUS:=$(nproc)}"
+: "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=4}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}" "${MAX_K:=2}" "${CPUS:=$(nproc)}"
 
 step() { printf '\n== %s\n' "$*"; }
 started=$SECONDS
