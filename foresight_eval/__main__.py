@@ -9,9 +9,11 @@ Output: {idx}.json a game, summary.json, summary.csv, log.txt and config.json in
 from __future__ import annotations
 
 import asyncio
+
 from foresight_eval.settings import AlfworldSettings
 from itp.config import parse_settings
 from itp.runtime import run_main
+
 
 def main() -> None:
     settings = parse_settings(AlfworldSettings, prog="python -m foresight_eval", description=__doc__)

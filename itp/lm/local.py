@@ -183,7 +183,7 @@ def _check_choices(ids: list[list[int]], texts: tuple[str, ...]) -> None:
     by_ids = {tuple(i): text for i, text in zip(ids, texts, strict=True)}
     if len(by_ids) < len(texts):
         same = [text for i, text in zip(ids, texts, strict=True) if by_ids[tuple(i)] != text]
-        raise UserError(f"the tokenizer writes {same[0]!r} like another admissible action: its vocabulary lacks a word; "
+        raise UserError(f"the tokenizer writes {same[0]!r} like another admissible action, for want of a word; "
                         "use --action_selection generate, or a model whose tokenizer knows these games")
     for key, text in by_ids.items():
         for n in range(1, len(key)):

@@ -8,8 +8,9 @@ Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later st
 
 The tokenizer is made for small models and short sequences.  Its vocabulary is the words of the
 transcripts; a thing or place with its number (``cabinet 1``) is one token, which starts out as the sum of the
-two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are
-dropped on the way in and put back on the way out, so that what the model writes is what the engine would.
+two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The
+articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are dropped on the way in and put back on the
+way out, so that what the model writes is what the engine would.
 All engine text survives the round trip (``help`` excepted).
 """
 
