@@ -151,6 +151,12 @@ def load_tokenizer(path: str):
         raise UserError(f"{path}: no tokenizer there ({str(error).splitlines()[0]})") from error
 
 
+def bos_ids(tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text: Llama's BOS, or nothing.  Found out rather than looked up."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32"):
     """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one."""
     from transformers import AutoModelForCausalLM

@@ -21,6 +21,7 @@ class GenParams:
     ``stop``: decoding ends where one of these strings appears; it is not part of the text.
     ``choices``: the completion must be one of these strings.  The model walks their token trie, so the
     probabilities over ``choices`` are exact and sum to one at ``temperature`` 1.
+    ``trace``: the answer also says how each of its tokens was drawn.
     """
 
     max_new_tokens: int = 64
@@ -29,6 +30,22 @@ class GenParams:
     stop: tuple[str, ...] = ()
     seed: int = 0
     choices: tuple[str, ...] = ()
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How a completion was drawn: enough to compute its probability again, with other weights.
+
+    ``allowed[i]``: the ids that token i was drawn from (what the trie of choices or the nucleus left);
+    None is the whole vocabulary, a single id a token that was forced (probability 1).  ``logprob``: log-probability
+    (nats) of ``token_ids`` under softmax(logits / ``temperature``) over ``allowed``, from which they were drawn.
+    """
+
+    token_ids: tuple[int, ...]
+    allowed: tuple[tuple[int, ...] | None, ...]
+    temperature: float
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Generation:
     cached_tokens: int
     finish_reason: Literal["stop", "length"]
     logprob: float | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,16 @@ class TokenLogprobs:
     @property
     def total(self) -> float:
         return sum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a policy's heads read at the control token: log P_θ(K|s) for K = 0..K_max, V_θ(s), and the cost."""
+
+    k_logprobs: tuple[float, ...]
+    value: float
+    prompt_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -81,7 +109,7 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     @classmethod
-    def of(cls, answers: Sequence[Generation | TokenLogprobs]) -> Usage:
+    def of(cls, answers: Sequence[Generation | TokenLogprobs | Control]) -> Usage:
         return cls(
             calls=len(answers),
             prompt_tokens=sum(a.prompt_tokens for a in answers),
@@ -104,7 +132,7 @@ def metered() -> Iterator[dict[str, Usage]]:
         _meter.reset(token)
 
 
-def record(role: str, answers: Sequence[Generation | TokenLogprobs]) -> None:
+def record(role: str, answers: Sequence[Generation | TokenLogprobs | Control]) -> None:
     """Add answers to the meter of the current task, if there is one.  Called by every LM."""
     usage = _meter.get(None)
     if usage is not None:
@@ -131,6 +159,9 @@ class LM(Protocol):
         The token ids of context and completion are concatenated, never found by tokenising the
         joined text.  Raises UserError where a backend can't score.
         """
+
+    async def control(self, prompts: Sequence[str]) -> list[Control]:
+        """The heads' reading at the end of every prompt.  Raises UserError where there are no heads."""
 
     async def close(self) -> None:
         """Release the model or the connection."""

@@ -2,8 +2,7 @@
 
 Everything works on rows of token ids.  A row's keys and values are taken from the longest prefix that
 was computed before (states grow at their end, so most of a prompt is there already); what is left is
-computed in left-padded batches.  An attention mask of our own (B, 1, S, T) and explicit positions make
-a padded row attend to exactly what it would attend to alone.
+computed in batches of rows of similar length (:mod:`itp.lm.kv_cache`).
 
 Synchronous and without threads; :mod:`itp.lm.local` puts the asynchronous contract on top.
 """
@@ -11,132 +10,18 @@ Synchronous and without threads; :mod:`itp.lm.local` puts the asynchronous contr
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from itp.lm.base import GenParams, Generation, TokenLogprobs
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, Trace
+from itp.lm.kv_cache import KV, Batch, Memory, PrefixCache
 
-KV = torch.Tensor
-"""Keys and values of one row: (layers, 2, heads, tokens, head size)."""
-
-
-class PrefixCache:
-    """Keys and values of recent rows, found by the longest prefix they share with a new one.
-
-    A row is registered under a hash of each of its beginnings of 16, 32, ... tokens; a later row with
-    the same beginning takes the place.  Least recently used rows go first.
-    """
-
-    BLOCK = 16
-
-    def __init__(self, max_bytes: int) -> None:
-        self._rows: OrderedDict[tuple[int, ...], KV] = OrderedDict()
-        self._owner: dict[int, tuple[int, ...]] = {}
-        self._max_bytes = max_bytes
-        self._bytes = 0
-
-    def longest(self, ids: tuple[int, ...]) -> KV | None:
-        """The KV of the longest known prefix (from one block on), leaving at least one token to compute."""
-        for beginning in reversed(self._beginnings(ids)):
-            key = self._owner.get(beginning)
-            if key is None:
-                continue
-            shared = _common_prefix(key, ids, len(ids) - 1)
-            if shared:
-                self._rows.move_to_end(key)
-                return self._rows[key][..., :shared, :]
-        return None
-
-    def put(self, ids: Sequence[int], kv: KV) -> None:
-        """Remember a row.  ``ids`` may be longer than ``kv``, whose tokens are the ones known."""
-        key = tuple(ids[:kv.shape[-2]])
-        self._drop(key)
-        self._rows[key] = kv
-        self._owner.update(dict.fromkeys(self._beginnings(key), key))
-        self._bytes += kv.nbytes
-        while self._bytes > self._max_bytes and self._rows:
-            self._drop(next(iter(self._rows)))
-
-    def _drop(self, key: tuple[int, ...]) -> None:
-        if key in self._rows:
-            self._bytes -= self._rows.pop(key).nbytes
-            for beginning in self._beginnings(key):
-                if self._owner.get(beginning) == key:
-                    del self._owner[beginning]
-
-    def _beginnings(self, ids: tuple[int, ...]) -> list[int]:
-        found, value = [], 0
-        for start in range(0, len(ids) - self.BLOCK + 1, self.BLOCK):
-            value = hash((value, ids[start:start + self.BLOCK]))
-            found.append(value)
-        return found
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    limit = min(limit, len(a))
-    return next((i for i in range(limit) if a[i] != b[i]), limit)
-
-
-class Batch:
-    """Rows computed side by side.  ``valid`` (B, T) marks the real tokens of the padded cache."""
-
-    def __init__(self, model: PreTrainedModel, rows: Sequence[KV | None]) -> None:
-        self.model = model
-        known = [0 if kv is None else kv.shape[-2] for kv in rows]
-        longest = max(known)
-        self.lengths = torch.tensor(known, device=model.device)
-        self.valid = torch.arange(longest, device=model.device) >= longest - self.lengths[:, None]
-        if longest == 0:
-            self.cache = DynamicCache()
-            return
-        some = next(kv for kv in rows if kv is not None)
-        layers, _, heads, _, size = some.shape
-        padded = some.new_zeros(layers, 2, len(rows), heads, longest, size)
-        for i, kv in enumerate(rows):
-            if kv is not None:
-                padded[:, :, i, :, longest - known[i]:] = kv
-        self.cache = DynamicCache([(layer[0], layer[1]) for layer in padded])
-
-    def forward(self, new: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
-        """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions."""
-        device, counts = self.model.device, [len(ids) for ids in new]
-        width, known = max(counts), self.valid.shape[1]
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new], device=device)
-        real = torch.arange(width, device=device) >= width - torch.tensor(counts, device=device)[:, None]
-        self.valid = torch.cat([self.valid, real], dim=1)
-        # A query sees the real tokens up to itself.  A padding query sees itself, because a softmax over
-        # nothing would be NaN; nobody sees a padding key.
-        columns, queries = torch.arange(known + width, device=device), known + torch.arange(width, device=device)
-        causal, itself = columns <= queries[:, None], columns == queries[:, None]
-        visible = (self.valid[:, None, :] & causal) | itself  # (B, S, T)
-        mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=device)
-        mask.masked_fill_(~visible, torch.finfo(self.model.dtype).min)
-        positions = (self.lengths[:, None] + real.long().cumsum(1) - 1).clamp(min=0)
-        out = self.model(input_ids=ids, attention_mask=mask[:, None], position_ids=positions,
-                         past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
-        self.lengths = self.lengths + real.sum(1)
-        return out.logits
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only."""
-        index = torch.tensor(rows, device=self.valid.device)
-        self.cache.batch_select_indices(index)
-        self.valid, self.lengths = self.valid[index], self.lengths[index]
-
-    def rows(self, wanted: Sequence[int]) -> list[KV]:
-        """The keys and values of some rows, without padding."""
-        found = []
-        for i in wanted:
-            real = self.valid[i].nonzero()[:, 0]
-            pairs = [(layer.keys[i].index_select(1, real), layer.values[i].index_select(1, real))
-                     for layer in self.cache.layers]
-            found.append(torch.stack([torch.stack(pair) for pair in pairs]))
-        return found
+WORTH = 64
+"""Rows that share so many uncomputed tokens aren't computed side by side, but one after the other."""
 
 
 class Decoder(Protocol):
@@ -157,18 +42,28 @@ class Request:
     """Token ids of ``params.choices``."""
 
 
+Heads = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From hidden states (B, H) at the control token to K logits (B, K_max + 1) and values (B,)."""
+
+
 class Engine:
     """Batched generation and scoring.  ``max_batch_tokens`` bounds rows x longest row of a forward pass."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer, *, max_batch_tokens: int = 16384,
-                 cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer, *, heads: Heads | None = None,
+                 max_batch_tokens: int = 16384, cache_bytes: int = 1 << 30) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.heads = heads
         self.max_batch_tokens = max_batch_tokens
         self.cache = PrefixCache(cache_bytes)
+        self.memory = Memory()
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._ends: dict[tuple[tuple[str, ...], int], bool] = {}
+
+    def reset(self) -> None:
+        """Forget what was computed: the model's weights have changed."""
+        self.cache.clear()
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
@@ -181,58 +76,96 @@ class Engine:
         return answers
 
     def _generate_group(self, requests: Sequence[Request]) -> list[Generation]:
-        batch, logits, cached = self._start([r.ids for r in requests])
+        batch, logits, cached = self._start([r.ids for r in requests], [_longest_completion(r) for r in requests])
         decoders = [_Choose(r) if r.choices else _Sample(r, self) for r in requests]
         live, sequences = list(range(len(requests))), [list(r.ids) for r in requests]
         while True:
             logprobs = logits.float().log_softmax(-1)  # (live rows, V)
             new = [decoders[i].advance(row) for i, row in zip(live, logprobs, strict=True)]
-            going = [j for j, tokens in enumerate(new) if tokens]
             done = [j for j, tokens in enumerate(new) if not tokens]
             for j, kv in zip(done, batch.rows(done), strict=True):
                 self.cache.put(sequences[live[j]], kv)
-            if done and going:
-                batch.select(going)
-            live = [live[j] for j in going]
+            if done:
+                order = batch.drop(done)
+                live, new = [live[j] for j in order], [new[j] for j in order]
             if not live:
                 break
-            new = [new[j] for j in going]
             logits = batch.forward(new)[:, -1]
             for i, tokens in zip(live, new, strict=True):
                 sequences[i] += tokens
         return [d.result(len(r.ids), c) for d, r, c in zip(decoders, requests, cached, strict=True)]
 
-    def _start(self, prompts: Sequence[list[int]]) -> tuple[Batch, torch.Tensor, list[int]]:
-        """The prompts as one batch to go on from, the logits (B, V) after them, and cached tokens."""
+    def _start(self, prompts: Sequence[list[int]], more: Sequence[int]) -> tuple[Batch, torch.Tensor, list[int]]:
+        """The prompts as one batch to go on from, the logits (B, V) after them, and cached tokens.
+
+        ``more``: how many tokens each may still get.
+        """
         known = [self.cache.longest(tuple(ids)) for ids in prompts]
         skip = [0 if kv is None else kv.shape[-2] for kv in known]
         todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
-        if len(set(map(tuple, prompts))) == len(prompts) and len(self._groups(list(map(len, todo)))) == 1:
-            batch = Batch(self.model, known)
+        total = [len(ids) + n for ids, n in zip(prompts, more, strict=True)]
+        if len(self._leaders(prompts, skip)) == len(prompts) and len(self._groups(list(map(len, todo)))) == 1:
+            batch = Batch(self.model, self.memory, known, total)
             return batch, batch.forward(todo)[:, -1], skip
         rows, logits, cached = self.prefill(prompts)
-        return Batch(self.model, rows), logits, cached
+        return Batch(self.model, self.memory, rows, total), logits, cached
 
     def prefill(self, prompts: Sequence[list[int]]) -> tuple[list[KV], torch.Tensor, list[int]]:
         """Compute prompts, each distinct one once: their KV, the logits (B, V) after them, cached tokens."""
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        known = [self.cache.longest(ids) for ids in distinct]
-        skip = [0 if kv is None else kv.shape[-2] for kv in known]
-        todo = [list(ids[n:]) for ids, n in zip(distinct, skip, strict=True)]
         rows: dict[tuple[int, ...], KV] = {}
         logits: dict[tuple[int, ...], torch.Tensor] = {}
-        for group in self._groups([len(ids) for ids in todo], [len(ids) for ids in distinct]):
-            batch = Batch(self.model, [known[i] for i in group])
-            last = batch.forward([todo[i] for i in group])[:, -1]
-            for j, (i, kv) in enumerate(zip(group, batch.rows(range(len(group))), strict=True)):
-                rows[distinct[i]], logits[distinct[i]] = kv, last[j]
-                self.cache.put(distinct[i], kv)
-        cached, first = [], dict(zip(distinct, skip, strict=True))
+        skipped: dict[tuple[int, ...], int] = {}
+        left = list(dict.fromkeys(map(tuple, prompts)))
+        while left:
+            known = {ids: self.cache.longest(ids) for ids in left}
+            skip = [0 if kv is None else kv.shape[-2] for kv in known.values()]
+            wave = [left[i] for i in self._leaders(left, skip)]
+            for ids, n in zip(left, skip, strict=True):
+                skipped[ids] = n
+            todo = [ids[skipped[ids]:] for ids in wave]
+            for group in self._groups([len(ids) for ids in todo], [len(ids) for ids in wave]):
+                chosen = [wave[i] for i in group]
+                batch = Batch(self.model, self.memory, [known[ids] for ids in chosen], list(map(len, chosen)))
+                last = batch.forward([todo[i] for i in group])[:, -1]
+                for j, (ids, kv) in enumerate(zip(chosen, batch.rows(range(len(chosen))), strict=True)):
+                    rows[ids], logits[ids] = kv, last[j]
+                    self.cache.put(ids, kv)
+            left = [ids for ids in left if ids not in rows]
+        cached = []
         for ids in map(tuple, prompts):
-            cached.append(first.get(ids, len(ids)))
-            first[ids] = len(ids)  # the same prompt again costs nothing
+            cached.append(skipped[ids])
+            skipped[ids] = len(ids)  # the same prompt again costs nothing
         keys = [tuple(ids) for ids in prompts]
         return [rows[k] for k in keys], torch.stack([logits[k] for k in keys]), cached
+
+    def _leaders(self, prompts: Sequence[Sequence[int]], skip: Sequence[int]) -> list[int]:
+        """Indices of the prompts to compute now.
+
+        Of those that go on alike for WORTH tokens behind what is known the longest goes first, since the
+        others will find their beginnings in it.
+        """
+        first: dict[tuple, int] = {}
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+            ids, known = prompts[i], skip[i]
+            whole = tuple(ids[:known + WORTH]) if len(ids) >= known + WORTH else tuple(ids)
+            first.setdefault(whole, i)
+        return sorted(first.values())
+
+    @torch.inference_mode()
+    def control(self, prompts: Sequence[list[int]]) -> list[Control]:
+        """What the heads read at the end of each prompt."""
+        answers: list[Control | None] = [None] * len(prompts)
+        known = [self.cache.longest(tuple(ids)) for ids in prompts]
+        skip = [0 if kv is None else kv.shape[-2] for kv in known]
+        todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
+        for group in self._groups(list(map(len, todo)), list(map(len, prompts))):
+            batch = Batch(self.model, self.memory, [known[i] for i in group], [len(prompts[i]) for i in group])
+            k_logits, values = self.heads(batch.hidden([todo[i] for i in group]))  # (B, K_max + 1), (B,)
+            k_logprobs = k_logits.float().log_softmax(-1)
+            for j, (i, kv) in enumerate(zip(group, batch.rows(range(len(group))), strict=True)):
+                self.cache.put(prompts[i], kv)
+                answers[i] = Control(tuple(k_logprobs[j].tolist()), float(values[j]), len(prompts[i]), skip[i])
+        return answers
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[TokenLogprobs]:
@@ -248,7 +181,9 @@ class Engine:
             chosen = [longer[g] for g in group]
             fed = [pairs[i][1][:-1] for i in chosen]
             width = max(map(len, fed))
-            out = Batch(self.model, [rows[i] for i in chosen]).forward(fed, keep=width).float().log_softmax(-1)
+            batch = Batch(self.model, self.memory, [rows[i] for i in chosen],
+                          [rows[i].shape[-2] + len(ids) for i, ids in zip(chosen, fed, strict=True)])
+            out = batch.forward(fed, keep=width).float().log_softmax(-1)
             for j, i in enumerate(chosen):
                 targets = torch.tensor(pairs[i][1][1:], device=out.device)
                 here = out[j, width - len(targets):].gather(1, targets[:, None])[:, 0]
@@ -291,7 +226,8 @@ class _Sample:
         self.params, self.engine = request.params, engine
         self.draw = random.Random(request.seed)
         self.tokens: list[int] = []
-        self.logprob = 0.0
+        self.allowed: list[tuple[int, ...] | None] = []
+        self.logprob, self.traced_logprob = 0.0, 0.0
         self.text, self.finish_reason = "", "length"
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
@@ -317,16 +253,25 @@ class _Sample:
 
     def _pick(self, logprobs: torch.Tensor) -> int:
         if self.params.temperature == 0:
-            return int(logprobs.argmax())
+            token = int(logprobs.argmax())
+            self.allowed.append((token,))
+            return token
         probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
         before = probs.cumsum(-1) - probs
         kept = int((before < self.params.top_p).sum())  # always at least the most likely token
         cumulative = probs[:kept].cumsum(-1)
         draw = torch.tensor(self.draw.random() * float(cumulative[-1]), dtype=torch.double, device=probs.device)
-        return int(order[min(int(torch.searchsorted(cumulative, draw, right=True)), kept - 1)])
+        at = min(int(torch.searchsorted(cumulative, draw, right=True)), kept - 1)
+        if self.params.trace:
+            self.allowed.append(tuple(order[:kept].tolist()) if self.params.top_p < 1 else None)
+            self.traced_logprob += float((probs[at] / cumulative[-1]).log())
+        return int(order[at])
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
-        return Generation(self.text, prompt_tokens, len(self.tokens), cached, self.finish_reason, self.logprob)
+        trace = None
+        if self.params.trace:
+            trace = Trace(tuple(self.tokens), tuple(self.allowed), self.params.temperature, self.traced_logprob)
+        return Generation(self.text, prompt_tokens, len(self.tokens), cached, self.finish_reason, self.logprob, trace)
 
 
 class _Choose:
@@ -342,17 +287,20 @@ class _Choose:
         self.left = list(range(len(request.choices)))
         self.choices = request.choices
         self.depth = 0
-        self.logprob = 0.0
+        self.options: dict[int, tuple[int, ...]] = {}
+        """What was to be chosen from, by depth."""
+        self.logprob, self.traced_logprob = 0.0, 0.0
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
         fed = self._forced() if self.depth == 0 else []
         if fed:
             # A common beginning of all choices: these logits are about its first token, not about a choice.
             return fed
-        options = sorted({self.choices[c][self.depth] for c in self.left}) if len(self.left) > 1 else []
-        if options:
+        if len(self.left) > 1:
+            options = sorted({self.choices[c][self.depth] for c in self.left})
             allowed = logprobs[options].log_softmax(-1)
             picked = self._pick(allowed)
+            self.options[self.depth] = tuple(options)
             self.logprob += float(allowed[picked])
             self.left = [c for c in self.left if self.choices[c][self.depth] == options[picked]]
             self.depth += 1
@@ -369,13 +317,20 @@ class _Choose:
     def _pick(self, logprobs: torch.Tensor) -> int:
         if self.params.temperature == 0:
             return int(logprobs.argmax())
-        weights = (logprobs / self.params.temperature).softmax(-1).tolist()
-        return self.draw.choices(range(len(weights)), weights)[0]
+        drawn_from = (logprobs / self.params.temperature).log_softmax(-1)
+        picked = self.draw.choices(range(len(drawn_from)), drawn_from.exp().tolist())[0]
+        self.traced_logprob += float(drawn_from[picked])
+        return picked
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         chosen = self.left[0]
-        return Generation(self.params.choices[chosen], prompt_tokens, len(self.choices[chosen]), cached, "stop",
-                          self.logprob)
+        ids, trace = self.choices[chosen], None
+        if self.params.trace:
+            # A greedy choice is no draw: it has probability 1, like a forced token.
+            options = self.options if self.params.temperature else {}
+            allowed = tuple(options.get(depth, (token,)) for depth, token in enumerate(ids))
+            trace = Trace(tuple(ids), allowed, self.params.temperature, self.traced_logprob)
+        return Generation(self.params.choices[chosen], prompt_tokens, len(ids), cached, "stop", self.logprob, trace)
 
 
 def _longest_completion(request: Request) -> int:

@@ -7,6 +7,7 @@ batch in a thread, and hands the answers out.  When it starts is what makes batc
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.lm.base import GenParams, Generation, TokenLogprobs, record
-from itp.runtime import UserError, derive_seed
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
+from itp.runtime import UserError, bos_ids, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -58,29 +59,39 @@ class Quorum:
 
 @dataclass
 class _Job:
-    work: Any
+    """One prompt for one of the engine's calls (control, generate, score).
+
+    ``work`` makes of the prompt's ids what the call takes; they are found when a batch starts, many at a
+    time and beside the event loop, since the tokenizer is a good part of a small model's time.
+    """
+
+    call: str
+    prompt: str
+    work: Callable[[list[int]], Any]
     answer: asyncio.Future
 
 
 class LocalLM:
-    """The LM contract on a loaded model.  Build with :meth:`load`."""
+    """The LM contract on a loaded model.  Build with :meth:`load`.
 
-    def __init__(self, model, tokenizer, *, name: str, role: str = "policy",
+    ``heads`` (:data:`itp.lm.decoding.Heads`) are what :meth:`control` asks.
+    """
+
+    def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
                  quorum: Quorum | None = None, max_batch_tokens: int = 16384, cache_bytes: int = 256 << 20) -> None:
         from itp.lm.decoding import Engine
 
         self.name, self.role = name, role
         self.model, self.tokenizer = model, tokenizer
         self.quorum = quorum or Quorum()
-        self.engine = Engine(model, tokenizer, max_batch_tokens=max_batch_tokens, cache_bytes=cache_bytes)
+        self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens, cache_bytes=cache_bytes)
         # Not every family has a limit.
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
-        # What the tokenizer puts before a text (Llama's BOS), found out rather than looked up.
-        self._start = tokenizer.encode("", add_special_tokens=True)[:1] if tokenizer.bos_token_id is not None else []
-        self._start = [i for i in self._start if i == tokenizer.bos_token_id]
+        self._start = bos_ids(tokenizer)
         self.busy_s = 0.0
         self.batches: list[int] = []
         """Rows of every batch so far: its mean is the occupancy."""
+        self._short: dict[str, list[int]] = {}
         self._jobs: list[_Job] = []
         self._worker: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"lm-{name}")
@@ -96,27 +107,28 @@ class LocalLM:
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         from itp.lm.decoding import Request
 
-        choices = [self._encode(c) for c in params.choices]
+        choices = [self._encode_short(c) for c in params.choices]
         _check_choices(choices, params.choices)
-        requests = []
-        for i, prompt in enumerate(prompts):
-            ids = self._encode(prompt, start=True)
-            longest = max(map(len, choices)) if choices else params.max_new_tokens
-            self._check_fits(len(ids), longest)
-            requests.append(Request(ids, params, derive_seed(params.seed, i) if i else params.seed, choices))
-        answers = await self._enqueue([("generate", r) for r in requests])
-        record(self.role, answers)
-        return answers
+        longest = max(map(len, choices)) if choices else params.max_new_tokens
+
+        def request(ids: list[int], seed: int) -> Request:
+            return Request(self._fitting(ids, longest), params, seed, choices)
+
+        seeds = [derive_seed(params.seed, i) if i else params.seed for i in range(len(prompts))]
+        return await self._ask("generate", prompts, [functools.partial(request, seed=seed) for seed in seeds])
 
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
-        work = []
-        for context, completion in pairs:
-            ids = self._encode(context, start=True), self._encode(completion)
-            self._check_fits(*map(len, ids))
-            work.append(("score", ids))
-        answers = await self._enqueue(work)
-        record(self.role, answers)
-        return answers
+        def pair(ids: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
+            return self._fitting(ids, len(completion)), completion
+
+        work = [functools.partial(pair, completion=self._encode_short(completion)) for _, completion in pairs]
+        return await self._ask("score", [context for context, _ in pairs], work)
+
+    async def control(self, prompts: Sequence[str]) -> list[Control]:
+        if self.engine.heads is None:
+            raise UserError(f"{self.name}: this model has no heads to choose K with; train them with "
+                            "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
+        return await self._ask("control", prompts, [self._fitting] * len(prompts))
 
     async def close(self) -> None:
         if self._worker is not None:
@@ -124,30 +136,39 @@ class LocalLM:
             await asyncio.gather(self._worker, return_exceptions=True)
         self._thread.shutdown(wait=True)
 
-    def _encode(self, text: str, start: bool = False) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [*self._start, *ids] if start else ids
+    def _encode_short(self, text: str) -> list[int]:
+        """The ids of a completion.  Actions come again and again, and encoding one takes 0.1 ms."""
+        if text not in self._short:
+            if len(self._short) >= 1 << 16:
+                self._short.clear()
+            self._short[text] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._short[text]
 
-    def _check_fits(self, prompt: int, completion: int) -> None:
-        if self.context_length and prompt + completion > self.context_length:
+    def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
+        """``ids``, if the model's context holds them and ``more``."""
+        if self.context_length and len(ids) + more > self.context_length:
             raise UserError(
-                f"{self.name}: a prompt of {prompt} tokens and {completion} new ones exceed its context of "
+                f"{self.name}: a prompt of {len(ids)} tokens and {more} new ones exceed its context of "
                 f"{self.context_length}; keep less history (--history_keep_steps)"
             )
+        return ids
 
-    async def _enqueue(self, work: list[Any]) -> list[Any]:
-        if not work:
+    async def _ask(self, call: str, prompts: Sequence[str], work: Sequence[Callable[[list[int]], Any]]) -> list[Any]:
+        """The engine's answers to some prompts, from the next batch."""
+        if not prompts:
             return []
         loop = asyncio.get_running_loop()
-        jobs = [_Job(w, loop.create_future()) for w in work]
+        jobs = [_Job(call, prompt, make, loop.create_future()) for prompt, make in zip(prompts, work, strict=True)]
         self._jobs += jobs
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._serve())
         self.quorum.add(waiting=1)
         try:
-            return list(await asyncio.gather(*(job.answer for job in jobs)))
+            answers = list(await asyncio.gather(*(job.answer for job in jobs)))
         finally:
             self.quorum.add(waiting=-1)
+        record(self.role, answers)
+        return answers
 
     async def _serve(self) -> None:
         """Run batches until nobody waits any more."""
@@ -157,17 +178,23 @@ class LocalLM:
                 await self.quorum.complete()
                 jobs, self._jobs = self._jobs, []
                 start = time.monotonic()
-                for kind, run in (("generate", self.engine.generate), ("score", self.engine.score)):
-                    chosen = [job for job in jobs if job.work[0] == kind]
+                for call in ("control", "generate", "score"):
+                    chosen = [job for job in jobs if job.call == call]
                     if chosen:
-                        await self._answer(loop, run, chosen)
+                        await self._answer(loop, call, chosen)
                 self.busy_s += time.monotonic() - start
                 for _ in range(4):
                     await asyncio.sleep(0)  # those who were answered stop waiting before the next turn is taken
 
-    async def _answer(self, loop: asyncio.AbstractEventLoop, run: Callable[[list], list], jobs: list[_Job]) -> None:
+    def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
+        """In the model's thread: the answers to jobs of one kind."""
+        ids = self.tokenizer([job.prompt for job in jobs], add_special_tokens=False)["input_ids"]
+        run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
+        return run([job.work([*self._start, *row]) for job, row in zip(jobs, ids, strict=True)])
+
+    async def _answer(self, loop: asyncio.AbstractEventLoop, call: str, jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))
-        running = loop.run_in_executor(self._thread, run, [job.work[1] for job in jobs])
+        running = loop.run_in_executor(self._thread, self._run, call, jobs)
         await asyncio.wait([running])
         error = running.exception()
         for i, job in enumerate(jobs):

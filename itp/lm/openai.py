@@ -34,7 +34,7 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from itp.lm.base import GenParams, Generation, TokenLogprobs, record
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
 from itp.runtime import UserError, derive_seed
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,10 @@ class OpenAILM:
         answers = await _all(self._complete(prompt, params, index) for index, prompt in enumerate(prompts))
         record(self.role, answers)
         return answers
+
+    async def control(self, prompts: Sequence[str]) -> list[Control]:
+        raise UserError(f"{self.name} at {self._url}: a server has no heads to choose K with; use a local policy, "
+                        "or another --k_policy")
 
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
         """Score completions by having the server echo the joined text with its log-probabilities.

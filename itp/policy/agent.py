@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from itp.lm.base import LM, GenParams
+from itp.lm.base import LM, Control, GenParams, Trace
 from itp.runtime import UserError
 from itp.text import prompts
 from itp.text.actions import clean_action, parse_action, parse_horizon, parse_thought
@@ -28,6 +28,7 @@ class Choice:
     thought: str = ""
     parsed: bool = True
     logprob: float | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Policy:
     ``style``: the prompt's, tuned or instruct.  ``keep_steps``: history in the prompt (0: all of it);
     with ``history`` False an instruct prompt holds the current observation only.
     ``temperature`` and ``top_p`` hold for executed and imagined actions; 0 is greedy.
+    ``control``: it has heads, and its prompts the control token at which they read.
     """
 
     lm: LM
@@ -45,6 +47,7 @@ class Policy:
     selection: str = "generate"
     keep_steps: int = 0
     history: bool = True
+    control: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
     action_tokens: int = 16
@@ -54,21 +57,25 @@ class Policy:
     """For thoughts and reflections."""
 
     async def act(self, state: State, admissible: Sequence[str] | None, seed: int, *, foresight: str = "",
-                  notes: str = "") -> Choice:
-        """a_t ~ π_θ(·|s_t, τ̂_t), by ``selection``.  ``admissible`` isn't looked at when generating."""
-        prompt = self._prompt(state, "Action", foresight=foresight, notes=notes)
+                  notes: str = "", trace: bool = False) -> Choice:
+        """a_t ~ π_θ(·|s_t, τ̂_t), by ``selection``.  ``admissible`` isn't looked at when generating.
+
+        ``trace``: with how the action was drawn (not when scoring).
+        """
+        prompt = self.prompt(state, "Action", foresight=foresight, notes=notes)
         if self.selection == "generate":
-            raw = await self._line(prompt, self.action_tokens, seed)
-            action = clean_action(raw) if self.style == "tuned" else parse_action(raw)
-            return Choice(action or clean_action(raw), raw, parsed=bool(action))
+            reply, = await self.lm.generate([prompt], self._params(self.action_tokens, seed, (prompts.END,), trace))
+            action = clean_action(reply.text) if self.style == "tuned" else parse_action(reply.text)
+            return Choice(action or clean_action(reply.text), reply.text, parsed=bool(action), logprob=reply.logprob,
+                          trace=reply.trace)
         if not admissible:
             raise UserError(f"--action_selection {self.selection}: the environment lists no admissible action "
                             f"after {state.observation!r}; use --action_selection generate")
         targets = {prompts.action_target(a): a for a in admissible}
         if self.selection == "constrained":
-            params = GenParams(temperature=self.temperature, seed=seed, choices=tuple(targets))
+            params = GenParams(temperature=self.temperature, seed=seed, choices=tuple(targets), trace=trace)
             chosen, = await self.lm.generate([prompt], params)
-            return Choice(targets[chosen.text], chosen.text, logprob=chosen.logprob)
+            return Choice(targets[chosen.text], chosen.text, logprob=chosen.logprob, trace=chosen.trace)
         scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
         best = max(range(len(scores)), key=scores.__getitem__)
         action = list(targets.values())[best]
@@ -76,7 +83,7 @@ class Policy:
 
     async def think_and_act(self, state: State, seed: int, *, notes: str = "") -> Choice:
         """A thought and an action in one reply (Chain-of-Thought, ReAct), written freely."""
-        prompt = self._prompt(state, "Thought", notes=notes)
+        prompt = self.prompt(state, "Thought", notes=notes)
         params = self._params(self.text_tokens, seed, stop=("\nObservation:", "\nTask:"))
         reply, = await self.lm.generate([prompt], params)
         raw = "Thought:" + reply.text
@@ -85,27 +92,37 @@ class Policy:
 
     async def propose(self, state: State, seed: int) -> str:
         """An imagined action â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
-        return clean_action(await self._line(self._prompt(state, "Action"), self.imagined_action_tokens, seed))
+        return clean_action(await self._line(self.prompt(state, "Action"), self.imagined_action_tokens, seed))
 
     async def horizon(self, state: State, max_k: int, seed: int) -> tuple[int | None, str]:
         """ITP-I's K_t by prompt and the raw reply; None where the reply holds no number."""
-        raw = await self._line(self._prompt(state, "Horizon", max_k=max_k), self.decision_tokens, seed)
+        raw = await self._line(self.prompt(state, "Horizon", max_k=max_k), self.decision_tokens, seed)
         return parse_horizon(raw, max_k), raw
+
+    async def read_control(self, state: State) -> Control:
+        """log P_θ(K|s_t) and V_θ(s_t) of a policy with heads."""
+        text = prompts.control_prompt(self._shown(state).render(), style=self.style, env=self.env)
+        reading, = await self.lm.control([text])
+        return reading
 
     async def reflect(self, state: State, foresight: str, seed: int) -> str:
         """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means."""
-        prompt = self._prompt(state, "Reflection", foresight=foresight)
+        prompt = self.prompt(state, "Reflection", foresight=foresight)
         return (await self._line(prompt, self.text_tokens, seed)).strip()
 
-    def _prompt(self, state: State, label: str, **parts) -> str:
-        shown = state.last(self.keep_steps)
+    def prompt(self, state: State, label: str, **parts) -> str:
+        """What the policy is asked with: :func:`itp.text.prompts.policy_prompt` on what it is shown of ``state``."""
+        return prompts.policy_prompt(self._shown(state).render(), label, style=self.style, env=self.env,
+                                     control=self.control, **parts)
+
+    def _shown(self, state: State) -> State:
         if self.style == "instruct" and not self.history:
-            shown = State(state.task, state.observation)
-        return prompts.policy_prompt(shown.render(), label, style=self.style, env=self.env, **parts)
+            return State(state.task, state.observation)
+        return state.last(self.keep_steps)
 
     async def _line(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         reply, = await self.lm.generate([prompt], self._params(max_new_tokens, seed, stop=(prompts.END,)))
         return reply.text
 
-    def _params(self, max_new_tokens: int, seed: int, stop: tuple[str, ...]) -> GenParams:
-        return GenParams(max_new_tokens, self.temperature, self.top_p, stop, seed)
+    def _params(self, max_new_tokens: int, seed: int, stop: tuple[str, ...], trace: bool = False) -> GenParams:
+        return GenParams(max_new_tokens, self.temperature, self.top_p, stop, seed, trace=trace)

@@ -10,6 +10,9 @@ A *tuned* model (trained by this project) sees the bare state and a label that s
     Then: You pick up the plate 2 from the ..   /  K pairs of (â, ŝ)
     Action:                                     <- the policy goes on from here
 
+A policy with heads has the line ``<CTRL>`` between state and imagined trajectory.  K_t and V(s_t) are
+read there, so the text up to it is the same whether the policy decides how far to look or acts.
+
 An *instruct* model (not trained by us) gets the same text behind an instruction.
 
 Whitespace is code here: a label ends with its colon, what the model writes starts with a space and
@@ -23,6 +26,9 @@ import re
 from collections.abc import Sequence
 
 from itp.text.state import indent
+
+CTRL = "<CTRL>"
+"""The control token of policies with heads (:mod:`itp.policy.heads`)."""
 
 END = "\n"
 """What ends an action, a thought, a horizon: every one-line completion."""
@@ -62,17 +68,26 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
     return "".join(f"\nIf: {indent(action)}\nThen: {indent(observation)}" for action, observation in steps)
 
 
-def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "",
+def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "", control: bool = False,
                   style: str = "tuned", env: str = "alfworld", max_k: int = 0) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon).
 
     ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
-    ``"\\nReflection: ..."`` that come between it and the label.
+    ``"\\nReflection: ..."`` that come between it and the label.  ``control``: for a policy with heads.
     """
-    text = f"{state}{foresight}{notes}\n{label}:"
+    mark = f"\n{CTRL}" if control else ""
+    return f"{_instructed(state, label, style, env, max_k)}{mark}{foresight}{notes}\n{label}:"
+
+
+def control_prompt(state: str, *, style: str = "tuned", env: str = "alfworld") -> str:
+    """Up to ``<CTRL>``, where K_t and V(s_t) are read: the beginning of ``policy_prompt(..., control=True)``."""
+    return f"{_instructed(state, 'Action', style, env)}\n{CTRL}"
+
+
+def _instructed(state: str, label: str, style: str, env: str, max_k: int = 0) -> str:
     if style == "tuned":
-        return text
-    return f"{INSTRUCTION[env]}\n{_ASK[label].format(max_k=max_k)}\n\n{text}"
+        return state
+    return f"{INSTRUCTION[env]}\n{_ASK[label].format(max_k=max_k)}\n\n{state}"
 
 
 def action_target(action: str) -> str:

@@ -1,0 +1,207 @@
+"""Keys and values: rows computed side by side in one block of memory, and rows remembered for later.
+
+Row i of a :class:`Batch` has its tokens in columns 0 .. n_i - 1 and new ones are written behind them, in
+place; so nothing is copied when a row grows, and the rows that are left when others end are moved one by
+one.  An attention mask of our own (B, 1, S, T) and explicit positions make every row attend to exactly
+what it would attend to alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+KV = torch.Tensor
+"""Keys and values of one row: (layers, 2, heads, tokens, head size)."""
+
+
+class PrefixCache:
+    """Keys and values of recent rows, found by the longest prefix they share with a new one.
+
+    A row is registered under a hash of each of its beginnings of 16, 32, ... tokens; a later row with
+    the same beginning takes the place.  Least recently used rows go first.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, max_bytes: int) -> None:
+        self._rows: OrderedDict[tuple[int, ...], KV] = OrderedDict()
+        self._owner: dict[int, tuple[int, ...]] = {}
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def longest(self, ids: tuple[int, ...]) -> KV | None:
+        """The KV of the longest known prefix (from one block on), leaving at least one token to compute."""
+        for beginning in reversed(self.beginnings(ids)):
+            key = self._owner.get(beginning)
+            if key is None:
+                continue
+            shared = _common_prefix(key, ids, len(ids) - 1)
+            if shared:
+                self._rows.move_to_end(key)
+                return self._rows[key][..., :shared, :]
+        return None
+
+    def put(self, ids: Sequence[int], kv: KV) -> None:
+        """Remember a row.  ``ids`` may be longer than ``kv``, whose tokens are the ones known."""
+        key = tuple(ids[:kv.shape[-2]])
+        self._drop(key)
+        self._rows[key] = kv
+        self._owner.update(dict.fromkeys(self.beginnings(key), key))
+        self._bytes += kv.nbytes
+        while self._bytes > self._max_bytes and self._rows:
+            self._drop(next(iter(self._rows)))
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self._owner.clear()
+        self._bytes = 0
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        if key in self._rows:
+            self._bytes -= self._rows.pop(key).nbytes
+            for beginning in self.beginnings(key):
+                if self._owner.get(beginning) == key:
+                    del self._owner[beginning]
+
+    def beginnings(self, ids: tuple[int, ...]) -> list[int]:
+        """A hash of each beginning of 16, 32, ... tokens, shortest first."""
+        found, value = [], 0
+        for start in range(0, len(ids) - self.BLOCK + 1, self.BLOCK):
+            value = hash((value, ids[start:start + self.BLOCK]))
+            found.append(value)
+        return found
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    limit = min(limit, len(a))
+    if a[:limit] == b[:limit]:  # usual, and much faster than a loop
+        return limit
+    return next(i for i in range(limit) if a[i] != b[i])
+
+
+class Memory:
+    """The block in which batches are computed, used again by the next batch: fresh pages are dear on a CPU."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+
+    def take(self, layer: int, which: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A tensor of ``shape`` for the keys (``which`` 0) or values (1) of a layer.
+
+        It holds zeros or what an earlier batch left: finite numbers, which a mask turns into nothing.
+        """
+        size = torch.Size(shape).numel()
+        block = self._blocks.get((layer, which))
+        if block is None or block.numel() < size:
+            block = self._blocks[layer, which] = like.new_zeros(size + size // 4)
+        return block[:size].view(shape)
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer of a batch, (B, heads, columns, head size)."""
+
+    def __init__(self, batch: Batch, index: int) -> None:
+        super().__init__()
+        self.batch, self.index = batch, index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        shape = (self.batch.size, key_states.shape[1], self.batch.columns)
+        take = self.batch.memory.take
+        self.keys = take(self.index, 0, (*shape, key_states.shape[3]), key_states)
+        self.values = take(self.index, 1, (*shape, value_states.shape[3]), value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write the new tokens (B, heads, S, head size) at the batch's places; all columns in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, places, used = self.batch.places
+        self.keys[rows, :, places] = key_states.transpose(1, 2)
+        self.values[rows, :, places] = value_states.transpose(1, 2)
+        return self.keys[:len(rows), :, :used], self.values[:len(rows), :, :used]
+
+    def get_seq_length(self) -> int:
+        return max(self.batch.lengths)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.batch.places[2], 0
+
+    def get_max_length(self) -> int:
+        return self.batch.columns
+
+
+class Batch:
+    """Rows computed side by side.  ``total[i]`` is the most tokens that row i will ever have."""
+
+    def __init__(self, model: PreTrainedModel, memory: Memory, rows: Sequence[KV | None], total: Sequence[int]) -> None:
+        self.model, self.memory, self.size = model, memory, len(rows)
+        self.lengths = [0 if kv is None else kv.shape[-2] for kv in rows]
+        self.columns = max(total) + 1  # the last takes the padding
+        layers = [_Layer(self, i) for i in range(model.config.get_text_config().num_hidden_layers)]
+        self.cache = Cache(layers=layers)
+        for i, kv in enumerate(rows):
+            if kv is not None:
+                for layer, (keys, values) in zip(layers, kv, strict=True):
+                    if not layer.is_initialized:
+                        layer.lazy_initialization(keys[None], values[None])
+                    layer.keys[i, :, :self.lengths[i]] = keys
+                    layer.values[i, :, :self.lengths[i]] = values
+        self.places: tuple[torch.Tensor, torch.Tensor, int] = (torch.empty(0), torch.empty(0), 0)
+        """Where the current pass writes: row (B, 1) and column (B, S) indices, and the columns then in use."""
+
+    def forward(self, new: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
+        """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions."""
+        return self.model(**self._inputs(new), logits_to_keep=keep).logits
+
+    def hidden(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The same, but the last hidden state (B, H) of each row, behind the final norm."""
+        return self.model.base_model(**self._inputs(new)).last_hidden_state[:, -1]
+
+    def _inputs(self, new: Sequence[Sequence[int]]) -> dict:
+        device, counts = self.model.device, [len(ids) for ids in new]
+        width = max(counts)
+        padded = [[0] * (width - n) + list(row) for row, n in zip(new, counts, strict=True)]
+        before = torch.tensor(self.lengths)[:, None] - torch.tensor([width - n for n in counts])[:, None]
+        positions = before + torch.arange(width)  # (B, S); what lies left of a row's own new tokens is padding
+        padding = positions < torch.tensor(self.lengths)[:, None]
+        self.lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
+        used = max(self.lengths)
+        columns = positions.masked_fill(padding, self.columns - 1).to(device)
+        self.places = (torch.arange(len(new), device=device)[:, None], columns, used)
+        # A query sees the tokens up to itself; a padding query sees the first, because a softmax over
+        # nothing would be NaN.
+        positions = positions.masked_fill(padding, 0).to(device)
+        hidden = torch.arange(used, device=device) > positions[:, :, None]  # (B, S, T)
+        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=device)
+        mask.masked_fill_(hidden, torch.finfo(self.model.dtype).min)
+        return {"input_ids": torch.tensor(padded, device=device), "attention_mask": mask[:, None],
+                "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
+
+    def drop(self, done: Sequence[int]) -> list[int]:
+        """Remove rows; the last ones move into their places.  Returns the old index of every row left."""
+        ended = set(done)
+        left = len(self.lengths) - len(ended)
+        order = list(range(left))
+        movers = [i for i in range(left, len(self.lengths)) if i not in ended]
+        for hole, mover in zip(sorted(i for i in ended if i < left), movers, strict=True):
+            n = self.lengths[mover]
+            for layer in self.cache.layers:
+                layer.keys[hole, :, :n] = layer.keys[mover, :, :n]
+                layer.values[hole, :, :n] = layer.values[mover, :, :n]
+            order[hole] = mover
+        self.lengths = [self.lengths[i] for i in order]
+        return order
+
+    def rows(self, wanted: Sequence[int]) -> list[KV]:
+        """Copies of the keys and values of some rows."""
+        found = []
+        for i in wanted:
+            n = self.lengths[i]
+            pairs = [torch.stack((layer.keys[i, :, :n], layer.values[i, :, :n])) for layer in self.cache.layers]
+            found.append(torch.stack(pairs))
+        return found
