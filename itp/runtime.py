@@ -151,6 +151,13 @@ def load_tokenizer(path: str):
         raise UserError(f"{path}: no tokenizer there ({str(error).splitlines()[0]})") from error
 
 
+def progress_bar(total: int, unit: str):
+    """A tqdm bar; in a log file it says a line every half minute."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, **({} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}))
+
+
 def bos_ids(tokenizer) -> list[int]:
     """What the tokenizer itself puts before a text: Llama's BOS, or nothing.  Found out rather than looked up."""
     bos = tokenizer.bos_token_id

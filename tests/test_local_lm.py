@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,73 @@ def test_an_error_in_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: py
     monkeypatch.setattr(lm.engine, "generate", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(lm.generate(PROMPTS, GenParams()))
+
+
+def drawn_logprob(lm: LocalLM, prompt: str, answer) -> float:
+    """The log-probability of a traced draw, from plain forward passes: what the trace says of itself."""
+    context = lm.tokenizer.encode(prompt, add_special_tokens=False)
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([context + list(answer.trace.token_ids)])).logits[0, len(context) - 1:]
+    total = 0.0
+    for row, token, allowed in zip(logits, answer.trace.token_ids, answer.trace.allowed, strict=False):
+        ids = list(range(len(row))) if allowed is None else list(allowed)
+        total += float((row[ids] / answer.trace.temperature).log_softmax(-1)[ids.index(token)])
+    return total
+
+
+@pytest.mark.parametrize("params", [
+    GenParams(choices=CHOICES), GenParams(max_new_tokens=9, top_p=0.6), GenParams(max_new_tokens=9)],
+    ids=["choices", "nucleus", "free"])
+def test_a_trace_says_what_each_token_was_drawn_from(lm: LocalLM, params: GenParams) -> None:
+    for seed in range(6):
+        answer, = run(lm.generate([PROMPTS[2]], replace(params, temperature=0.7, seed=seed, trace=True)))
+        assert answer.trace.logprob == pytest.approx(drawn_logprob(lm, PROMPTS[2], answer), abs=1e-4)
+        assert answer.trace.logprob < 0
+        assert lm.tokenizer.decode(answer.trace.token_ids, skip_special_tokens=True).strip() == answer.text.strip()
+    greedy, = run(lm.generate([PROMPTS[2]], replace(params, trace=True)))
+    assert greedy.trace.logprob == 0 and all(len(ids) == 1 for ids in greedy.trace.allowed)
+
+
+def test_what_candidates_share_is_computed_once_within_one_call(lm: LocalLM) -> None:
+    """Foresights of growing length behind one state, as pseudo-labels are scored."""
+    state = STATE + 4 * STEP
+    contexts = [state + k * "\nIf: look\nThen: You arrive at desk 2." + "\nAction:" for k in range(4)]
+    scores = run(lm.loglikelihood([(c, CHOICES[0]) for c in contexts]))
+    for context, score in zip(contexts, scores, strict=True):
+        assert score.logprobs == pytest.approx(slow_logprobs(lm, context, CHOICES[0]), abs=1e-5)
+    computed = [s.prompt_tokens - s.cached_tokens for s in scores]
+    assert computed[3] == scores[3].prompt_tokens  # the longest is computed, the others find themselves in it
+    assert sum(computed) < 1.5 * computed[3]
+
+
+def test_heads_read_the_last_hidden_state_and_generation_goes_on_from_there(lm: LocalLM) -> None:
+    torch.manual_seed(1)
+    k_head, v_head = torch.nn.Linear(32, 4), torch.nn.Linear(32, 1)
+    lm.engine.heads = lambda hidden: (k_head(hidden), v_head(hidden)[:, 0])
+    readings = run(lm.control(PROMPTS))
+    for prompt, reading in zip(PROMPTS, readings, strict=True):
+        ids = torch.tensor([lm.tokenizer.encode(prompt, add_special_tokens=False)])
+        with torch.no_grad():
+            hidden = lm.model(ids, output_hidden_states=True).hidden_states[-1][:, -1]
+            assert reading.k_logprobs == pytest.approx(k_head(hidden).log_softmax(-1)[0].tolist(), abs=1e-5)
+            assert reading.value == pytest.approx(float(v_head(hidden)), abs=1e-5)
+    answer, = run(lm.generate([PROMPTS[2] + " open"], GenParams(max_new_tokens=2)))
+    assert answer.cached_tokens == readings[2].prompt_tokens
+    assert readings[0].choose_k(2, None) == max(range(3), key=readings[0].k_logprobs.__getitem__)
+    assert len({readings[0].choose_k(3, seed) for seed in range(60)}) > 1
+
+
+def test_without_heads_there_is_nothing_to_read(lm: LocalLM) -> None:
+    with pytest.raises(UserError, match="no heads"):
+        run(lm.control(PROMPTS))
+
+
+def test_reset_forgets_what_old_weights_computed(folder: Path, lm: LocalLM) -> None:
+    run(lm.generate(PROMPTS, GenParams(max_new_tokens=4)))
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            parameter.mul_(1.3)
+    lm.engine.reset()
+    answer, = run(lm.loglikelihood([(PROMPTS[2], CHOICES[3])]))
+    assert answer.cached_tokens == 0
+    assert answer.logprobs == pytest.approx(slow_logprobs(lm, PROMPTS[2], CHOICES[3]), abs=1e-5)

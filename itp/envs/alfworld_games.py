@@ -38,7 +38,7 @@ from itp.config import flag, parse_settings
 from itp.envs.alfworld_expert import Expert
 from itp.envs.alfworld_worlds import GeneratedGame, make_game, other_missions, write_game
 from itp.games import ALFWORLD_TASK_TYPES, SPLITS, Game
-from itp.runtime import UserError, claim_output, derive_seed, read_json, run_main
+from itp.runtime import UserError, claim_output, derive_seed, progress_bar, read_json, run_main
 
 if TYPE_CHECKING:
     from itp.envs.alfworld import AlfworldEnv
@@ -203,14 +203,12 @@ def claim(settings: Settings) -> None:
 
 def generate(settings: Settings) -> Counter[str]:
     """Make what is missing; returns how many games were made and why draws were rejected."""
-    from tqdm import tqdm
-
     if min(settings.missions, settings.processes) < 1 or min(settings.train, settings.seen, settings.unseen) < 0:
         raise UserError("--missions and --processes must be at least 1, --train, --seen and --unseen at least 0")
     claim(settings)
     batches = missing(plan_batches(settings), Path(settings.out))
     outcome: Counter[str] = Counter()
-    with tqdm(total=sum(len(batch.numbers) for batch in batches), desc="games", unit="game") as progress:
+    with progress_bar(sum(len(batch.numbers) for batch in batches), "game") as progress:
         for made in _run(batches, min(settings.processes, len(batches))):
             outcome.update(made.rejected)
             outcome["made"] += made.written

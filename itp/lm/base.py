@@ -7,6 +7,8 @@ depends on the prompt, the parameters and their ``seed`` alone.
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,6 +89,13 @@ class Control:
     value: float
     prompt_tokens: int
     cached_tokens: int = 0
+
+    def choose_k(self, max_k: int, seed: int | None) -> int:
+        """K_t among 0..``max_k``: drawn with ``seed``, or the most likely one where that is None."""
+        allowed = self.k_logprobs[:max_k + 1]
+        if seed is None:
+            return max(range(len(allowed)), key=allowed.__getitem__)
+        return random.Random(seed).choices(range(len(allowed)), [math.exp(p) for p in allowed])[0]
 
 
 @dataclass

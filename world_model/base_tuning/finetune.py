@@ -39,7 +39,6 @@ class WorldModelSettings(FinetuneSettings):
     max_seq_len: int = flag(2048, help="tokens per transition; longer ones lose their oldest steps, never s'")
     max_rows: int = flag(0, help="train on a random sample of so many transitions; 0: all")
     eval_rows: int = flag(200, help="how many held-out transitions are predicted for the exact match; 0: none")
-    eval_batch_size: int = flag(16, help="how many of them at a time")
     check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
 
 
@@ -85,31 +84,20 @@ def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, m
     return examples
 
 
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row],
-                batch_size: int) -> dict[str, Any]:
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> dict[str, Any]:
     """How many of ``rows`` the model completes to the letter, decoding greedily to its stop token."""
-    import torch
+    from itp.lm.base import GenParams
+    from itp.lm.decoding import Engine, Request
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    split = [sum(label == IGNORED for label in row["labels"]) for row in rows]  # the prompt is what has no label
-    right = 0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        width = max(split[i] for i in batch)
-        # One token more than the longest target, so that a longer prediction can't pass for it.
-        new = max(len(rows[i]["labels"]) - split[i] for i in batch) + 1
-        prompts = [rows[i]["input_ids"][:split[i]] for i in batch]
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-        with torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
-                                    pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
-        for i, predicted in zip(batch, output[:, width:].tolist(), strict=True):
-            if tokenizer.eos_token_id in predicted:
-                predicted = predicted[:predicted.index(tokenizer.eos_token_id) + 1]
-            target = rows[i]["input_ids"][split[i]:]
-            right += tokenizer.decode(predicted) == tokenizer.decode(target)
+    requests, targets = [], []
+    for row in rows:
+        cut = sum(label == IGNORED for label in row["labels"])  # the prompt is what has no label
+        prompt, target = row["input_ids"][:cut], row["input_ids"][cut:]
+        # One token more than the target, so that a longer prediction can't pass for it.
+        requests.append(Request(prompt, GenParams(max_new_tokens=len(target) + 1), 0, []))
+        targets.append(tokenizer.decode(target, skip_special_tokens=True))
+    answers = Engine(model, tokenizer).generate(requests)
+    right = sum(a.text == target and a.finish_reason == "stop" for a, target in zip(answers, targets, strict=True))
     return {"exact_match": round(right / len(rows), 4), "exact_match_rows": len(rows)}
 
 
@@ -117,9 +105,9 @@ def main() -> None:
     settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
     transitions = read_transitions(settings.data_path)
     check_settings(settings)
-    if settings.eval_batch_size < 1 or settings.eval_rows < 0:
-        raise UserError("--eval_batch_size must be at least 1 and --eval_rows at least 0")
-    ignore = ("data_path", "check_only", "eval_rows", "eval_batch_size")
+    if settings.eval_rows < 0:
+        raise UserError(f"--eval_rows {settings.eval_rows}: must not be negative")
+    ignore = ("data_path", "check_only", "eval_rows")
     if 0 < settings.max_rows < len(transitions):
         transitions = random.Random(settings.seed).sample(transitions, settings.max_rows)
     done = claim_run(settings, [settings.data_path], ignore)
@@ -130,7 +118,7 @@ def main() -> None:
 
     def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row]) -> dict[str, Any]:
         rows = random.Random(settings.seed).sample(held_rows, min(settings.eval_rows, len(held_rows)))
-        return exact_match(model, tokenizer, rows, settings.eval_batch_size)
+        return exact_match(model, tokenizer, rows)
 
     examples = fit(transitions, load_tokenizer(settings.model_path), settings.max_seq_len)
     finetune(settings, examples, measure if settings.eval_rows else None)
