@@ -1,6 +1,7 @@
 """Tables from result files: a pure function of a result folder.
 
-``python -m foresight_eval.report DIR [DIR ...]`` prints them side by side.
+``python -m foresight_eval.report DIR [DIR ...]`` prints them side by side.  Where results of a policy with K
+fixed at 0 and at K_max are among them, its other results get their normalised budget (column NB).
 """
 
 from __future__ import annotations
@@ -99,10 +100,39 @@ def log_line(index: int, meta: dict[str, Any]) -> str:
             f"terminate_reason={meta['terminate_reason']} reward={meta['reward']:g}")
 
 
+def normalised_budget(tokens: float, at_zero: float, at_max: float) -> float | None:
+    """NB = (T̄ − T̄(0)) / (T̄(K_max) − T̄(0)), with T̄ the mean tokens an episode of policy and world model together.
+
+    T̄(k) is that of the same policy with K fixed at k.  None where imagining costs nothing.
+    """
+    return (tokens - at_zero) / (at_max - at_zero) if at_max > at_zero else None
+
+
+def budgets(folders: list[Path]) -> list[float | None]:
+    """The normalised budget of each result folder; None where the two results that it needs aren't among them.
+
+    A result is measured against those of the same policy on the same games.
+    """
+    if len(folders) == 1:
+        return [None]
+    tokens = [read_json(folder / "summary.json")["cost"]["tokens_per_episode"] for folder in folders]
+    configs = [read_json(folder / "config.json")["config"] for folder in folders]
+    same = [tuple(config[name] for name in ("policy_fingerprint", "split", "max_steps", "action_selection"))
+            for config in configs]
+    ends: dict[tuple, dict[int, float]] = {}
+    for key, config, spent in zip(same, configs, tokens, strict=True):
+        fixed = 0 if config["method"] == "sft" or config["disable_wm"] else config["fixed_k"]
+        if fixed >= 0:
+            ends.setdefault(key, {})[fixed] = spent
+    return [normalised_budget(spent, ends[key][0], ends[key][max(ends[key])])
+            if len(ends.get(key, {})) > 1 and 0 in ends[key] else None
+            for key, spent in zip(same, tokens, strict=True)]
+
+
 def table(folders: list[Path]) -> str:
     """Success in percent by task type, one row a result folder."""
-    rows = [["", *BUCKETS, "All", "95 %", "n", "invalid", "mean k", "tokens/ep"]]
-    for folder in folders:
+    rows = [["", *BUCKETS, "All", "95 %", "n", "invalid", "mean k", "tokens/ep", "NB"]]
+    for folder, budget in zip(folders, budgets(folders), strict=True):
         summary = read_json(folder / "summary.json")
         overall = summary["overall"]
         low, high = overall["interval"]
@@ -115,6 +145,7 @@ def table(folders: list[Path]) -> str:
             _percent(summary["invalid_action_rate"]),
             f"{summary['mean_k']:.2f}",
             f"{summary['cost']['tokens_per_episode']:.0f}",
+            "-" if budget is None else f"{budget:.2f}",
         ])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]

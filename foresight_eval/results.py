@@ -68,6 +68,8 @@ def _step_record(index: int, t: int, step: Step) -> dict[str, Any]:
         "t": t,
         "k": decision.k,
         "k_raw_output": decision.k_raw,
+        "k_logprobs": decision.k_logprobs,
+        "value": decision.value,
         "foresight_text": decision.imagined.text() if decision.imagined else "",
         "wm_raw_output": [observation for _, observation in imagined],
         "imagined_actions": [action for action, _ in imagined],

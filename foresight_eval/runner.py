@@ -13,8 +13,6 @@ import os
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from foresight_eval import report, results
 from foresight_eval.methods import NEED_WORLD_MODEL, build
 from foresight_eval.methods.settings import MethodSettings
@@ -26,8 +24,9 @@ from itp.lm.base import LM
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
 from itp.policy.agent import Policy
+from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, claim_output, model_card, model_fingerprint
+from itp.runtime import UserError, claim_output, model_card, model_fingerprint, progress_bar
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -84,6 +83,12 @@ def check(settings: AlfworldSettings) -> None:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
+    if settings.k_policy == "head" and not has_heads(settings.policy_model):
+        raise UserError(f"--k_policy head: {settings.policy_model} has no K-head; train one with "
+                        "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
+    if has_heads(settings.policy_model) and settings.max_k > kmax_of(settings.policy_model):
+        raise UserError(f"--max_k {settings.max_k}: the K-head of {settings.policy_model} was trained with K_max "
+                        f"{kmax_of(settings.policy_model)}; give at most that")
     if settings.method in ("react", "cot") and settings.action_selection != "generate":
         raise UserError(f"--method {settings.method} writes thought and action in one reply: "
                         "use --action_selection generate")
@@ -116,8 +121,8 @@ def check_games(folder: Path, games: list[Game]) -> None:
 
 async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) -> None:
     quorum = Quorum()
-    policy_lm = LocalLM.load(settings.policy_model, device=settings.policy_device or settings.device,
-                             dtype=settings.policy_dtype, quorum=quorum, role="policy")
+    policy_lm = load_policy_lm(settings.policy_model, device=settings.policy_device or settings.device,
+                               dtype=settings.policy_dtype, quorum=quorum)
     wm_lm = load_world_model(settings, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
@@ -127,7 +132,7 @@ async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) 
     lost: list[str] = []
     start, steps = time.monotonic(), 0
     try:
-        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, tqdm(total=len(todo), unit="game") as bar:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(len(todo), "game") as bar:
             async for episode in run_episodes(pool, method, list(todo.values()), max_steps=settings.max_steps,
                                               seed=settings.seed, concurrency=settings.concurrency, quorum=quorum):
                 bar.update()
@@ -165,7 +170,7 @@ def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
 def make_policy(settings: AlfworldSettings, lm: LM) -> Policy:
     return Policy(lm, style=_style(settings.prompt_style, settings.policy_model), selection=settings.action_selection,
                   keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
-                  temperature=settings.temperature, top_p=settings.top_p,
+                  control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
                   action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
                   decision_tokens=settings.decision_tokens)
 
@@ -178,9 +183,21 @@ def make_world_model(settings: AlfworldSettings, lm: LM) -> WorldModel:
 
 def method_settings(settings: AlfworldSettings) -> MethodSettings:
     fixed = 0 if settings.disable_wm else settings.fixed_k
-    k_policy = "fixed" if fixed >= 0 else "prompt" if settings.k_policy == "auto" else settings.k_policy
+    k_policy = settings.k_policy
+    if fixed >= 0:
+        k_policy = "fixed"
+    elif k_policy == "auto":
+        k_policy = "head" if has_heads(settings.policy_model) else "prompt"
     tuned = _style(settings.prompt_style, settings.policy_model) == "tuned"
-    return MethodSettings(settings.max_k, k_policy, fixed, settings.foresight_format, reflect=not tuned)
+    return MethodSettings(max_k(settings), k_policy, settings.k_sample, fixed, settings.foresight_format,
+                          reflect=not tuned)
+
+
+def max_k(settings: AlfworldSettings) -> int:
+    """K_max: the flag's, else the K-head's, else 2."""
+    if settings.max_k >= 0:
+        return settings.max_k
+    return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else 2
 
 
 def _style(flag: str, model: str) -> str:

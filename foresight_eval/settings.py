@@ -10,7 +10,7 @@ from itp.runtime import DTYPES
 
 METHODS = ("foresight", "sft", "react", "cot")
 STYLES = ("auto", "tuned", "instruct")
-K_POLICIES = ("auto", "prompt", "fixed", "random")
+K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
 
 @dataclass
@@ -35,7 +35,9 @@ class EvalSettings:
     act_tokens: int = flag(256, help="new tokens of an action reply or reflection at most")
     foresight_tokens: int = flag(256, help="new tokens of one imagined observation at most")
     fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
-    k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else prompt", choices=K_POLICIES)
+    k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
+                                      "a K-head, else prompt", choices=K_POLICIES)
+    k_sample: bool = flag(False, help="draw K from the K-head's distribution instead of taking the most likely")
     action_selection: str = flag("generate", help="write the action freely, decode it under the trie of admissible "
                                                   "actions, or score each of them", choices=SELECTIONS)
     prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
@@ -60,6 +62,6 @@ class AlfworldSettings(EvalSettings):
     device: str = flag("cuda", help="device of both models, where they have none of their own")
     policy_device: str = flag("", help="device of the policy")
     wm_device: str = flag("", help="device of the world model")
-    max_k: int = flag(2, help="K_max: steps to imagine at most (the paper: 5)")
+    max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 2")
     disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
     use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))

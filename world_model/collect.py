@@ -27,11 +27,14 @@ from itp.envs.alfworld_expert import Expert
 from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games, task_params, with_other_missions
-from itp.lm.local import LocalLM, Quorum
+from itp.lm.local import Quorum
 from itp.policy.agent import SELECTIONS, Policy
+from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import UserError, claim_output, derive_seed, model_fingerprint, run_main, write_json
+from itp.runtime import (
+    UserError, claim_output, derive_seed, model_fingerprint, progress_bar, run_main, write_json,
+)
 from itp.text import dialogues
 from itp.transitions import Transition, read_rows, write_transitions
 
@@ -117,8 +120,6 @@ def _finished(path: Path) -> dict[str, list[Transition]]:
 
 
 async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
-    from tqdm import tqdm
-
     quorum = Quorum()
     method = _actor(settings, quorum)
     make_env = functools.partial(MissionEnv, want_admissible=True,
@@ -127,7 +128,7 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
     try:
         episodes = run_episodes(pool, Noisy(method, _noises(settings.noise)), games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, quorum=quorum)
-        with open(path, "a", encoding="utf-8") as file, tqdm(total=len(games), unit="episode") as bar:
+        with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
                 transitions = episode_transitions(episode, settings.actor)
                 row = {"game_id": episode.game.game_id, "transitions": [dataclasses.asdict(t) for t in transitions]}
@@ -178,10 +179,10 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
         return RandomWalk()
     if settings.actor in ("handcoded", "planner"):
         return EngineExpert()
-    lm = LocalLM.load(settings.policy_model, device=settings.policy_device, dtype=settings.policy_dtype,
-                      quorum=quorum)
-    return Direct(Policy(lm, selection=settings.action_selection, temperature=settings.temperature,
-                         top_p=settings.top_p))
+    lm = load_policy_lm(settings.policy_model, device=settings.policy_device, dtype=settings.policy_dtype,
+                        quorum=quorum)
+    return Direct(Policy(lm, selection=settings.action_selection, control=has_heads(settings.policy_model),
+                         temperature=settings.temperature, top_p=settings.top_p))
 
 
 class ExpertActor:

@@ -2,6 +2,7 @@
 
 ITP-I (eq. 4) with ``k_policy`` "prompt": the policy is asked for a horizon, imagines that far
 (:mod:`itp.imagination`, eq. 2), reflects on what it saw, and acts with all of it in its prompt (eq. 3).
+ITP-R with "head": K_t is the most likely of the K-head's P_θ(K|s_t), or drawn from it with ``k_sample``.
 "fixed" and "random" are the paper's ablations; random draws K uniformly from 0..max_k.
 
 Departures: a horizon that can't be read counts as 0 and is kept in the record; a tuned policy isn't
@@ -14,6 +15,7 @@ import random
 
 from foresight_eval.methods.settings import MethodSettings
 from itp.imagination import imagine
+from itp.lm.base import Control
 from itp.policy.agent import Policy
 from itp.policy.method import Decision, View
 from itp.runtime import derive_seed
@@ -29,7 +31,7 @@ class Foresight:
 
     async def act(self, view: View) -> Decision:
         state = view.state
-        k, k_raw = await self.choose_k(view)
+        k, k_raw, reading = await self.choose_k(view)
         imagined = await imagine(self.policy, self.world_model, state, k, view.seed)
         foresight = imagined.text(self.settings.foresight_format)
         reflection = ""
@@ -38,15 +40,19 @@ class Foresight:
         notes = f"\nReflection: {reflection}" if reflection else ""
         choice = await self.policy.act(state, view.observation.admissible, derive_seed(view.seed, "act"),
                                        foresight=foresight, notes=notes)
-        return Decision(choice.action, k, imagined, k_raw, reflection, choice.thought, choice.raw, choice.parsed,
+        return Decision(choice.action, k, imagined, k_raw, reading.k_logprobs if reading else (),
+                        reading.value if reading else None, reflection, choice.thought, choice.raw, choice.parsed,
                         choice.logprob)
 
-    async def choose_k(self, view: View) -> tuple[int, str]:
-        """K_t and the reply that it was read from."""
-        settings = self.settings
+    async def choose_k(self, view: View) -> tuple[int, str, Control | None]:
+        """K_t, the reply that it was read from, and what the heads read."""
+        settings, seed = self.settings, derive_seed(view.seed, "k")
         if settings.k_policy == "fixed":
-            return settings.fixed_k, ""
+            return settings.fixed_k, "", None
         if settings.k_policy == "random":
-            return random.Random(derive_seed(view.seed, "k")).randint(0, settings.max_k), ""
-        k, raw = await self.policy.horizon(view.state, settings.max_k, derive_seed(view.seed, "k"))
-        return k or 0, raw
+            return random.Random(seed).randint(0, settings.max_k), "", None
+        if settings.k_policy == "head":
+            reading = await self.policy.read_control(view.state)
+            return reading.choose_k(settings.max_k, seed if settings.k_sample else None), "", reading
+        k, raw = await self.policy.horizon(view.state, settings.max_k, seed)
+        return k or 0, raw, None

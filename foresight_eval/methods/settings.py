@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """The methods' part of the command line (``k_policy``: prompt, fixed or random)."""
+    """The methods' part of the command line (``k_policy``: head, prompt, fixed or random)."""
 
     max_k: int = 2
     k_policy: str = "prompt"
+    k_sample: bool = False
     fixed_k: int = -1
     foresight_format: str = "full"
     reflect: bool = True

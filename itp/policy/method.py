@@ -36,6 +36,10 @@ class Decision:
     k: int = 0
     imagined: ImaginedTrajectory | None = None
     k_raw: str = ""
+    k_logprobs: tuple[float, ...] = ()
+    """log P_θ(K|s_t), where a K-head chose."""
+    value: float | None = None
+    """V_θ(s_t), where the policy has a value head and was asked."""
     reflection: str = ""
     thought: str = ""
     raw: str = ""

@@ -1,0 +1,230 @@
+"""π_θ with a K-head and a value head (what stage 2 trains, stage 3 goes on with and evaluation uses).
+
+Both heads are linear on the backbone's last hidden state at ``<CTRL>``: P_θ(K|s_t) over 0..K_max and
+V_θ(s_t).  They read the very state that the next token is predicted from, so what is computed up to
+``<CTRL>`` serves the choice of K and the action.
+
+A folder of :meth:`PolicyWithHeads.save_pretrained` is an ordinary model folder, which
+``AutoModelForCausalLM`` loads, with ``policy_heads.safetensors`` and ``policy_heads.json`` beside it.  The
+``adaptive_heads.pt`` of the authors' release loads as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from itp.policy.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
+from itp.runtime import MODEL_CARD, UserError, load_causal_lm, read_json, write_json
+from itp.text.prompts import CTRL
+
+if TYPE_CHECKING:
+    import peft
+
+
+class PolicyHeads(nn.Module):
+    """K-head and value head.  They start at zero: every K equally likely, every state worth nothing."""
+
+    def __init__(self, hidden_size: int, kmax: int) -> None:
+        super().__init__()
+        self.k_head = nn.Linear(hidden_size, kmax + 1, dtype=torch.float32)
+        self.v_head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        for head in (self.k_head, self.v_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From hidden states (N, H) to K logits (N, K_max + 1) and values (N,), in float32 whatever is around."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            k_logits, values = (functional.linear(hidden.float(), head.weight.float(), head.bias.float())
+                                for head in (self.k_head, self.v_head))
+        return k_logits, values[:, 0]
+
+
+@dataclass
+class HeadsOutput:
+    """Logits (B, T, V), or of the wanted columns (B, C, V); K logits (N, K_max + 1) and values (N,)."""
+
+    logits: torch.Tensor
+    k_logits: torch.Tensor
+    values: torch.Tensor
+
+
+class PolicyWithHeads(nn.Module):
+    """``backbone``: any Hugging Face causal LM, with PEFT's layers or without; ``heads``: :class:`PolicyHeads`."""
+
+    def __init__(self, backbone: nn.Module, heads: PolicyHeads) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    @property
+    def kmax(self) -> int:
+        return self.heads.k_head.out_features - 1
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The backbone without PEFT's wrapping, its layers still in it: the module that generates."""
+        return self.backbone if isinstance(self.backbone, PreTrainedModel) else self.backbone.get_base_model()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, ctrl_pos: torch.Tensor,
+                position_ids: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0) -> HeadsOutput:
+        """Logits everywhere, K and V at the control tokens.
+
+        ``input_ids`` (B, T).  ``attention_mask``: (B, T), 1 where a token is, or (B, 1, T, T), boolean or
+        additive, of who sees whom.  ``ctrl_pos``: (B,) column of ``<CTRL>`` in each row, or (N, 2) rows and
+        columns.  ``logits_to_keep``: columns (C,) to compute logits of (0: all), since a large vocabulary
+        makes them the largest tensor.
+        """
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        with self._last_hidden() as kept:
+            out = self.backbone(input_ids=input_ids, attention_mask=self._additive(attention_mask), use_cache=False,
+                                logits_to_keep=logits_to_keep, **options)
+        hidden = kept.pop()  # (B, T, H)
+        if ctrl_pos.dim() == 1:
+            ctrl_pos = torch.stack([torch.arange(len(ctrl_pos), device=ctrl_pos.device), ctrl_pos], dim=1)
+        return HeadsOutput(out.logits, *self.heads(hidden[ctrl_pos[:, 0], ctrl_pos[:, 1]]))
+
+    @contextlib.contextmanager
+    def _last_hidden(self) -> Iterator[list[torch.Tensor]]:
+        """Catches what the decoder hands to the language-model head.
+
+        Calling the decoder and then the head ourselves would lose what some families do to their logits.
+        """
+        kept: list[torch.Tensor] = []
+        hook = self.causal_lm.base_model.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        if mask.dim() == 2:
+            return mask
+        hidden = ~mask if mask.dtype == torch.bool else mask < 0
+        dtype = self.causal_lm.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+    def add_lora(self, config: peft.LoraConfig, ctrl: int) -> None:
+        """Freeze the backbone and put LoRA's layers into it; the row of the control token learns with them."""
+        import peft
+
+        config.trainable_token_indices = [ctrl]
+        self.backbone = peft.get_peft_model(self.backbone, config)
+
+    # ------------------------------------------------------------ making, loading, saving
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kmax: int) -> PolicyWithHeads:
+        """A policy with new heads; ``model`` and ``tokenizer`` get the control token."""
+        add_control_token(model, tokenizer)
+        return cls(model, PolicyHeads(model.config.get_text_config().hidden_size, kmax).to(model.device))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: str = "fp32",
+                        device: str = "cpu") -> tuple[PolicyWithHeads, PreTrainedTokenizerBase]:
+        """(policy, tokenizer) of a folder with heads, in evaluation mode."""
+        model, tokenizer = load_causal_lm(str(folder), device=device, dtype=dtype)
+        return cls.around(model, tokenizer, folder), tokenizer
+
+    @classmethod
+    def around(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PolicyWithHeads:
+        """The heads of ``folder`` on ``model``, which was loaded from there."""
+        kmax, weights = kmax_of(folder), read_heads(folder)
+        policy = cls.create(model, tokenizer, kmax)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        wanted = {name: tuple(weight.shape) for name, weight in policy.heads.state_dict().items()}
+        if shapes != wanted:
+            raise UserError(f"{folder}: heads of shapes {shapes} don't fit kmax {kmax} and this model, which needs "
+                            f"{wanted}; train them again (train_adaptive_k sft)")
+        policy.heads.load_state_dict(weights)
+        policy.train(model.training)
+        return policy
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None,
+                        **options: Any) -> None:
+        """Write a model folder.  PEFT's layers are merged into a copy, so that training may go on.
+
+        ``options`` are the backbone's own, such as ``state_dict``.
+        """
+        folder = Path(folder)
+        model = self.backbone
+        if model is not self.causal_lm:
+            model = copy.deepcopy(self.backbone).merge_and_unload(safe_merge=True)
+        model.save_pretrained(folder, **options)
+        save_heads(self.heads, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        card = {"prompt_style": "tuned", "control": True}
+        write_json(folder / MODEL_CARD, card)
+
+
+def add_control_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make ``<CTRL>`` a token of both, once; its id.
+
+    The embedding matrix grows only where it has no row left: many have more rows than their tokenizer has
+    tokens (Qwen), and fitting the one to the other would shrink it.  The new row is the mean of the others.
+    """
+    from tokenizers import AddedToken
+
+    rows = model.get_input_embeddings().num_embeddings
+    if CTRL in tokenizer.get_vocab() and tokenizer.convert_tokens_to_ids(CTRL) < rows:
+        return tokenizer.convert_tokens_to_ids(CTRL)
+    known = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(CTRL, special=True, normalized=False)], special_tokens=True)
+    ctrl = tokenizer.convert_tokens_to_ids(CTRL)
+    if ctrl >= rows:
+        model.resize_token_embeddings(ctrl + 1, mean_resizing=False)
+    weights = [model.get_input_embeddings().weight]
+    if (head := model.get_output_embeddings()) is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    with torch.no_grad(), _gathered(weights):
+        for weight in weights:
+            weight[ctrl] = weight[:min(known, ctrl)].float().mean(0).to(weight.dtype)
+    return ctrl
+
+
+def _gathered(weights: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Under ZeRO-3 a process has only its share of a weight."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+
+
+def save_heads(heads: PolicyHeads, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the heads beside a model.  ``state``: their weights, where the module doesn't hold them (ZeRO-3)."""
+    from safetensors.torch import save_file
+
+    weights = heads.state_dict() if state is None else state
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()},
+              str(Path(folder) / HEADS_WEIGHTS))
+    write_json(Path(folder) / HEADS_CONFIG, {"kmax": heads.k_head.out_features - 1,
+                                             "hidden_size": heads.k_head.in_features})
+
+
+def read_heads(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The heads' weights, ours or the release's, by their names in :class:`PolicyHeads`."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if (folder / HEADS_CONFIG).is_file():
+        read_json(folder / HEADS_CONFIG)
+        if not (folder / HEADS_WEIGHTS).is_file():
+            raise UserError(f"{folder}: {HEADS_CONFIG} is there but {HEADS_WEIGHTS} is not; copy the whole folder")
+        return load_file(folder / HEADS_WEIGHTS)
+    release = torch.load(folder / RELEASE_HEADS, map_location="cpu", weights_only=True)
+    return {f"{head}.{name}": weight.float() for head in ("k_head", "v_head")
+            for name, weight in release[head].items()}
