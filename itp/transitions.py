@@ -56,14 +56,30 @@ def read_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED) 
 
     Raises UserError: no such file, not JSON, an empty file, a row without a field or of a wrong type.
     """
-    transitions = [_transition(row, where, required) for where, row in read_rows(path)]
-    if not transitions:
+    return [transition for _, transition in locate_transitions(path, required=required)]
+
+
+def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED,
+                       skipped: list[str] | None = None) -> list[tuple[str, Transition]]:
+    """The same with (where, transition).  Given a list ``skipped``, what is wrong with a row goes in there."""
+    located = []
+    for where, row in read_rows(path, skipped):
+        try:
+            located.append((where, _transition(row, where, required)))
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    if not located:
         raise UserError(f"{path}: holds no transitions; give a JSON or JSONL file of rows with {', '.join(required)}")
-    return transitions
+    return located
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) for each element of a JSON list or each line of a JSONL file."""
+def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, value) for each element of a JSON list or each line of a JSONL file.
+
+    Given a list ``skipped``, a line that isn't JSON goes in there instead of ending it all.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -78,9 +94,14 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+                message = f"{path}:{number}: not JSON ({error.msg}); mend or remove the line"
+                if skipped is None:
+                    raise UserError(message) from error
+                skipped.append(message)
+                continue
+            yield f"{path}:{number}", value
 
 
 _TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}

@@ -47,14 +47,17 @@ Heads = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Engine:
-    """Batched generation and scoring.  ``max_batch_tokens`` bounds rows x longest row of a forward pass."""
+    """Batched generation and scoring.
+
+    ``max_batch_tokens`` bounds rows x longest row of a forward pass, ``max_batch_rows`` its rows (0: not).
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, heads: Heads | None = None,
-                 max_batch_tokens: int = 16384, cache_bytes: int = 1 << 30) -> None:
+                 max_batch_tokens: int = 16384, max_batch_rows: int = 0, cache_bytes: int = 1 << 30) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.heads = heads
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
         self.cache = PrefixCache(cache_bytes)
         self.memory = Memory()
         eos = model.generation_config.eos_token_id
@@ -205,7 +208,8 @@ class Engine:
             padded, real = new[i] * (len(group) + 1), sum(new[j] for j in group) + new[i]
             size = max([total[i], *(total[j] for j in group)]) * (len(group) + 1)
             # A forward pass costs about as much as 256 tokens whatever it holds: less padding isn't worth one.
-            if group and size <= self.max_batch_tokens and padded <= 1.5 * real + 256:
+            room = size <= self.max_batch_tokens and not 0 < self.max_batch_rows <= len(group)
+            if group and room and padded <= 1.5 * real + 256:
                 group.append(i)
             else:
                 groups.append([i])
@@ -256,16 +260,19 @@ class _Sample:
             token = int(logprobs.argmax())
             self.allowed.append((token,))
             return token
-        probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
-        before = probs.cumsum(-1) - probs
-        kept = int((before < self.params.top_p).sum())  # always at least the most likely token
-        cumulative = probs[:kept].cumsum(-1)
+        probs, ids = (logprobs / self.params.temperature).softmax(-1).double(), None
+        if self.params.top_p < 1:
+            falling, order = probs.sort(descending=True, stable=True)
+            kept = int((falling.cumsum(-1) - falling < self.params.top_p).sum())  # always at least the likeliest token
+            ids = order[:kept].sort().values  # drawn in the order of ids: rounding swaps neighbours in any other
+            probs = probs[ids]
+        cumulative = probs.cumsum(-1)
         draw = torch.tensor(self.draw.random() * float(cumulative[-1]), dtype=torch.double, device=probs.device)
-        at = min(int(torch.searchsorted(cumulative, draw, right=True)), kept - 1)
+        at = min(int(torch.searchsorted(cumulative, draw, right=True)), len(probs) - 1)
         if self.params.trace:
-            self.allowed.append(tuple(order[:kept].tolist()) if self.params.top_p < 1 else None)
+            self.allowed.append(None if ids is None else tuple(ids.tolist()))
             self.traced_logprob += float((probs[at] / cumulative[-1]).log())
-        return int(order[at])
+        return at if ids is None else int(ids[at])
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         trace = None

@@ -78,13 +78,15 @@ class LocalLM:
     """
 
     def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
-                 quorum: Quorum | None = None, max_batch_tokens: int = 16384, cache_bytes: int = 256 << 20) -> None:
+                 quorum: Quorum | None = None, max_batch_tokens: int = 16384, max_batch_rows: int = 0,
+                 cache_bytes: int = 256 << 20) -> None:
         from itp.lm.decoding import Engine
 
         self.name, self.role = name, role
         self.model, self.tokenizer = model, tokenizer
         self.quorum = quorum or Quorum()
-        self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens, cache_bytes=cache_bytes)
+        self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
+                             max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
         # Not every family has a limit.
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
         self._start = bos_ids(tokenizer)

@@ -1,0 +1,69 @@
+"""Prompts within a budget of tokens: history is dropped, oldest first, until prompt and completion fit.
+
+Task, first observation, the current observation, the control token and the imagined trajectory always
+stay.  :class:`Fitting` stands where :func:`itp.imagination.imagine` wants a policy and a world model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from itp.lm.local import LocalLM
+from itp.policy.agent import Policy
+from itp.runtime import UserError, bos_ids
+from itp.text import prompts
+from itp.text.state import State
+from itp.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """π_θ and M_φ, both local, on states cut to ``max_seq_len`` tokens of prompt and completion."""
+
+    policy: Policy
+    world_model: WorldModel
+    max_seq_len: int
+
+    async def propose(self, state: State, seed: int) -> str:
+        """â ~ π_θ(·|ŝ)."""
+        fits = self._within(self.policy.lm, self.policy.imagined_action_tokens)
+        return await self.policy.propose(cut(state, lambda s: self.policy.prompt(s, "Action"), fits), seed)
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        """ŝ' ~ M_φ(·|ŝ, â)."""
+        model, cuts = self.world_model, []
+        fits = self._within(model.lm, model.params.max_new_tokens)
+        for state, action in zip(states, actions, strict=True):
+            cuts.append(cut(state, lambda s, a=action: prompts.world_model_prompt(
+                s.last(model.keep_steps).render(), a, style=model.style), fits))
+        return await model.step(cuts, actions)
+
+    def for_scoring(self, state: State, futures: Sequence[str], target: str) -> State:
+        """``state`` with which every one of ``futures`` (foresight texts) and then ``target`` fits."""
+        size = _sizer(self.policy.lm)
+        longest = max(futures, key=size) if len(futures) > 1 else futures[0]
+        fits = self._within(self.policy.lm, size(target))
+        return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=longest), fits)
+
+    def _within(self, lm: LocalLM, completion: int) -> Callable[[str], bool]:
+        size, start, room = _sizer(lm), len(bos_ids(lm.tokenizer)), self.max_seq_len - completion
+        # A token is a byte at least, so that most prompts of a small world needn't be tokenised to know.
+        return lambda text: len(text.encode()) + start <= room or size(text) + start <= room
+
+
+def _sizer(lm: LocalLM) -> Callable[[str], int]:
+    return lambda text: len(lm.tokenizer.encode(text, add_special_tokens=False))
+
+
+def cut(state: State, prompt: Callable[[State], str], fits: Callable[[str], bool]) -> State:
+    """``state`` with as many of its last steps as let ``prompt(state)`` fit.  UserError where one is too many."""
+    steps = len(state.history)
+    if fits(prompt(state)):
+        return state
+    # Fewer steps are a shorter prompt, so the number that fits is found by bisection: True sorts behind False.
+    kept = bisect_right(range(1, steps + 1), False, key=lambda n: not fits(prompt(state.last(n))))
+    if kept == 0:
+        raise UserError("the prompt doesn't fit even without the steps before; raise --max_seq_len")
+    return state.last(kept)

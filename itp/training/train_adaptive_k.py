@@ -1,0 +1,36 @@
+"""ITP-R, the policy that learns how far to look ahead: its three stages, one sub-command each.
+
+    python -m itp.training.train_adaptive_k label ...    stage 1, pseudo-labels (eq. 5): itp.training.label
+    python -m itp.training.train_adaptive_k sft ...      stage 2, warm-up (eq. 6): itp.training.sft
+    python -m itp.training.train_adaptive_k rl_k ...     stage 3, online A2C (eq. 7 and 8): itp.training.rl_k
+
+Each has its own --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from itp.config import parse_settings
+from itp.runtime import run_main
+
+STAGES = {"label": "LabelSettings", "sft": "SftSettings", "rl_k": "RlSettings"}
+"""Sub-command, which is also the module's name, -> its settings."""
+
+PROG = "python -m itp.training.train_adaptive_k"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    stage = parser.parse_args(sys.argv[1:2]).stage
+    module = importlib.import_module(f"itp.training.{stage}")  # only the one that is asked for
+    module.run(parse_settings(vars(module)[STAGES[stage]], sys.argv[2:], prog=f"{PROG} {stage}",
+                              description=module.__doc__))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,306 @@
+"""Pseudo-labels (eq. 5): the formula by hand, scores against plain forward passes, costs, restarts, refusals."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itp.runtime import UserError
+from itp.text.prompts import action_target, foresight_text, policy_prompt
+from itp.text.state import State, parse
+from itp.training import label
+from itp.training.fitting import cut
+from itp.training.label import LabelSettings, best_k, parse_candidates, penalised, read_expert
+from itp.transitions import Transition, write_transitions
+from tests.tiny import write_tiny_model
+
+FIRST = ("You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a fridge 1, and a desk 2.")
+PLAY = [("go to cabinet 1", "You arrive at cabinet 1. The cabinet 1 is closed."),
+        ("open cabinet 1", "You open the cabinet 1. In it, you see a plate 1, and a mug 2."),
+        ("take plate 1 from cabinet 1", "You pick up the plate 1 from the cabinet 1."),
+        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed.")]
+NOISY = 1
+"""The step of episode b at which something else than the expert's action was executed."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root, paths = tmp_path_factory.mktemp("models"), []
+    for seed, name in enumerate(("policy", "world_model")):
+        folder = write_tiny_model(root / name, seed=seed)
+        (folder / "itp_model.json").write_text('{"prompt_style": "tuned"}')
+        paths.append(str(folder))
+    return paths[0], paths[1]
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = []
+    for episode in "ab":
+        state = State(f"put a clean plate in {'fridge' if episode == 'a' else 'cabinet'}", FIRST)
+        for step, (action, observation) in enumerate(PLAY):
+            noisy = episode == "b" and step == NOISY
+            executed, seen = ("look", "Nothing happens.") if noisy else (action, observation)
+            rows.append(Transition(episode, step, state.render(), executed, seen, expert_action=action))
+            state = state.after(executed, seen)
+    path = tmp_path_factory.mktemp("expert") / "transitions.jsonl"
+    write_transitions(path, rows)
+    return path
+
+
+@pytest.fixture
+def make(models: tuple[str, str], expert: Path, tmp_path: Path):
+    """Settings of a small run on the CPU."""
+
+    def settings(**other: Any) -> LabelSettings:
+        given = {"expert_jsonl": str(expert), "policy_model_path": models[0], "wm_model_path": models[1],
+                 "out_labeled_jsonl": str(tmp_path / "labeled.jsonl"), "kmax": 3, "wm_max_new_tokens": 8,
+                 "max_seq_len": 500, "policy_device": "cpu", "wm_device": "cpu", "cache_gb": 0.2}
+        return LabelSettings(**{**given, **other})
+
+    return settings
+
+
+def labelled(settings: LabelSettings) -> list[dict[str, Any]]:
+    label.run(settings)
+    return [json.loads(line) for line in Path(settings.out_labeled_jsonl).read_text().splitlines()]
+
+
+def assert_same(rows: list[dict], others: list[dict]) -> None:
+    """Equal but for rounding, and for what the caches saved."""
+    for a, b in zip(rows, others, strict=True):
+        for name in a:
+            if name in ("scores", "logprobs"):
+                assert a[name] == pytest.approx(b[name], abs=1e-4)
+            elif name != "tokens":
+                assert a[name] == b[name]
+
+
+def test_the_label_maximises_the_penalised_score_and_ties_go_to_the_smaller_k() -> None:
+    logprobs = {0: -2.0, 1: -1.5, 2: -1.25, 3: -1.25}
+    assert penalised(logprobs, 0.25) == {0: -2.0, 1: -1.75, 2: -1.75, 3: -2.0}
+    assert best_k(penalised(logprobs, 0.25)) == 1
+    assert best_k(penalised(logprobs, 0.0)) == 2
+    assert best_k(penalised(logprobs, 0.5)) == 0
+    assert best_k(penalised({0: -3.0, 5: -0.5}, 0.25)) == 5
+
+
+@functools.cache
+def loaded(folder: str):
+    from itp.runtime import load_causal_lm
+
+    return load_causal_lm(folder)
+
+
+def slow_logprobs(folder: str, context: str, completion: str) -> list[float]:
+    """Token log-probabilities by one plain forward pass on concatenated ids."""
+    import torch
+
+    model, tokenizer = loaded(folder)
+    a, b = (tokenizer.encode(text, add_special_tokens=False) for text in (context, completion))
+    with torch.no_grad():
+        logits = model(torch.tensor([a + b])).logits[0].log_softmax(-1)
+    return [float(logits[len(a) + i - 1, token]) for i, token in enumerate(b)]
+
+
+@pytest.mark.parametrize(("norm", "keep"), [("sum", "full"), ("mean", "last_obs")])
+def test_scores_equal_plain_forward_passes(make, models: tuple[str, str], norm: str, keep: str) -> None:
+    settings = make(logprob_norm=norm, foresight_format=keep, lambda_k=0.3)
+    rows = labelled(settings)
+    assert [(r["episode_id"], r["step"]) for r in rows] == [(e, t) for e in "ab" for t in range(len(PLAY))]
+    for row in rows[2:6]:
+        expected = {}
+        for k in range(4):
+            prompt = policy_prompt(row["state"], foresight=foresight_text(row["imagined"][:k], keep))
+            tokens = slow_logprobs(models[0], prompt, action_target(row["expert_action"]))
+            assert row["logprobs"][str(k)] == pytest.approx(sum(tokens), abs=1e-4)
+            expected[k] = sum(tokens) / (len(tokens) if norm == "mean" else 1) - 0.3 * k
+        assert row["scores"] == pytest.approx({str(k): v for k, v in expected.items()}, abs=1e-4)
+        assert row["k_label"] == max(expected, key=expected.__getitem__)
+        assert row["obs_list"] == [parse(row["state"]).observation, *(o for _, o in row["imagined"])]
+    noisy = rows[len(PLAY) + NOISY]
+    assert noisy["action"] == "look" and noisy["expert_action"] == PLAY[NOISY][0]  # the expert's was scored, see above
+
+
+def test_candidates_share_one_trajectory_and_its_prefixes(make, models: tuple[str, str], monkeypatch) -> None:
+    """All k cost what the largest costs, and for each other its own label and action only."""
+    encode = loaded(models[0])[1].encode
+    prompted: list[str] = []
+    propose = label.Policy.propose
+
+    async def counting(self, state: State, seed: int) -> str:
+        prompted.append(state.render())
+        return await propose(self, state, seed)
+
+    monkeypatch.setattr(label.Policy, "propose", counting)
+    rows = labelled(make(kmax=5))
+    assert len(prompted) == 5 * len(rows)
+    for row in rows:
+        ids = [encode(policy_prompt(row["state"], foresight=foresight_text(row["imagined"][:k]))
+                      + action_target(row["expert_action"])) for k in range(6)]
+        shared = [next(i for i, (a, b) in enumerate(zip(one, ids[5])) if a != b) for one in ids[:5]]
+        others = sum(len(one) - n for one, n in zip(ids[:5], shared, strict=True))
+        assert row["tokens"]["score"] - row["tokens"]["largest_alone"] <= others
+        assert row["tokens"]["largest_alone"] <= len(ids[5])
+    total = {name: sum(row["tokens"][name] for row in rows) for name in ("score", "largest_alone")}
+    assert total["score"] <= 1.5 * total["largest_alone"]
+
+
+def test_some_candidates_only_and_none_at_all(make) -> None:
+    rows = labelled(make(k_candidates="2"))
+    assert all(set(row["scores"]) == {"0", "2"} and len(row["imagined"]) == 2 for row in rows)
+    assert all(len(row["obs_list"]) == 4 and row["obs_list"][3] == row["obs_list"][2] for row in rows)
+    assert {row["k_label"] for row in labelled(make(kmax=0, override=True))} == {0}
+    assert parse_candidates("5,2", 5) == (0, 2, 5) and parse_candidates("", 2) == (0, 1, 2)
+    for wrong in ("0,6", "-1", "a"):
+        with pytest.raises(UserError, match="--k_candidates"):
+            parse_candidates(wrong, 5)
+
+
+def test_teacher_forcing_follows_the_expert_as_long_as_it_was_followed(make, expert: Path) -> None:
+    settings = make(imagination="teacher_forced", foresight_format="last_obs")
+    rows = {(r["episode_id"], r["step"]): r for r in labelled(settings)}
+    actions = [action for action, _ in PLAY]
+    for (episode, step), row in rows.items():
+        end = NOISY + 1 if episode == "b" and step <= NOISY else len(PLAY)
+        forced = [action for action, _ in row["imagined"]]
+        assert forced == actions[step:end][:3]
+        assert set(row["scores"]) == {str(k) for k in range(len(forced) + 1)} and len(row["obs_list"]) == 4
+    with pytest.raises(UserError, match="last_obs"):
+        label.run(dataclasses.replace(settings, foresight_format="full"))
+
+
+def test_neither_concurrency_nor_batches_change_a_label(make, tmp_path: Path) -> None:
+    together = labelled(make(concurrency=8, wm_batch_size=2, score_batch_size=3))
+    alone = labelled(make(concurrency=1, out_labeled_jsonl=str(tmp_path / "alone.jsonl")))
+    assert_same(together, alone)
+
+
+def test_the_seed_changes_what_is_imagined_by_sampling(make, tmp_path: Path) -> None:
+    one, other = (labelled(make(temperature=1.0, seed=seed, k_candidates="1",
+                                out_labeled_jsonl=str(tmp_path / f"{seed}.jsonl"))) for seed in (1, 2))
+    assert all(a["imagined"] != b["imagined"] for a, b in zip(one, other, strict=True))
+
+
+def test_batch_sizes_bound_the_rows_of_a_forward_pass(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from itp.lm import decoding
+
+    rows_of: dict[int, list[int]] = {}
+
+    class Spy(decoding.Batch):
+        def __init__(self, model, memory, rows, *others: Any) -> None:
+            rows_of.setdefault(id(model), []).append(len(rows))
+            super().__init__(model, memory, rows, *others)
+
+    monkeypatch.setattr(decoding, "Batch", Spy)
+    labelled(make(concurrency=3, wm_batch_size=2, score_batch_size=4))
+    assert sorted(max(sizes) for sizes in rows_of.values()) == [2, 4]
+
+
+def test_a_run_that_was_killed_goes_on(make, tmp_path: Path) -> None:
+    settings = make()
+    undisturbed = labelled(settings)
+    progress = Path(settings.out_labeled_jsonl + ".run") / "rows.jsonl"
+    assert labelled(settings) == undisturbed  # nothing is labelled twice
+    content = progress.read_bytes()
+    progress.write_bytes(content[:len(content) // 2])  # in the middle of a line
+    Path(settings.out_labeled_jsonl).unlink()
+    assert_same(labelled(settings), undisturbed)
+    assert len(progress.read_text().splitlines()) == len(undisturbed)
+    with pytest.raises(UserError, match="lambda_k: 0.2 there, 0.5 now"):
+        label.run(make(lambda_k=0.5))
+    cheap = labelled(make(lambda_k=0.0, override=True))
+    assert all(row["scores"] == row["logprobs"] for row in cheap)
+
+
+def test_a_bad_line_is_named_or_skipped_and_counted(make, expert: Path, tmp_path: Path) -> None:
+    lines = expert.read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    for bad, why in (('{"episode_id": ', "not JSON"), ('{"episode_id": "x"}', "field 'step' is missing"),
+                     (lines[4].replace("Task: ", "Tusk: "), "isn't a state")):
+        broken.write_text("\n".join([*lines[:4], bad, *lines[5:]]) + "\n")
+        if why.startswith("field"):
+            why = "broken.jsonl:5: field"
+        with pytest.raises(UserError, match=why) as raised:
+            label.run(make(expert_jsonl=str(broken)))
+        assert "broken.jsonl:5" in str(raised.value) and "\n" not in str(raised.value)
+        skipped: list[str] = []
+        assert len(read_expert(str(broken), skipped)) == len(lines) - 1 and len(skipped) == 1
+    settings = make(expert_jsonl=str(broken), skip_bad_rows=True)
+    assert len(labelled(settings)) == len(lines) - 1
+    assert json.loads(Path(settings.out_labeled_jsonl + ".run/summary.json").read_text())["skipped"] == 1
+
+
+def test_history_is_dropped_oldest_first_until_it_fits() -> None:
+    state = State("t", "o", tuple((f"a{i}", f"o{i}") for i in range(9)))
+    for room in range(12, 60):  # in words: four before the history, four a step, four to say what was left out
+        kept = cut(state, State.render, lambda text: len(text.split()) <= room)
+        assert kept == (state if room >= 4 + 9 * 4 else state.last((room - 8) // 4))
+        assert kept.observation == "o8"
+    with pytest.raises(UserError, match="max_seq_len"):
+        cut(state, State.render, lambda text: len(text.split()) <= 11)
+
+
+def test_rows_that_do_not_fit(make, models: tuple[str, str]) -> None:
+    """With little room a late step loses history, no more than it must; where nothing is left, the row is named."""
+    _, tokenizer = loaded(models[0])
+
+    def size(row: dict[str, Any], keep: int) -> int:
+        prompt = policy_prompt(parse(row["state"]).last(keep).render())
+        return len(tokenizer.encode(prompt)) + len(tokenizer.encode(action_target(row["expert_action"])))
+
+    room = max(size(row, 1) for row in labelled(make(kmax=0))) + 5
+    kept = set()
+    for row in labelled(make(kmax=0, max_seq_len=room, override=True)):
+        keep = max(n for n in range(1, len(PLAY) + 1) if size(row, n) <= room)
+        state = parse(row["state"]).last(keep)
+        tokens = slow_logprobs(models[0], policy_prompt(state.render()), action_target(row["expert_action"]))
+        assert row["logprobs"]["0"] == pytest.approx(sum(tokens), abs=1e-4)
+        kept.add(state.omitted)
+    assert len(kept) > 1
+    with pytest.raises(UserError, match=r"transitions.jsonl:\d+: the prompt doesn't fit"):
+        label.run(make(max_seq_len=30, override=True))
+    skipping = make(max_seq_len=30, override=True, skip_bad_rows=True)
+    assert labelled(skipping) == []
+    assert json.loads(Path(skipping.out_labeled_jsonl + ".run/summary.json").read_text())["skipped"] == 2 * len(PLAY)
+
+
+def test_a_random_choice_of_rows(make, tmp_path: Path) -> None:
+    rows = labelled(make(max_rows=5))
+    places = [(row["episode_id"], row["step"]) for row in rows]
+    assert len(set(places)) == 5 and places == sorted(places)
+    other = labelled(make(max_rows=5, seed=5, out_labeled_jsonl=str(tmp_path / "other.jsonl")))
+    assert places != [(row["episode_id"], row["step"]) for row in other]
+
+
+def test_a_policy_with_heads_is_asked_with_its_control_token(make, models: tuple[str, str], tmp_path: Path) -> None:
+    from itp.policy.heads import PolicyWithHeads
+    model, tokenizer = copy.deepcopy(loaded(models[0]))
+    folder = tmp_path / "heads"
+    PolicyWithHeads.create(model, tokenizer, 3).save_pretrained(str(folder), tokenizer)
+    row = labelled(make(policy_model_path=str(folder)))[2]
+    for k in (0, 3):
+        prompt = policy_prompt(row["state"], foresight=foresight_text(row["imagined"][:k]), control=True)
+        tokens = slow_logprobs(str(folder), prompt, action_target(row["expert_action"]))
+        assert row["logprobs"][str(k)] == pytest.approx(sum(tokens), abs=1e-4)
+    with pytest.raises(UserError, match="--kmax 2 contradicts .*kmax 3"):
+        label.run(make(policy_model_path=str(folder), kmax=2))
+
+
+def test_the_command_line() -> None:
+    program = [sys.executable, "-m", "itp.training.train_adaptive_k"]
+    said = subprocess.run([*program, "label", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--teacher_forced" not in said and "--imagination" in said and "train_adaptive_k label" in said
+    assert "{label,sft,rl_k}" in subprocess.run([*program, "-h"], capture_output=True, text=True, check=True).stdout
+    wrong = subprocess.run([*program, "labels"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "invalid choice: 'labels'" in wrong.stderr
+    missing = subprocess.run([*program, "label", "--kmax", "2"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: missing required --expert_jsonl")
