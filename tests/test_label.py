@@ -273,12 +273,14 @@ def test_rows_that_do_not_fit(make, models: tuple[str, str]) -> None:
     assert json.loads(Path(skipping.out_labeled_jsonl + ".run/summary.json").read_text())["skipped"] == 2 * len(PLAY)
 
 
-def test_a_random_choice_of_rows(make, tmp_path: Path) -> None:
-    rows = labelled(make(max_rows=5))
-    places = [(row["episode_id"], row["step"]) for row in rows]
-    assert len(set(places)) == 5 and places == sorted(places)
-    other = labelled(make(max_rows=5, seed=5, out_labeled_jsonl=str(tmp_path / "other.jsonl")))
-    assert places != [(row["episode_id"], row["step"]) for row in other]
+def test_a_random_choice_of_rows_takes_whole_episodes(make, tmp_path: Path) -> None:
+    firsts = set()
+    for seed in range(4):
+        rows = labelled(make(max_rows=len(PLAY), seed=seed, out_labeled_jsonl=str(tmp_path / f"{seed}.jsonl")))
+        assert len({row["episode_id"] for row in rows}) == 1
+        assert [row["step"] for row in rows] == list(range(len(PLAY)))
+        firsts.add(rows[0]["episode_id"])
+    assert len(firsts) == 2
 
 
 def test_a_policy_with_heads_is_asked_with_its_control_token(make, models: tuple[str, str], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class LabelSettings:
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so no label depends on it")
-    max_rows: int = flag(0, help="label a random choice of so many rows (0: all)")
+    max_rows: int = flag(0, help="label so many rows, of episodes chosen at random (0: all)")
     skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read or don't fit, instead of "
                                            "stopping at the first")
     policy_device: str = flag("cuda:0", help="device of the policy")
@@ -242,11 +242,14 @@ def _forced_actions(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 
 def choose_rows(rows: list[Row], settings: LabelSettings) -> list[Row]:
-    """``max_rows`` rows by chance, in the order of the file."""
-    if not settings.max_rows or settings.max_rows >= len(rows):
+    """``max_rows`` rows of episodes drawn by chance, in the order of the file.
+
+    Whole episodes, because their steps share most of what is to be computed.
+    """
+    if not settings.max_rows:
         return rows
-    drawn = sorted(rows, key=lambda row: derive_seed(settings.seed, "rows", row.index))[:settings.max_rows]
-    return sorted(drawn, key=lambda row: row.index)
+    drawn = sorted(rows, key=lambda r: (derive_seed(settings.seed, "rows", r.transition.episode_id), r.index))
+    return sorted(drawn[:settings.max_rows], key=lambda row: row.index)
 
 
 # ---------------------------------------------------------------- the program

@@ -1,0 +1,156 @@
+"""What an RL run leaves on disk, and the processes that share it.  No formula of the paper is here.
+
+``OUT/metrics.jsonl``   a line an update (line 0: the start), cut back to the checkpoint when a run goes on
+``OUT/last``            the policy, a model folder with heads, and ``trainer_state.pt`` to go on from
+``OUT/best``            the policy with the highest success on the held-out games so far
+``OUT/metrics.json``    written last: the run is finished
+
+Folders appear whole: written beside, then renamed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from itp.runtime import MODEL_CARD, read_json, write_atomic, write_json
+from itp.training.finetune import is_first_process
+from itp.transitions import read_rows
+
+log = logging.getLogger("itp.rl_k")
+STATE = "trainer_state.pt"
+
+
+class Processes:
+    """The processes that train together, as `accelerate launch` starts them; usually this one alone.
+
+    Each plays its share of the games on its own device; gradients are added up.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._together = None
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self._together = PartialState()
+
+    def devices(self, policy: str, world_model: str) -> tuple[str, str]:
+        """Where this process's models go: with several, one GPU each, and one more each if there are enough."""
+        if self.count == 1:
+            return policy, world_model
+        import torch
+
+        local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+        if not torch.cuda.is_available():
+            return "cpu", "cpu"
+        return f"cuda:{local}", f"cuda:{local + here if torch.cuda.device_count() >= 2 * here else local}"
+
+    def share(self, values: Sequence[Any]) -> list[Any]:
+        """This process's part of ``values``."""
+        return list(values[self.rank::self.count])
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one after the other, in every process."""
+        if self._together is None:
+            return values
+        from accelerate.utils import gather_object
+
+        return gather_object(values)
+
+    def add_up(self, tensors: Iterable[Any]) -> None:
+        """Each tensor becomes its sum over the processes, in place."""
+        if self._together is not None:
+            import torch.distributed
+
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+
+class RunFolder:
+    """``OUT``: metrics and checkpoints.  Only the first process writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._board: Any = None
+        for name in ("last", "best"):  # killed between two renames: the old folder is still the one
+            old = self.path / f".{name}.old"
+            if is_first_process() and old.is_dir() and not (self.path / name).exists():
+                os.replace(old, self.path / name)
+
+    def clear(self) -> None:
+        """Remove what another configuration left."""
+        for name in ("last", "best", ".last.old", ".best.old", "tensorboard"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "metrics.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def state(self) -> dict[str, Any] | None:
+        """What ``trainer_state.pt`` of the last checkpoint holds; None where there is none."""
+        if not (self.path / "last" / STATE).is_file():
+            return None
+        import torch
+
+        return torch.load(self.path / "last" / STATE, map_location="cpu", weights_only=True)
+
+    def rewind(self, update: int) -> None:
+        """Forget the metrics of updates that came after the checkpoint; they are made again."""
+        file = self.path / "metrics.jsonl"
+        if is_first_process() and file.exists():
+            content = file.read_bytes()
+            file.write_bytes(content[:content.rfind(b"\n") + 1])  # a kill may have cut off the last line
+            rows = [row for _, row in read_rows(file) if row["update"] <= update]
+            write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        if not is_first_process():
+            return
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is None:
+            self._board = self._tensorboard(row["episodes"])
+        if self._board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["episodes"])
+            self._board.flush()
+
+    def _tensorboard(self, episodes: int) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            log.info("tensorboard isn't installed: metrics go to %s only", self.path / "metrics.jsonl")
+            return False
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=episodes)
+
+    def save(self, name: str, write: Callable[[Path], None], card: Mapping[str, Any],
+             state: Mapping[str, Any] | None = None) -> None:
+        """Make ``OUT/name`` of what ``write`` writes into a folder, with ``card`` added to the model's card."""
+        if not is_first_process():
+            return
+        import torch
+
+        beside, old, place = (self.path / f".{name}.tmp", self.path / f".{name}.old", self.path / name)
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        write(beside)
+        write_json(beside / MODEL_CARD, {**read_json(beside / MODEL_CARD), **card})
+        if state is not None:
+            torch.save(dict(state), beside / STATE)
+        for file in beside.iterdir():  # on disk before it takes the old one's place
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        if place.exists():
+            os.replace(place, old)
+        os.replace(beside, place)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        if is_first_process():
+            write_json(self.path / "metrics.json", dict(summary))

@@ -1,0 +1,256 @@
+"""One update of online A2C (eq. 8): from whole episodes to new weights.
+
+The prompts of an episode grow out of one another, so an episode is one row in which every shared beginning
+is computed once (:mod:`itp.training.token_tree`); P_θ(K|s_t), V_θ(s_t) and π_θ(a_t|·) of all its steps are
+read from that row.  The module that is trained is the one that acts: there is no copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from itp.lm.base import Trace
+from itp.runtime import UserError
+from itp.text.prompts import CTRL
+from itp.training.losses import a2c_loss, k_entropy, token_logprobs
+from itp.training.rl_run import Processes
+from itp.training.token_tree import TokenTree, batch
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedTokenizerBase
+
+    from itp.policy.heads import PolicyWithHeads
+    from itp.training.rl_k import RlSettings
+
+MAX_SKIPPED = 20
+"""So many updates in a row without a usable gradient: loss scaling doesn't find its scale, the run diverged."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One step of an episode, as the update needs it.
+
+    ``ids``: token ids of the policy's prompt; ``control``: the index of ``<CTRL>`` in it.  ``k`` is -1
+    where K wasn't drawn from the K-head: then neither log P_θ(K|s) nor its entropy is in the loss.
+    """
+
+    ids: list[int]
+    control: int
+    trace: Trace
+    k: int
+    advantage: float
+    target: float
+
+
+@dataclass
+class Row:
+    """An episode as a token tree, and where in it things are read."""
+
+    tree: TokenTree
+    samples: list[Sample]
+    controls: list[int]
+    """Node of ``<CTRL>``, by sample."""
+    predicted: list[tuple[int, int, int]]
+    """(sample, index in its trace, node whose logits predict that token) of every token that was drawn."""
+
+
+def make_row(samples: Sequence[Sample]) -> Row:
+    """Pack an episode.  Tokens that were forced cost nothing: only what leads to a drawn one is in the tree."""
+    row = Row(TokenTree(), list(samples), [], [])
+    for i, sample in enumerate(samples):
+        drawn = [j for j, ids in enumerate(sample.trace.allowed) if ids is None or len(ids) > 1]
+        if drawn:
+            ids = [*sample.ids, *sample.trace.token_ids[:drawn[-1]]]
+        else:
+            ids = sample.ids[:sample.control + 1]
+        nodes = row.tree.add(ids)
+        row.controls.append(nodes[sample.control])
+        row.predicted += [(i, j, nodes[len(sample.ids) - 1 + j]) for j in drawn]
+    return row
+
+
+class Learner:
+    """The policy's weights with their optimizer."""
+
+    def __init__(self, policy: PolicyWithHeads, tokenizer: PreTrainedTokenizerBase, settings: RlSettings,
+                 dtype: torch.dtype, processes: Processes) -> None:
+        self.settings, self.processes, self.tokenizer = settings, processes, tokenizer
+        self.lora = settings.lora_r > 0
+        if self.lora:
+            policy.add_lora(_lora(settings), tokenizer.convert_tokens_to_ids(CTRL))
+        self.policy = policy
+        self.value_updates = min(settings.value_updates, settings.total_updates // 4)
+        self.updates = self.skipped = 0
+        value_head = list(policy.heads.v_head.parameters())
+        rest = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
+        groups = [{"params": rest, "lr": settings.lr}, {"params": value_head, "lr": settings.value_lr or settings.lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.wd)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
+        self.device = next(policy.parameters()).device
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+
+    def _decay(self, update: int) -> float:
+        """Factor of the learning rate."""
+        left = max(0.0, 1 - update / self.settings.total_updates)
+        kind = self.settings.lr_scheduler_type
+        return left if kind == "linear" else 0.5 * (1 - math.cos(math.pi * left)) if kind == "cosine" else 1.0
+
+    # ------------------------------------------------------------ the update
+
+    def update(self, episodes: Sequence[Sequence[Sample]]) -> dict[str, float]:
+        """Learn from a batch of episodes.  Returns means over its optimizer steps."""
+        value_only = self.updates < self.value_updates
+        lr, pieces = self.scheduler.get_last_lr()[0], self.settings.minibatches
+        self.policy.train(self.lora)  # dropout in front of LoRA, nowhere else
+        parts = [self._step([make_row(e) for e in episodes[i::pieces]], value_only) for i in range(pieces)]
+        self.policy.eval()
+        self.scheduler.step()
+        self.updates += 1
+        means = {name: sum(part[name] for part in parts) / pieces for name in parts[0]}
+        return means | {"entropy": 0.0 - means["loss_ent"], "lr": lr}
+
+    def _step(self, rows: Sequence[Row], value_only: bool) -> dict[str, float]:
+        """One optimizer step on some episodes, together with those of the other processes."""
+        count = sum(self.processes.gather([len(row.samples) for row in rows]))
+        self.optimizer.zero_grad()
+        sums = dict.fromkeys(("loss", "loss_act", "loss_value", "loss_ent"), 0.0)
+        for group in self._groups(rows):
+            loss, parts = self._loss(group, count, value_only)
+            for name, value in (parts | {"loss": float(loss)}).items():
+                sums[name] += value
+            if not math.isfinite(float(loss)):
+                raise UserError(f"the loss is {float(loss)} in update {self.updates + 1}: the training diverged; "
+                                "lower --lr or use --bf16 (the last checkpoint is kept)")
+            self.scaler.scale(loss).backward()
+        norm = self._apply()
+        totals = [sum(values) for values in zip(*self.processes.gather([list(sums.values())]), strict=True)]
+        return dict(zip(sums, totals, strict=True)) | {"grad_norm": norm}
+
+    def _apply(self) -> float:
+        """Clip and apply the gradients; their norm."""
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.processes.count > 1:
+            for p in weights:  # a process without an episode has none
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.processes.add_up(p.grad for p in weights)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.max_grad_norm or math.inf))
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped > (MAX_SKIPPED if self.scaler.is_enabled() else 0):
+            raise UserError(f"the gradients are not finite in update {self.updates + 1}: the training diverged; "
+                            "lower --lr or use --bf16 (the last checkpoint is kept)")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+    def _groups(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """Rows of similar size, within the budget of tokens."""
+        group: list[Row] = []
+        for row in sorted(rows, key=lambda row: len(row.tree.ids)):
+            if group and len(row.tree.ids) * (len(group) + 1) > self.settings.update_batch_tokens:
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+    def _loss(self, rows: Sequence[Row], count: int, value_only: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        """Eq. 8 on the N steps of some episodes, as their share of a batch of ``count`` steps."""
+        read = self.read(rows)
+        samples = [sample for row in rows for sample in row.samples]
+        advantages = torch.tensor([s.advantage for s in samples], device=self.device)
+        targets = torch.tensor([s.target for s in samples], device=self.device)
+        actions = read.action_logprobs
+        if self.settings.logprob_norm == "mean":
+            actions = actions / torch.tensor([len(s.trace.token_ids) for s in samples], device=self.device)
+        total, parts = a2c_loss(actions, read.k_logprobs, read.entropies, read.values, advantages, targets,
+                                value_coef=self.settings.value_coef, entropy_coef=self.settings.entropy_coef,
+                                count=count)
+        if value_only:
+            total = self.settings.value_coef * (read.values - targets).square().sum() / count
+        return total, parts
+
+    def read(self, rows: Sequence[Row]) -> Reading:
+        """What the policy says of every step of some episodes, with gradients."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids, mask, positions = batch([row.tree for row in rows], pad)
+        controls = torch.tensor([(b, node) for b, row in enumerate(rows) for node in row.controls])
+        wanted = sorted({node for row in rows for *_, node in row.predicted}) or [0]
+        columns = torch.tensor(wanted, device=self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.policy(ids.to(self.device), mask.to(self.device), controls.to(self.device),
+                              position_ids=positions.to(self.device), logits_to_keep=columns)
+        samples = [sample for row in rows for sample in row.samples]
+        offsets = [sum(len(row.samples) for row in rows[:b]) for b in range(len(rows))]
+        drawn = [(b, node, offsets[b] + i, j) for b, row in enumerate(rows) for i, j, node in row.predicted]
+        actions = torch.zeros(len(samples), device=self.device)
+        if drawn:
+            places = torch.tensor(drawn, device=self.device)  # (tokens, 4)
+            traces = [samples[i].trace for _, _, i, _ in drawn]
+            logprobs = token_logprobs(
+                out.logits[places[:, 0], torch.searchsorted(columns, places[:, 1])],
+                [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
+                [trace.allowed[j] for trace, (*_, j) in zip(traces, drawn, strict=True)], traces[0].temperature)
+            actions = actions.index_add(0, places[:, 2], logprobs)
+        chose = torch.tensor([s.k >= 0 for s in samples], device=self.device)
+        picked = torch.tensor([max(s.k, 0) for s in samples], device=self.device)
+        k_logprobs = out.k_logits.float().log_softmax(-1).gather(1, picked[:, None])[:, 0]
+        return Reading(actions, k_logprobs * chose, k_entropy(out.k_logits) * chose, out.values)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, folder: Path) -> None:
+        """The policy as a model folder; with LoRA merged."""
+        self.check_finite()
+        self.policy.save_pretrained(folder, self.tokenizer)
+
+    def check_finite(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.policy.parameters() if p.requires_grad):
+            raise UserError(f"the weights are not finite after update {self.updates}: the training diverged; "
+                            "lower --lr (the last checkpoint is kept)")
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on exactly here, together with the model that the run started from."""
+        weights = {name: p.detach() for name, p in self.policy.named_parameters() if p.requires_grad}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"weights": weights, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(), "updates": self.updates, "rng": torch.get_rng_state(),
+                "cuda_rng": cuda}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        own = dict(self.policy.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                own[name].copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+
+@dataclass
+class Reading:
+    """Of N steps: log π_θ(a|·), log P_θ(K|s), H(P_θ(K|s)) and V_θ(s), each (N,) float32."""
+
+    action_logprobs: torch.Tensor
+    k_logprobs: torch.Tensor
+    entropies: torch.Tensor
+    values: torch.Tensor
+
+
+def _lora(settings: RlSettings) -> peft.LoraConfig:
+    import peft
+
+    return peft.LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+                           target_modules="all-linear", task_type="CAUSAL_LM")

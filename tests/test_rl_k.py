@@ -1,0 +1,296 @@
+"""Stage 3: what is learned from is what was drawn, runs go on after a kill, and K falls where looking ahead is dear."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from itp.envs.base import Observation, StepResult
+from itp.envs.pool import EnvPool
+from itp.games import Game, list_games
+from itp.runtime import UserError, model_card, read_json
+from itp.training import rl_k
+from itp.training.rl_k import RlSettings
+from itp.training.rl_run import RunFolder
+from tests.tiny import write_tiny_model
+
+KMAX = 2
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> tuple[Path, Path]:
+    """A random policy with heads and a random world model that know the names of all things in the games."""
+    import torch
+
+    from itp.policy.heads import PolicyWithHeads
+    from itp.runtime import load_causal_lm
+
+    games = [g for split in ("train", "valid_seen") for g in list_games("alfworld", split, games_root)]
+    things = {name.lower() for game in games for name in re.findall(r"([A-Za-z]+)_bar_", Path(game.path).read_text())}
+    words = sorted(name + part for name in things for part in ("", "basin"))
+    root = tmp_path_factory.mktemp("models")
+    plain, world_model = (write_tiny_model(root / name, seed=seed, words=words)
+                          for seed, name in enumerate(("plain", "world_model")))
+    model, tokenizer = load_causal_lm(str(plain))
+    policy = PolicyWithHeads.create(model, tokenizer, KMAX)
+    for head in (policy.heads.k_head, policy.heads.v_head):
+        torch.nn.init.normal_(head.weight, std=0.1)
+    policy.save_pretrained(root / "policy", tokenizer)
+    return root / "policy", world_model
+
+
+def settings(models: tuple[Path, Path], games_root: Path, out: Path, **changes) -> RlSettings:
+    policy, world_model = models
+    common = {
+        "policy_model_path": str(policy), "wm_model_path": str(world_model), "out_dir": str(out),
+        "env_data_path": str(games_root), "policy_device": "cpu", "wm_device": "cpu", "wm_max_new_tokens": 3,
+        "episodes_per_epoch": 8, "episodes_per_update": 2, "num_envs": 2, "env_processes": 1, "max_steps": 4,
+        "max_seq_len": 480,
+        "action_selection": "constrained", "action_temperature": 1.3, "lr": 1e-3, "lora_r": 0, "eval_games": 1,
+        "eval_every": 2, "save_every": 2, "value_updates": 1}
+    return RlSettings(**(common | changes))
+
+
+def metrics(out: Path) -> list[dict]:
+    """The rows of a run without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def approx(rows: list[dict]) -> list[dict]:
+    return [{k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in row.items()} for row in rows]
+
+
+class Corridor:
+    """Any action leads on; the third step wins.  Looking ahead can't help here."""
+
+    want_admissible = True
+
+    def reset(self, game: Game) -> Observation:
+        self.steps = 0
+        return Observation("You are in a room.", "look", admissible=("look", "inventory"))
+
+    def step(self, action: str) -> StepResult:
+        self.steps += 1
+        won = self.steps == 3
+        obs = Observation("You see a desk 2.", "look", admissible=("look", "inventory"))
+        return StepResult(obs, float(won), won, False, 100.0 * won, won, False)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def corridor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs play in a corridor, which starts in no time."""
+    games = [Game("alfworld", "train", f"corridor {i}", "", "") for i in range(4)]
+    held_out = games[3:]
+    monkeypatch.setattr(rl_k, "environment",
+                        lambda chosen: (Corridor, games[:3], held_out if chosen.eval_every else []))
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+@pytest.mark.parametrize("changes", [
+    {"action_selection": "constrained"},
+    {"action_selection": "generate", "action_temperature": 0.7, "action_top_p": 0.9, "history_keep_steps": 2,
+     "foresight_format": "last_obs"},
+    {"action_selection": "constrained", "lora_r": 4, "lora_dropout": 0.0, "bootstrap_at_limit": True},
+], ids=["constrained", "nucleus", "lora"])
+def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
+    """With unchanged weights log π_θ(a|·), log P_θ(K|s) and V_θ(s) of the packed episodes are those of acting."""
+    from itp.training.rl_play import prepare
+    from itp.training.rl_run import Processes
+    from itp.training.rl_update import make_row
+
+    chosen = settings(models, games_root, tmp_path, **changes)
+    make_env, games, _ = rl_k.environment(chosen)
+
+    async def play():
+        _, player, learner = rl_k.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(make_env, 1) as player.pool:
+            episodes = await player.play(games[:3])
+            bootstraps = await player.bootstraps(episodes)
+        await player.close()
+        return episodes, bootstraps, learner
+
+    episodes, bootstraps, learner = asyncio.run(play())
+    samples, _ = prepare(episodes, bootstraps, learner.tokenizer, chosen, Processes())
+    rows = [make_row(episode) for episode in samples]
+    read = learner.read(rows)
+    decisions = [step.decision for episode in episodes for step in episode.steps]
+    assert read.action_logprobs.tolist() == pytest.approx([d.trace.logprob for d in decisions], abs=1e-4)
+    assert read.k_logprobs.tolist() == pytest.approx([d.k_logprobs[d.k] for d in decisions], abs=1e-4)
+    assert read.values.tolist() == pytest.approx([d.value for d in decisions], abs=1e-4)
+    assert len({d.k for d in decisions}) > 1 and min(d.trace.logprob for d in decisions) < -0.1
+    assert sum(len(row.tree.ids) for row in rows) < sum(len(s.ids) for e in samples for s in e)
+    if chosen.bootstrap_at_limit:  # no game is won in so few steps
+        assert all(b != 0 for b in bootstraps)
+    else:
+        assert bootstraps == [0.0] * 3
+
+
+def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path, tmp_path: Path) -> None:
+    chosen = settings(models, games_root, tmp_path, force_k=0, wm_model_path="", episodes_per_epoch=4, eval_every=0)
+    rl_k.run(chosen)
+    rows = metrics(tmp_path)
+    assert [row["k_histogram"][1:] for row in rows] == [[0] * KMAX] * 2
+    assert [row["entropy"] for row in rows] == [0.0, 0.0] and all(row["wm_tokens"] == 0 for row in rows)
+    assert not (tmp_path / "best").exists() and (tmp_path / "last" / "trainer_state.pt").exists()
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it is executed."""
+
+
+@pytest.mark.parametrize("where, changes", [
+    ("alfworld", {"force_k": 1, "max_steps": 2, "episodes_per_epoch": 4, "episodes_per_update": 1}),
+    ("corridor", {"lora_r": 4, "minibatches": 2})])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, games_root: Path, tmp_path: Path, where: str,
+                                                         changes: dict, request: pytest.FixtureRequest) -> None:
+    if where == "corridor":
+        request.getfixturevalue("corridor")
+    whole, cut = (settings(models, games_root, tmp_path / name, **changes) for name in ("whole", "cut"))
+    rl_k.run(whole)
+    rows = metrics(tmp_path / "whole")
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["episodes"] == whole.total_episodes
+    assert ["eval_success" in row for row in rows] == [True, False, True, False, True]
+
+    def log_and_die(self: RunFolder, row: dict) -> None:
+        log(self, row)
+        if row["update"] == 3:  # the checkpoint is that of update 2
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write('{"update": 4, "epis')
+            raise Killed
+
+    log = RunFolder.log
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "log", log_and_die)
+        rl_k.run(cut)
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    rl_k.run(cut)
+    assert metrics(tmp_path / "cut") == approx(rows)
+
+    import torch
+    from safetensors.torch import load_file
+
+    weights = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "cut")]
+    start = load_file(Path(whole.policy_model_path) / "model.safetensors")
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+    assert read_json(tmp_path / "cut" / "metrics.json")["episodes"] == whole.total_episodes
+
+    rl_k.run(cut)  # finished: nothing is done again
+    assert metrics(tmp_path / "cut") == approx(rows)
+    with pytest.raises(UserError, match="gamma: 0.99 there, 0.5 now"):
+        rl_k.run(dataclasses.replace(cut, gamma=0.5))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(models, corridor, games_root: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    from itp.training.rl_update import Learner
+
+    chosen = settings(models, games_root, tmp_path, force_k=0, wm_model_path="", eval_every=0, save_every=1)
+    read = Learner.read
+
+    def diverging(self: Learner, rows):
+        found = read(self, rows)
+        return dataclasses.replace(found, values=found.values * (math.nan if self.updates == 2 else 1.0))
+
+    monkeypatch.setattr(Learner, "read", diverging)
+    with pytest.raises(UserError, match="the loss is nan in update 3.*the last checkpoint is kept"):
+        rl_k.run(chosen)
+    assert RunFolder(tmp_path).state()["progress"]["update"] == 2
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2]
+
+
+def test_the_folder_before_survives_a_kill_between_two_renames(tmp_path: Path) -> None:
+    (tmp_path / ".last.old").mkdir()
+    (tmp_path / ".last.old" / "config.json").write_text("{}")
+    RunFolder(tmp_path)
+    assert (tmp_path / "last" / "config.json").exists()
+
+
+# ---------------------------------------------------------------- refusals, games, cards
+
+
+def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -> None:
+    chosen = settings(models, games_root, tmp_path / "out")
+    for changes, said in [
+        ({"kmax": 5}, "--kmax 5, but .* was trained with kmax 2"),
+        ({"policy_model_path": str(models[1])}, "without heads.*sft"),
+        ({"force_k": 3}, "--force_k 3: the policy knows 0 to 2"),
+        ({"wm_model_path": ""}, "--wm_model_path is missing"),
+        ({"env_data_path": ""}, "--env_data_path is missing"),
+        ({"fp16": True, "bf16": True}, "exclude each other"),
+        ({"minibatches": 4}, "more than the 2 episodes"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"eval_split": "train", "eval_games": 6}, "leaves no game of train"),
+    ]:
+        with pytest.raises(UserError, match=said) as error:
+            rl_k.run(dataclasses.replace(chosen, **changes))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    rl_k.check(dataclasses.replace(chosen, kmax=KMAX))  # the checkpoint's own is no conflict
+
+
+def test_the_games_folder_of_alfworlds_own_configuration(models, games_root: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALFWORLD_DATA", str(games_root))
+    config = tmp_path / "base_config.yaml"
+    config.write_text("dataset:\n  data_path: '$ALFWORLD_DATA/json_2.1.1/train'\n")
+    chosen = settings(models, games_root, tmp_path, env_data_path="", alfworld_config=str(config))
+    assert rl_k.data_root(chosen) == str(games_root / "json_2.1.1")
+    assert len(rl_k.environment(chosen)[1]) == 6
+    config.write_text("dataset: 3\n")
+    with pytest.raises(UserError, match="no dataset.data_path"):
+        rl_k.data_root(chosen)
+
+
+def test_games_come_in_turns_and_held_out_ones_never(models, games_root: Path, tmp_path: Path) -> None:
+    from itp.training.rl_play import episode_games
+
+    chosen = settings(models, games_root, tmp_path, eval_split="train", eval_games=2, missions=2)
+    _, games, held_out = rl_k.environment(chosen)
+    assert len(held_out) == 2 and not {g.path for g in games} & {g.path for g in held_out}
+    assert any(game.mission for game in games)
+    played = episode_games(chosen, games, 0, 2 * len(games))
+    assert len({game.game_id for game in played}) == len(played)
+    for turn in (played[:len(games)], played[len(games):]):
+        assert {(g.path, g.mission) for g in turn} == {(g.path, g.mission) for g in games}
+    assert [g.path for g in played[:len(games)]] != [g.path for g in played[len(games):]]
+    assert episode_games(chosen, games, 3, 4) == played[3:7]
+
+
+def test_learning_on_a_test_split_is_written_on_the_card(models, games_root: Path, tmp_path: Path, caplog) -> None:
+    chosen = settings(models, games_root, tmp_path, env_split="valid_seen", eval_split="valid_unseen", eval_games=1,
+                      episodes_per_epoch=1, force_k=0, wm_model_path="")
+    rl_k.run(chosen)
+    assert "LEARNING ON AN EVALUATION SPLIT" in caplog.text
+    for name in ("last", "best"):
+        card = model_card(str(tmp_path / name))
+        assert card["warning"].startswith("trained on the evaluation split valid_seen") and card["control"]
+
+
+# ---------------------------------------------------------------- what is learned
+
+
+def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, games_root: Path,
+                                                              tmp_path: Path) -> None:
+    chosen = settings(models, games_root, tmp_path, lambda_k=0.5, episodes_per_epoch=320, episodes_per_update=16,
+                      num_envs=16, lr=1e-2, value_updates=2, entropy_coef=0.0, normalize_advantages=True,
+                      wm_max_new_tokens=1, imagine_action_max_new_tokens=1, eval_every=0, save_every=100)
+    rl_k.run(chosen)
+    rows = metrics(tmp_path)
+    assert rows[0]["mean_k"] > 0.7 and rows[-1]["mean_k"] < 0.1
+    assert rows[-1]["return"] > rows[0]["return"] + 0.8  # about 3 steps, K 1 each, at .5
