@@ -119,10 +119,10 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
             episodes = await player.play(games[:3])
             bootstraps = await player.bootstraps(episodes)
         await player.close()
-        return episodes, bootstraps, learner
+        return episodes, bootstraps, player, learner
 
-    episodes, bootstraps, learner = asyncio.run(play())
-    samples, _ = prepare(episodes, bootstraps, learner.tokenizer, chosen, Processes())
+    episodes, bootstraps, player, learner = asyncio.run(play())
+    samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes())
     rows = [make_row(episode) for episode in samples]
     read = learner.read(rows)
     decisions = [step.decision for episode in episodes for step in episode.steps]

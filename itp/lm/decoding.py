@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, Trace
-from itp.lm.kv_cache import KV, Batch, Memory, PrefixCache
+from itp.lm.kv_cache import KV, Batch, Memory, PrefixCache, tokens_of
 
 WORTH = 64
 """Rows that share so many uncomputed tokens aren't computed side by side, but one after the other."""
@@ -104,7 +104,7 @@ class Engine:
         ``more``: how many tokens each may still get.
         """
         known = [self.cache.longest(tuple(ids)) for ids in prompts]
-        skip = [0 if kv is None else kv.shape[-2] for kv in known]
+        skip = [0 if kv is None else tokens_of(kv) for kv in known]
         todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
         total = [len(ids) + n for ids, n in zip(prompts, more, strict=True)]
         if len(self._leaders(prompts, skip)) == len(prompts) and len(self._groups(list(map(len, todo)))) == 1:
@@ -121,7 +121,7 @@ class Engine:
         left = list(dict.fromkeys(map(tuple, prompts)))
         while left:
             known = {ids: self.cache.longest(ids) for ids in left}
-            skip = [0 if kv is None else kv.shape[-2] for kv in known.values()]
+            skip = [0 if kv is None else tokens_of(kv) for kv in known.values()]
             wave = [left[i] for i in self._leaders(left, skip)]
             for ids, n in zip(left, skip, strict=True):
                 skipped[ids] = n
@@ -159,7 +159,7 @@ class Engine:
         """What the heads read at the end of each prompt."""
         answers: list[Control | None] = [None] * len(prompts)
         known = [self.cache.longest(tuple(ids)) for ids in prompts]
-        skip = [0 if kv is None else kv.shape[-2] for kv in known]
+        skip = [0 if kv is None else tokens_of(kv) for kv in known]
         todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
         for group in self._groups(list(map(len, todo)), list(map(len, prompts))):
             batch = Batch(self.model, self.memory, [known[i] for i in group], [len(prompts[i]) for i in group])
@@ -185,7 +185,7 @@ class Engine:
             fed = [pairs[i][1][:-1] for i in chosen]
             width = max(map(len, fed))
             batch = Batch(self.model, self.memory, [rows[i] for i in chosen],
-                          [rows[i].shape[-2] + len(ids) for i, ids in zip(chosen, fed, strict=True)])
+                          [tokens_of(rows[i]) + len(ids) for i, ids in zip(chosen, fed, strict=True)])
             out = batch.forward(fed, keep=width).float().log_softmax(-1)
             for j, i in enumerate(chosen):
                 targets = torch.tensor(pairs[i][1][1:], device=out.device)

@@ -15,8 +15,28 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-KV = torch.Tensor
-"""Keys and values of one row: (layers, 2, heads, tokens, head size)."""
+Segment = torch.Tensor
+"""Keys and values of some consecutive tokens: (layers, 2, heads, tokens, head size)."""
+
+KV = tuple[Segment, ...]
+"""Keys and values of a row, oldest tokens first.  A row that goes on shares the segments of its beginning."""
+
+MAX_SEGMENTS = 8
+"""A row in more pieces is copied into one: many small copies cost more than one large one."""
+
+
+def tokens_of(kv: KV) -> int:
+    return sum(segment.shape[-2] for segment in kv)
+
+
+def beginning(kv: KV, tokens: int) -> KV:
+    """The first ``tokens`` tokens, without copying."""
+    kept: list[Segment] = []
+    for segment in kv:
+        if tokens > 0:
+            kept.append(segment[..., :tokens, :])
+        tokens -= segment.shape[-2]
+    return tuple(kept)
 
 
 class PrefixCache:
@@ -36,23 +56,23 @@ class PrefixCache:
 
     def longest(self, ids: tuple[int, ...]) -> KV | None:
         """The KV of the longest known prefix (from one block on), leaving at least one token to compute."""
-        for beginning in reversed(self.beginnings(ids)):
-            key = self._owner.get(beginning)
+        for start in reversed(self.beginnings(ids)):
+            key = self._owner.get(start)
             if key is None:
                 continue
             shared = _common_prefix(key, ids, len(ids) - 1)
             if shared:
                 self._rows.move_to_end(key)
-                return self._rows[key][..., :shared, :]
+                return beginning(self._rows[key], shared)
         return None
 
     def put(self, ids: Sequence[int], kv: KV) -> None:
         """Remember a row.  ``ids`` may be longer than ``kv``, whose tokens are the ones known."""
-        key = tuple(ids[:kv.shape[-2]])
+        key = tuple(ids[:tokens_of(kv)])
         self._drop(key)
         self._rows[key] = kv
         self._owner.update(dict.fromkeys(self.beginnings(key), key))
-        self._bytes += kv.nbytes
+        self._bytes += _bytes(kv)
         while self._bytes > self._max_bytes and self._rows:
             self._drop(next(iter(self._rows)))
 
@@ -63,10 +83,10 @@ class PrefixCache:
 
     def _drop(self, key: tuple[int, ...]) -> None:
         if key in self._rows:
-            self._bytes -= self._rows.pop(key).nbytes
-            for beginning in self.beginnings(key):
-                if self._owner.get(beginning) == key:
-                    del self._owner[beginning]
+            self._bytes -= _bytes(self._rows.pop(key))
+            for start in self.beginnings(key):
+                if self._owner.get(start) == key:
+                    del self._owner[start]
 
     def beginnings(self, ids: tuple[int, ...]) -> list[int]:
         """A hash of each beginning of 16, 32, ... tokens, shortest first."""
@@ -75,6 +95,11 @@ class PrefixCache:
             value = hash((value, ids[start:start + self.BLOCK]))
             found.append(value)
         return found
+
+
+def _bytes(kv: KV) -> int:
+    """Shared segments count for every row that has them, so the cache holds less than it may, never more."""
+    return sum(segment.nbytes for segment in kv)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
@@ -88,42 +113,33 @@ class Memory:
     """The block in which batches are computed, used again by the next batch: fresh pages are dear on a CPU."""
 
     def __init__(self) -> None:
-        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+        self._block = torch.empty(0)
 
-    def take(self, layer: int, which: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """A tensor of ``shape`` for the keys (``which`` 0) or values (1) of a layer.
-
-        It holds zeros or what an earlier batch left: finite numbers, which a mask turns into nothing.
-        """
+    def take(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """A tensor of ``shape``: zeros or what an earlier batch left, finite numbers that a mask turns into nothing."""
         size = torch.Size(shape).numel()
-        block = self._blocks.get((layer, which))
-        if block is None or block.numel() < size:
-            block = self._blocks[layer, which] = like.new_zeros(size + size // 4)
-        return block[:size].view(shape)
+        if self._block.numel() < size or self._block.dtype != like.dtype or self._block.device != like.device:
+            self._block = like.new_zeros(size + size // 4)
+        return self._block[:size].view(shape)
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer of a batch, (B, heads, columns, head size)."""
+    """One layer of a batch's keys and values."""
 
     def __init__(self, batch: Batch, index: int) -> None:
         super().__init__()
         self.batch, self.index = batch, index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shape = (self.batch.size, key_states.shape[1], self.batch.columns)
-        take = self.batch.memory.take
-        self.keys = take(self.index, 0, (*shape, key_states.shape[3]), key_states)
-        self.values = take(self.index, 1, (*shape, value_states.shape[3]), value_states)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Write the new tokens (B, heads, S, head size) at the batch's places; all columns in use."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         rows, places, used = self.batch.places
-        self.keys[rows, :, places] = key_states.transpose(1, 2)
-        self.values[rows, :, places] = value_states.transpose(1, 2)
-        return self.keys[:len(rows), :, :used], self.values[:len(rows), :, :used]
+        keys, values = self.batch.block_like(key_states)[self.index]
+        keys[rows, :, places] = key_states.transpose(1, 2)
+        values[rows, :, places] = value_states.transpose(1, 2)
+        return keys[:len(rows), :, :used], values[:len(rows), :, :used]
 
     def get_seq_length(self) -> int:
         return max(self.batch.lengths)
@@ -139,20 +155,28 @@ class Batch:
     """Rows computed side by side.  ``total[i]`` is the most tokens that row i will ever have."""
 
     def __init__(self, model: PreTrainedModel, memory: Memory, rows: Sequence[KV | None], total: Sequence[int]) -> None:
-        self.model, self.memory, self.size = model, memory, len(rows)
-        self.lengths = [0 if kv is None else kv.shape[-2] for kv in rows]
+        self.model, self._memory, self._size = model, memory, len(rows)
+        self._known = [kv or () for kv in rows]
+        self.lengths = [tokens_of(kv) for kv in self._known]
         self.columns = max(total) + 1  # the last takes the padding
-        layers = [_Layer(self, i) for i in range(model.config.get_text_config().num_hidden_layers)]
-        self.cache = Cache(layers=layers)
-        for i, kv in enumerate(rows):
-            if kv is not None:
-                for layer, (keys, values) in zip(layers, kv, strict=True):
-                    if not layer.is_initialized:
-                        layer.lazy_initialization(keys[None], values[None])
-                    layer.keys[i, :, :self.lengths[i]] = keys
-                    layer.values[i, :, :self.lengths[i]] = values
+        self._layers = model.config.get_text_config().num_hidden_layers
+        self.cache = Cache(layers=[_Layer(self, i) for i in range(self._layers)])
+        self._block: torch.Tensor | None = None
+        for i, kv in enumerate(self._known):
+            start = 0
+            for segment in kv:
+                end = start + segment.shape[-2]
+                self.block_like(segment)[:, :, i, :, start:end] = segment
+                start = end
         self.places: tuple[torch.Tensor, torch.Tensor, int] = (torch.empty(0), torch.empty(0), 0)
         """Where the current pass writes: row (B, 1) and column (B, S) indices, and the columns then in use."""
+
+    def block_like(self, some: torch.Tensor) -> torch.Tensor:
+        """(layers, 2, B, heads, columns, head size); ``some`` (..., heads, tokens, head size) says what is unknown."""
+        if self._block is None:
+            heads, _, size = some.shape[-3:]
+            self._block = self._memory.take((self._layers, 2, self._size, heads, self.columns, size), some)
+        return self._block
 
     def forward(self, new: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
         """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions."""
@@ -190,18 +214,16 @@ class Batch:
         movers = [i for i in range(left, len(self.lengths)) if i not in ended]
         for hole, mover in zip(sorted(i for i in ended if i < left), movers, strict=True):
             n = self.lengths[mover]
-            for layer in self.cache.layers:
-                layer.keys[hole, :, :n] = layer.keys[mover, :, :n]
-                layer.values[hole, :, :n] = layer.values[mover, :, :n]
+            self._block[:, :, hole, :, :n] = self._block[:, :, mover, :, :n]
             order[hole] = mover
         self.lengths = [self.lengths[i] for i in order]
+        self._known = [self._known[i] for i in order]
         return order
 
     def rows(self, wanted: Sequence[int]) -> list[KV]:
-        """Copies of the keys and values of some rows."""
+        """The keys and values of some rows; what was known of them before isn't copied."""
         found = []
         for i in wanted:
-            n = self.lengths[i]
-            pairs = [torch.stack((layer.keys[i, :, :n], layer.values[i, :, :n])) for layer in self.cache.layers]
-            found.append(torch.stack(pairs))
+            known = self._known[i] if len(self._known[i]) < MAX_SEGMENTS else ()
+            found.append((*known, self._block[:, :, i, :, tokens_of(known):self.lengths[i]].clone()))
         return found

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
-from itp.runtime import UserError, bos_ids, derive_seed
+from itp.lm.encoding import Encoder
+from itp.runtime import UserError, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,12 @@ class Quorum:
     """Counts the live episodes and how many of them wait for a model.
 
     A model starts its batch when every live episode waits for some model, since then nobody can still
-    join; or after ``patience_s``, when an environment is slow.  Shared by the models of a run.  Models on
-    one device take turns (``turn``): while one computes, the other's requests gather into a fuller batch.
+    join; or when nobody has come for ``patience_s``, because an environment is slow.  Shared by the models of
+    a run.  Models on one device take turns (``turn``): while one computes, the other's requests gather into a
+    fuller batch.
     """
 
-    def __init__(self, patience_s: float = 0.05) -> None:
+    def __init__(self, patience_s: float = 0.03) -> None:
         self.patience_s = patience_s
         self.live = 0
         self.waiting = 0
@@ -46,23 +48,27 @@ class Quorum:
         self.changed.set()
 
     async def complete(self) -> None:
-        """Return when everyone waits, or when patience is over."""
-        deadline = time.monotonic() + self.patience_s
+        """Return when everyone waits, or when nobody has come for a while."""
         await asyncio.sleep(0)  # let the coroutines that are ready put their requests first
-        while self.waiting < self.live and (left := deadline - time.monotonic()) > 0:
+        while self.waiting < self.live:
             self.changed.clear()
             try:
-                await asyncio.wait_for(self.changed.wait(), left)
+                await asyncio.wait_for(self.changed.wait(), self.patience_s)
             except asyncio.TimeoutError:  # an alias of TimeoutError since Python 3.11
-                return
+                if not self.changed.is_set():  # or somebody came while the event loop was busy
+                    return
+
+
+CALLS = ("control", "score", "generate")
+"""The engine's calls, in the order in which they are answered."""
 
 
 @dataclass
 class _Job:
     """One prompt for one of the engine's calls (control, generate, score).
 
-    ``work`` makes of the prompt's ids what the call takes; they are found when a batch starts, many at a
-    time and beside the event loop, since the tokenizer is a good part of a small model's time.
+    ``work`` makes of the prompt's ids what the call takes; they are found when a batch starts, beside the
+    event loop.
     """
 
     call: str
@@ -89,11 +95,10 @@ class LocalLM:
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
         # Not every family has a limit.
         self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
-        self._start = bos_ids(tokenizer)
+        self.encode = Encoder(tokenizer)
         self.busy_s = 0.0
         self.batches: list[int] = []
         """Rows of every batch so far: its mean is the occupancy."""
-        self._short: dict[str, list[int]] = {}
         self._jobs: list[_Job] = []
         self._worker: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"lm-{name}")
@@ -109,7 +114,7 @@ class LocalLM:
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         from itp.lm.decoding import Request
 
-        choices = [self._encode_short(c) for c in params.choices]
+        choices = [self.encode(c) for c in params.choices]
         _check_choices(choices, params.choices)
         longest = max(map(len, choices)) if choices else params.max_new_tokens
 
@@ -123,7 +128,7 @@ class LocalLM:
         def pair(ids: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
             return self._fitting(ids, len(completion)), completion
 
-        work = [functools.partial(pair, completion=self._encode_short(completion)) for _, completion in pairs]
+        work = [functools.partial(pair, completion=self.encode(completion)) for _, completion in pairs]
         return await self._ask("score", [context for context, _ in pairs], work)
 
     async def control(self, prompts: Sequence[str]) -> list[Control]:
@@ -137,14 +142,6 @@ class LocalLM:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
         self._thread.shutdown(wait=True)
-
-    def _encode_short(self, text: str) -> list[int]:
-        """The ids of a completion.  Actions come again and again, and encoding one takes 0.1 ms."""
-        if text not in self._short:
-            if len(self._short) >= 1 << 16:
-                self._short.clear()
-            self._short[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._short[text]
 
     def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
         """``ids``, if the model's context holds them and ``more``."""
@@ -178,21 +175,20 @@ class LocalLM:
         while self._jobs:
             async with self.quorum.turn(str(self.model.device)):
                 await self.quorum.complete()
-                jobs, self._jobs = self._jobs, []
+                # Readings go first and alone: whoever gets one asks for an action next, in one batch with the rest.
+                call = min((job.call for job in self._jobs), key=CALLS.index)
+                jobs = [job for job in self._jobs if job.call == call]
+                self._jobs = [job for job in self._jobs if job.call != call]
                 start = time.monotonic()
-                for call in ("control", "generate", "score"):
-                    chosen = [job for job in jobs if job.call == call]
-                    if chosen:
-                        await self._answer(loop, call, chosen)
+                await self._answer(loop, call, jobs)
                 self.busy_s += time.monotonic() - start
                 for _ in range(4):
                     await asyncio.sleep(0)  # those who were answered stop waiting before the next turn is taken
 
     def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
         """In the model's thread: the answers to jobs of one kind."""
-        ids = self.tokenizer([job.prompt for job in jobs], add_special_tokens=False)["input_ids"]
         run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
-        return run([job.work([*self._start, *row]) for job, row in zip(jobs, ids, strict=True)])
+        return run([job.work([*self.encode.start, *self.encode(job.prompt)]) for job in jobs])
 
     async def _answer(self, loop: asyncio.AbstractEventLoop, call: str, jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))

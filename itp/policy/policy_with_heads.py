@@ -45,7 +45,8 @@ class PolicyHeads(nn.Module):
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From hidden states (N, H) to K logits (N, K_max + 1) and values (N,), in float32 whatever is around."""
         with torch.autocast(hidden.device.type, enabled=False):
-            k_logits, values = (functional.linear(hidden.float(), head.weight.float(), head.bias.float())
+            hidden = hidden.to(self.k_head.weight.device, torch.float32)
+            k_logits, values = (functional.linear(hidden, head.weight.float(), head.bias.float())
                                 for head in (self.k_head, self.v_head))
         return k_logits, values[:, 0]
 
@@ -149,18 +150,18 @@ class PolicyWithHeads(nn.Module):
         policy.train(model.training)
         return policy
 
-    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None,
-                        **options: Any) -> None:
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *,
+                        heads: dict[str, torch.Tensor] | None = None, **options: Any) -> None:
         """Write a model folder.  PEFT's layers are merged into a copy, so that training may go on.
 
-        ``options`` are the backbone's own, such as ``state_dict``.
+        ``heads`` and ``state_dict``, one of the backbone's ``options``: weights that the module doesn't hold (ZeRO-3).
         """
         folder = Path(folder)
         model = self.backbone
         if model is not self.causal_lm:
             model = copy.deepcopy(self.backbone).merge_and_unload(safe_merge=True)
         model.save_pretrained(folder, **options)
-        save_heads(self.heads, folder)
+        save_heads(self.heads, folder, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         card = {"prompt_style": "tuned", "control": True}
@@ -173,14 +174,11 @@ def add_control_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     The embedding matrix grows only where it has no row left: many have more rows than their tokenizer has
     tokens (Qwen), and fitting the one to the other would shrink it.  The new row is the mean of the others.
     """
-    from tokenizers import AddedToken
-
-    rows = model.get_input_embeddings().num_embeddings
-    if CTRL in tokenizer.get_vocab() and tokenizer.convert_tokens_to_ids(CTRL) < rows:
-        return tokenizer.convert_tokens_to_ids(CTRL)
-    known = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(CTRL, special=True, normalized=False)], special_tokens=True)
-    ctrl = tokenizer.convert_tokens_to_ids(CTRL)
+    rows, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    there = CTRL in tokenizer.get_vocab()
+    ctrl = add_control_to_tokenizer(tokenizer)
+    if there and ctrl < rows:
+        return ctrl
     if ctrl >= rows:
         model.resize_token_embeddings(ctrl + 1, mean_resizing=False)
     weights = [model.get_input_embeddings().weight]
@@ -190,6 +188,14 @@ def add_control_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         for weight in weights:
             weight[ctrl] = weight[:min(known, ctrl)].float().mean(0).to(weight.dtype)
     return ctrl
+
+
+def add_control_to_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """``<CTRL>`` as one token, which nothing around it can become a part of; its id."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(CTRL, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(CTRL)
 
 
 def _gathered(weights: list[nn.Parameter]) -> contextlib.AbstractContextManager:

@@ -3,7 +3,8 @@ r"""The one fine-tuning core: LoRA or full training of a causal LM on text of wh
 The world model (eq. 1 of the paper, loss on s' only) and the base policy π_θ0 (loss on its actions)
 are this program with different examples.  A program hands :func:`finetune` its settings and a list of
 :class:`Example`; this module tokenises, holds out, trains (:mod:`itp.training.hf_trainer`), saves,
-merges, and writes ``metrics.json`` last: a folder that has one is finished.
+merges, and writes ``metrics.json`` last: a folder that has one is finished.  What is learned beyond
+text is another task for the same run (:func:`train`): stage 2 with its heads.
 
 ``out_dir`` then holds ``config.json`` (the claim of :func:`itp.runtime.claim_output`), ``checkpoint-N/``,
 ``trainer_state.json``, the tokenizer, with LoRA ``adapter_config.json`` and ``adapter_model.safetensors``,
@@ -33,10 +34,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itp.config import flag
-from itp.runtime import UserError, claim_output, load_tokenizer, model_fingerprint, read_json, write_json
+from itp.runtime import UserError, bos_ids, claim_output, load_tokenizer, model_fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from itp.training.text_task import TextTask
 
 log = logging.getLogger("itp.finetune")
 IGNORED = -100
@@ -101,16 +104,16 @@ class Example:
     group: str = ""
 
 
-Row = dict[str, list[int]]
-"""``input_ids`` and ``labels`` of one example, equally long."""
+Row = dict[str, Any]
+"""One training sequence: ``input_ids``, and for text ``labels`` of the same length."""
 
 
 @dataclass
 class Encoding:
-    """Tokenised examples.  ``examples[i]`` is the index of the example that ``rows[i]`` came from."""
+    """Tokenised examples.  ``groups[i]``: what ``rows[i]`` is held out together with."""
 
     rows: list[Row]
-    examples: list[int]
+    groups: list[str]
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -232,13 +235,13 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
     """
     texts = list(dict.fromkeys(text for example in examples for text, _ in example.segments))
     ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
-    bos = _bos_ids(tokenizer)
+    bos = bos_ids(tokenizer)
     if any(example.eos for example in examples) and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     encoding = Encoding([], [], dict.fromkeys(("examples", "cut", "lost_tokens", "lost_supervised", "too_long",
                                                "unsupervised"), 0))
     counts = encoding.counts
-    for index, example in enumerate(examples):
+    for example in examples:
         counts["examples"] += 1
         parts = [(ids_of[text], supervised) for text, supervised in example.segments]
         if example.eos:
@@ -261,14 +264,8 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
             counts["lost_supervised"] += sum(label != IGNORED for label in lost)
             ids, labels = ids[:start] + ids[start + excess:], labels[:start] + labels[start + excess:]
         encoding.rows.append({"input_ids": ids, "labels": labels})
-        encoding.examples.append(index)
+        encoding.groups.append(example.group)
     return encoding
-
-
-def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself would put in front of a text."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _last_target(labels: list[int]) -> int:
@@ -319,9 +316,18 @@ def hold_out(groups: Sequence[str], share: float, seed: int) -> tuple[list[int],
 def finetune(settings: FinetuneSettings, examples: Sequence[Example],
              measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Row]], dict[str, Any]] | None = None,
              ) -> dict[str, Any] | None:
-    """Train, save, evaluate; the metrics that stand in ``metrics.json``, or None in all but the first process.
+    """:func:`train` on text.
 
     ``measure(trained model, tokenizer, held-out rows)`` may add metrics; it runs in the first process.
+    """
+    from itp.training.text_task import TextTask
+
+    return train(settings, TextTask(settings, examples, measure))
+
+
+def train(settings: FinetuneSettings, task: TextTask) -> dict[str, Any] | None:
+    """Train, save, evaluate; the metrics that stand in ``metrics.json``, or None in all but the first process.
+
     Raises UserError where nothing can be trained on, or when the loss is no longer finite.
     """
     from transformers import set_seed
@@ -331,24 +337,23 @@ def finetune(settings: FinetuneSettings, examples: Sequence[Example],
     hf_trainer.quiet()
     dtype = hf_trainer.choose_dtype(settings)
     tokenizer = load_tokenizer(settings.model_path)
-    encoding = encode(examples, tokenizer, settings.max_seq_len)
+    encoding = task.encode(tokenizer)
     if is_first_process():
         report_counts(encoding.counts, settings.max_seq_len)
     if not encoding.rows:
-        raise UserError(f"nothing to train on: none of {len(examples)} examples fits --max_seq_len "
+        raise UserError(f"nothing to train on: none of {encoding.counts['examples']} examples fits --max_seq_len "
                         f"{settings.max_seq_len} with a supervised token; raise it or mend the data")
-    train, held = hold_out([examples[i].group for i in encoding.examples], settings.eval_share, settings.seed)
-    train_rows, held_rows = [encoding.rows[i] for i in train], [encoding.rows[i] for i in held]
+    training, held = hold_out(encoding.groups, settings.eval_share, settings.seed)
+    train_rows, held_rows = [encoding.rows[i] for i in training], [encoding.rows[i] for i in held]
 
     args = hf_trainer.training_arguments(settings, dtype, len(train_rows))  # before the model: ZeRO-3 looks there
     set_seed(settings.seed)
-    trainer = hf_trainer.FineTuner(hf_trainer.load_model(settings, dtype), args, tokenizer, train_rows, held_rows,
-                                   save_total_limit=settings.save_total_limit)
+    trainer = hf_trainer.FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, held_rows)
     metrics = trainer.run(_resume_from(settings.out_dir, args.world_size))
     if settings.lora_r:
-        trainer.save_model(settings.out_dir)
+        task.save_adapter(trainer)
     else:
-        trainer.save_complete(settings.merged_path, dtype)
+        task.save_complete(trainer, dtype)
     first, device = args.process_index == 0, args.device
     if first:
         trainer.state.save_to_json(str(Path(settings.out_dir) / "trainer_state.json"))
@@ -359,9 +364,9 @@ def finetune(settings: FinetuneSettings, examples: Sequence[Example],
     if settings.lora_r and settings.merge:
         # Merged from the files: under ZeRO-3 no process holds whole weights.
         shutil.rmtree(settings.merged_path, ignore_errors=True)
-        hf_trainer.save_whole(hf_trainer.merged_model(settings), tokenizer, settings.merged_path)
-    if measure and held_rows:
-        metrics |= measure(hf_trainer.merged_model(settings, device).eval(), tokenizer, held_rows)
+        hf_trainer.save_whole(task.merged(tokenizer), tokenizer, settings.merged_path)
+    if held_rows:
+        metrics |= task.measure(tokenizer, held_rows, device)
     metrics |= {"train_rows": len(train_rows), "held_out_rows": len(held_rows), "encoding": encoding.counts,
                 "tokens_per_row": statistics.fmean(len(row["input_ids"]) for row in encoding.rows),
                 "dtype": str(dtype).removeprefix("torch."), "world_size": args.world_size}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from itp.lm.local import LocalLM
 from itp.policy.agent import Policy
-from itp.runtime import UserError, bos_ids
+from itp.runtime import UserError
 from itp.text import prompts
 from itp.text.state import State
 from itp.world_model import WorldModel
@@ -42,19 +42,15 @@ class Fitting:
 
     def for_scoring(self, state: State, futures: Sequence[str], target: str) -> State:
         """``state`` with which every one of ``futures`` (foresight texts) and then ``target`` fits."""
-        size = _sizer(self.policy.lm)
-        longest = max(futures, key=size) if len(futures) > 1 else futures[0]
-        fits = self._within(self.policy.lm, size(target))
+        encode = self.policy.lm.encode
+        longest = max(futures, key=lambda text: len(encode(text)))
+        fits = self._within(self.policy.lm, len(encode(target)))
         return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=longest), fits)
 
     def _within(self, lm: LocalLM, completion: int) -> Callable[[str], bool]:
-        size, start, room = _sizer(lm), len(bos_ids(lm.tokenizer)), self.max_seq_len - completion
+        room = self.max_seq_len - completion - len(lm.encode.start)
         # A token is a byte at least, so that most prompts of a small world needn't be tokenised to know.
-        return lambda text: len(text.encode()) + start <= room or size(text) + start <= room
-
-
-def _sizer(lm: LocalLM) -> Callable[[str], int]:
-    return lambda text: len(lm.tokenizer.encode(text, add_special_tokens=False))
+        return lambda text: len(text.encode()) <= room or len(lm.encode(text)) <= room
 
 
 def cut(state: State, prompt: Callable[[State], str], fits: Callable[[str], bool]) -> State:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -34,6 +34,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from itp.runtime import MODEL_CARD, UserError, write_json
 from itp.training.finetune import IGNORED, FinetuneSettings, Row, is_first_process, whole_checkpoints
+
+if TYPE_CHECKING:
+    from itp.policy.policy_with_heads import PolicyWithHeads
+    from itp.training.text_task import TextTask
 
 log = logging.getLogger("itp.finetune")
 
@@ -101,9 +105,9 @@ def choose_dtype(settings: FinetuneSettings) -> torch.dtype:
     return torch.float16 if settings.fp16 else torch.bfloat16 if settings.bf16 else torch.float32
 
 
-def load_model(settings: FinetuneSettings, dtype: torch.dtype) -> PreTrainedModel:
-    """The model to train: with LoRA a frozen base in ``dtype`` and float32 adapters, else float32."""
-    options: dict[str, Any] = {"dtype": dtype if settings.lora_r else torch.float32}
+def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The model to start from: the frozen base of LoRA in ``dtype``, what is trained whole in float32."""
+    options["dtype"] = dtype if settings.lora_r else torch.float32
     if settings.q_lora:
         options |= _four_bits(dtype)
     try:
@@ -112,17 +116,18 @@ def load_model(settings: FinetuneSettings, dtype: torch.dtype) -> PreTrainedMode
         raise UserError(f"{settings.model_path}: no model could be loaded ({str(error).splitlines()[0]})") from error
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not settings.lora_r:
-        return model
     if settings.q_lora:
         model = peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=settings.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def lora_config(settings: FinetuneSettings) -> peft.LoraConfig:
     targets = settings.lora_targets
-    lora = peft.LoraConfig(
+    return peft.LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","), task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, lora)
 
 
 def _four_bits(dtype: torch.dtype) -> dict[str, Any]:
@@ -133,20 +138,18 @@ def _four_bits(dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": four, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
 
 
-def merged_model(settings: FinetuneSettings, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The trained model as plain weights: the merged folder where there is one, else base plus adapter."""
-    if settings.merged_path.is_dir():
-        return AutoModelForCausalLM.from_pretrained(settings.merged_path).to(device)
-    base = AutoModelForCausalLM.from_pretrained(settings.model_path)
-    return peft.PeftModel.from_pretrained(base, settings.out_dir).merge_and_unload(safe_merge=True).to(device)
+def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
-def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
+def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTokenizerBase, folder: Path,
+               **options: Any) -> None:
     """Write a model folder that appears whole: beside its place, then renamed."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(beside, **options)
     tokenizer.save_pretrained(beside)
-    write_json(beside / MODEL_CARD, {"prompt_style": "tuned"})  # so that inference asks it as training did
+    if not (beside / MODEL_CARD).exists():  # so that inference asks it as training did
+        write_json(beside / MODEL_CARD, {"prompt_style": "tuned"})
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)
@@ -253,7 +256,9 @@ class Guard(TrainerCallback):
             log.info("step %d/%d loss %.4f lr %.2e", state.global_step, state.max_steps, logs["loss"],
                      logs["learning_rate"])
         elif "eval_loss" in logs:
-            log.info("step %d/%d held-out loss %.4f", state.global_step, state.max_steps, logs["eval_loss"])
+            said = "".join(f", {name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items()
+                           if name.startswith("eval_") and name != "eval_loss")
+            log.info("step %d/%d held-out loss %.4f%s", state.global_step, state.max_steps, logs["eval_loss"], said)
 
 
 def _finite(parameter: torch.nn.Parameter) -> bool:
@@ -263,19 +268,26 @@ def _finite(parameter: torch.nn.Parameter) -> bool:
 
 
 class FineTuner(Trainer):
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase,
-                 train_rows: list[Row], held_rows: list[Row], *, save_total_limit: int):
+    def __init__(self, task: TextTask, model: torch.nn.Module, args: TrainingArguments,
+                 tokenizer: PreTrainedTokenizerBase, train_rows: list[Row], held_rows: list[Row]):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        super().__init__(model, args, Collator(pad_id, 1 if args.use_cpu else 8), train_rows, held_rows or None)
-        self.tokenizer = tokenizer
+        super().__init__(model, args, task.collator(pad_id, 1 if args.use_cpu else 8), train_rows, held_rows or None)
+        self.task, self.tokenizer = task, tokenizer
+        self.held_collator = task.collator(pad_id)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Guard(self.accelerator, save_total_limit, bar=not args.disable_tqdm))
+        self.add_callback(Guard(self.accelerator, task.settings.save_total_limit, bar=not args.disable_tqdm))
 
     def _get_train_sampler(self, train_dataset: list[Row] | None = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return SimilarLengths([len(row["input_ids"]) for row in rows], rows_per_step, self.args.seed,
                               lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # The loss of an optimizer step is a mean over all its batches on all processes, not a mean of their means.
+        items = sum(self.task.items(batch).to(device) for batch in batches)
+        return batches, self.accelerator.reduce(items, "sum") if batches else None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -288,26 +300,25 @@ class FineTuner(Trainer):
         return 0  # the Trainer's estimate walks all modules in each step
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """The held-out loss: the mean over all supervised tokens, whatever the batches and processes."""
+        """The task's held-out metrics, from sums over all rows, whatever the batches and processes."""
         rows: list[Row] = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
         size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
         batches = [rows[i:i + size] for i in range(0, len(rows), size)]
-        model, collate = self.model_wrapped, Collator(self.data_collator.pad_id)
+        model = self.model_wrapped
         was_training = model.training
         model.eval()
-        total = torch.zeros(2, device=self.args.device)
+        total: torch.Tensor | int = 0
         for start in range(0, len(batches), world):
             # Under ZeRO-3 all processes must run the same number of passes; the last may count nothing.
             mine = start + rank
-            batch = self._prepare_inputs(collate(batches[min(mine, len(batches) - 1)]))
+            batch = self._prepare_inputs(self.held_collator(batches[min(mine, len(batches) - 1)]))
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = model(**batch)["loss"]
-            tokens = (batch["labels"][:, 1:] != IGNORED).sum() * (mine < len(batches))
-            total += torch.stack([loss.to(total) * tokens, tokens.to(total)])
+                sums = self.task.sums(model(**batch), batch)
+            total = total + sums.float() * (mine < len(batches))
         total = self.accelerator.reduce(total, "sum")
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.task.held_out(total.tolist()).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -326,8 +337,8 @@ class FineTuner(Trainer):
         if self.eval_dataset:
             last = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), None)
             fresh = last if last and last["step"] == self.state.global_step else self.evaluate()
-            metrics |= {"eval_loss": fresh["eval_loss"],
-                        "best_eval_loss": min(e["eval_loss"] for e in self.state.log_history if "eval_loss" in e)}
+            metrics |= {name: value for name, value in fresh.items() if name.startswith("eval_")}
+            metrics |= {"best_eval_loss": min(e["eval_loss"] for e in self.state.log_history if "eval_loss" in e)}
         return metrics | {"seconds": round(time.perf_counter() - start, 2)}
 
     def _mean_train_loss(self) -> float:
@@ -339,13 +350,18 @@ class FineTuner(Trainer):
                 before = entry["step"]
         return total / max(before, 1)
 
-    def save_complete(self, folder: Path, dtype: torch.dtype) -> None:
-        """Save all weights in ``dtype`` as a plain model folder (full fine-tuning)."""
-        options: dict[str, Any] = {}
-        if is_deepspeed_zero3_enabled():
-            options["state_dict"] = self.accelerator.get_state_dict(self.model_wrapped)  # every process takes part
-        if self.args.should_save:
-            save_whole(self.model if options else self.model.to(dtype), self.tokenizer, folder, **options)
+    def gathered_state(self) -> dict[str, torch.Tensor] | None:
+        """Under ZeRO-3 all weights, which no process holds; every process takes part.  Else None."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if is_deepspeed_zero3_enabled() else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save or not self.task.write_checkpoint(self.model, folder, state_dict):
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self.task.read_checkpoint(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def release(self) -> None:
         """Let go of the model and of the other processes: what follows is the first process's alone."""

@@ -292,7 +292,7 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
                 batch = processes.share(episode_games(settings, games, progress.episodes, count))
                 episodes = await player.play(batch)
                 acted = time.perf_counter()
-                samples, row = prepare(episodes, await player.bootstraps(episodes), learner.tokenizer, settings,
+                samples, row = prepare(episodes, await player.bootstraps(episodes), player.lm, settings,
                                        processes)
                 row |= learner.update(samples)
                 player.forget()

@@ -22,7 +22,7 @@ from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.policy.method import Decision, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import bos_ids, derive_seed, model_card
+from itp.runtime import derive_seed, model_card
 from itp.text.state import State
 from itp.training.fitting import Fitting, cut
 from itp.world_model import WorldModel
@@ -71,11 +71,11 @@ class Actor:
 
     def fitted(self, state: State, foresight: str = "") -> State:
         """``state`` without its oldest steps where the prompt and an action are longer than ``max_seq_len``."""
-        tokenizer, room = self.policy.lm.tokenizer, self.settings.max_seq_len - self.settings.action_max_new_tokens
-        room -= len(bos_ids(tokenizer))
+        encode = self.policy.lm.encode
+        room = self.settings.max_seq_len - self.settings.action_max_new_tokens - len(encode.start)
 
         def fits(text: str) -> bool:  # a token is a byte at least, so that most needn't be tokenised to know
-            return len(text.encode()) <= room or len(tokenizer.encode(text, add_special_tokens=False)) <= room
+            return len(text.encode()) <= room or len(encode(text)) <= room
 
         return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=foresight), fits)
 
@@ -166,7 +166,7 @@ def advantages_of(episode: Episode, bootstrap: float, settings: RlSettings) -> t
     return advantages, [a + value for a, value in zip(advantages, values, strict=True)]
 
 
-def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], tokenizer: Any, settings: RlSettings,
+def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
             processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The samples of this process's episodes, and what is to be said about those of all processes."""
     from itp.text.prompts import CTRL
@@ -175,12 +175,12 @@ def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], tokenizer:
 
     found = [advantages_of(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
     everyone = processes.gather([a for advantages, _ in found for a in advantages])
-    control, start = tokenizer.convert_tokens_to_ids(CTRL), bos_ids(tokenizer)
+    control, start = lm.tokenizer.convert_tokens_to_ids(CTRL), lm.encode.start
     samples: list[list[Sample]] = []
     for episode, (advantages, targets) in zip(episodes, found, strict=True):
         if settings.normalize_advantages:
             advantages = normalised(advantages, everyone)
-        prompts = tokenizer([step.decision.prompt for step in episode.steps], add_special_tokens=False)["input_ids"]
+        prompts = [lm.encode(step.decision.prompt) for step in episode.steps]
         samples.append([
             Sample([*start, *ids], len(start) + ids.index(control), step.decision.trace,
                    -1 if settings.force_k >= 0 else step.decision.k, advantage, target)

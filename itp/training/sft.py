@@ -1,0 +1,133 @@
+r"""Stage 2, warm-up (eq. 6): the policy learns to act on imagined futures, its K-head how far to look.
+
+    L_WT = L_π + η·L_K,   L_π = −log π_θ(a*_t | s_t, τ̂_t(K̃_t)),   L_K = −log P_θ(K̃_t | s_t)
+
+    python -m itp.training.train_adaptive_k sft --train_jsonl labeled.jsonl --policy_model_path POLICY --out_dir OUT
+
+The rows are those of stage 1.  L_π is the mean over the tokens of the expert's actions, L_K over the steps.
+The prompt is the one of every later stage: state, ``<CTRL>``, where K is learned, the imagined trajectory
+of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no returns.
+
+By default a step is a sequence of its own, as in the paper.  ``--steps_per_sequence`` packs steps of an
+episode into one (:mod:`itp.training.token_tree`), which computes their common beginning once: same loss,
+several times cheaper.  An optimizer step then covers as many times more steps of the expert.
+
+``OUT/merged_full`` is a policy with heads (:mod:`itp.policy.heads`); the rest is as in
+:mod:`itp.training.finetune`, which does the work, and the same command again goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from itp.config import flag
+from itp.policy.heads import has_heads, kmax_of
+from itp.runtime import UserError
+from itp.text.prompts import foresight_text
+from itp.text.state import State, parse
+from itp.training.finetune import FinetuneSettings, check_settings, claim_run, is_first_process, train
+from itp.transitions import read_rows
+
+log = logging.getLogger("itp.finetune")
+
+
+@dataclass
+class SftSettings(FinetuneSettings):
+    train_jsonl: str = flag(help="labelled steps, as stage 1 (label) writes them")
+    policy_model_path: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub")
+    model_path: str = ""
+    kmax: int = flag(5, help="K_max, the most steps to look ahead")
+    beta_k: float = flag(0.5, help="η, the weight of the K-head's loss")
+    foresight_format: str = flag("full", choices=("full", "last_obs"),
+                                 help="what of the imagined trajectory the policy reads")
+    steps_per_sequence: int = flag(1, help="steps of one episode in a sequence, which share their common beginning; "
+                                           "0: as many as fit into max_seq_len")
+    max_seq_len: int = flag(1536, help="tokens of a sequence; longer prompts lose history, oldest first")
+    padding_side: str = flag("left", choices=("left", "right"), help="where shorter sequences of a batch are padded")
+    device_map: str = flag("", choices=("", "auto", "balanced", "sequential"),
+                           help="spread the layers of a large model over the GPUs of one process; empty: every "
+                                "process has the whole model")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One labelled step: act on ``foresight`` (text of τ̂_t(K̃_t)), look ahead ``k`` = K̃_t steps."""
+
+    episode_id: str
+    state: State
+    foresight: str
+    action: str
+    k: int
+
+
+def read_labelled(path: str, kmax: int, foresight_format: str = "full") -> list[Step]:
+    """The steps of a file of stage 1, in its order.  Raises UserError naming the line that isn't one."""
+    steps = [_step(row, where, kmax, foresight_format) for where, row in read_rows(path)]
+    if not steps:
+        raise UserError(f"{path}: holds no labelled steps; write it with train_adaptive_k label")
+    return steps
+
+
+def _step(row: Any, where: str, kmax: int, foresight_format: str) -> Step:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a row of named fields; write the file with train_adaptive_k label")
+    for name, kind in (("episode_id", (str, int)), ("state", str), ("action", str), ("k_label", int)):
+        if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
+            raise UserError(f"{where}: field {name!r} is {row.get(name)!r}, which isn't what train_adaptive_k label "
+                            "writes; mend or remove the line")
+    k = row["k_label"]
+    if not 0 <= k <= kmax:
+        raise UserError(f"{where}: k_label is {k} and --kmax {kmax}; train with the kmax that the labels were made for")
+    try:
+        state = parse(row["state"])
+    except ValueError as error:
+        raise UserError(f"{where}: field 'state' isn't a state ({error}); mend or remove the line") from error
+    foresight = foresight_text(_imagined(row, where, k, foresight_format), foresight_format)
+    # What was executed may have been exploration; the label was made for what the expert would have done.
+    action = row.get("expert_action") or row["action"]
+    return Step(str(row["episode_id"]), state, foresight, action, k)
+
+
+def _imagined(row: dict[str, Any], where: str, k: int, foresight_format: str) -> list[tuple[str, str]]:
+    """The first k imagined (action, observation) pairs."""
+    pairs, seen = row.get("imagined"), row.get("obs_list")
+    if pairs is None and foresight_format == "last_obs" and isinstance(seen, list) and len(seen) > k \
+            and all(isinstance(text, str) for text in seen):
+        return [("", seen[k])] * bool(k)  # the release's rows hold observations only, and this format needs no more
+    if k == 0:
+        return []
+    if not isinstance(pairs, list) or len(pairs) < k or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in pairs):
+        raise UserError(f"{where}: k_label is {k}, but 'imagined' doesn't hold {k} pairs of action and observation; "
+                        "label again (files of the authors' release: --foresight_format last_obs)")
+    return [(action, observation) for action, observation in pairs[:k]]
+
+
+def run(settings: SftSettings) -> dict[str, Any] | None:
+    """Train; the metrics, or None where another run did it or in all but the first process."""
+    settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
+    steps = read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format)
+    check_settings(settings)
+    if settings.kmax < 1 or settings.steps_per_sequence < 0 or settings.beta_k < 0:
+        raise UserError(f"--kmax {settings.kmax}, --steps_per_sequence {settings.steps_per_sequence}, --beta_k "
+                        f"{settings.beta_k}: kmax must be at least 1, the others not negative")
+    if settings.device_map and settings.deepspeed:
+        raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "
+                        "give one of them")
+    if has_heads(settings.model_path) and (there := kmax_of(settings.model_path)) != settings.kmax:
+        raise UserError(f"{settings.model_path} has a K-head for kmax {there}, and --kmax is {settings.kmax}; "
+                        f"give --kmax {there}, or start from a policy without heads")
+    if claim_run(settings, [settings.train_jsonl], ignore=("train_jsonl", "policy_model_path")):
+        return None
+    if is_first_process():
+        counts = Counter(step.k for step in steps)
+        log.info("%d labelled steps: %s", len(steps), ", ".join(
+            f"k={k} {counts[k]} ({counts[k] / len(steps):.1%})" for k in sorted(counts)))
+    from itp.training.warm_up import WarmUpTask
+
+    return train(settings, WarmUpTask(settings, steps))

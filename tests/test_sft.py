@@ -1,0 +1,294 @@
+"""Stage 2: the loss of eq. 6 however steps are packed, what is cut, what is learned, folders, resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from itp.lm.base import GenParams
+from itp.policy.heads import PolicyWithHeads, load_policy_lm
+from itp.runtime import UserError
+from itp.text.prompts import CTRL, control_prompt, policy_prompt
+from itp.text.state import State
+from itp.training import sft
+from itp.training.finetune import whole_checkpoints
+from itp.training.sft import SftSettings, read_labelled
+from itp.training.warm_up import StepCollator, WarmUp, WarmUpTask
+from tests.tiny import write_tiny_model
+
+CLOSED, OPEN = "The cabinet 1 is closed.", "The cabinet 1 is open."
+FIRST = "You are in the middle of a room."
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    torch.set_num_threads(1)
+    words = [FIRST, CLOSED, OPEN, "[1 earlier steps omitted]"]
+    return str(write_tiny_model(tmp_path_factory.mktemp("model"), words=words))
+
+
+def episode(number: int, steps: int = 4) -> list[dict]:
+    """Where the cabinet is closed it pays to look two steps ahead, and the future says what is to be done."""
+    rows, state = [], State("put a clean plate in fridge", FIRST)
+    for t in range(steps):
+        k = 2 * (hash((number, t)) % 2)  # hashes of numbers are the same in every process
+        state = state.after("go to cabinet 1" if t % 3 else "look", CLOSED if k else OPEN)
+        thing = ("plate 1", "mug 2")[(number + t) % 2]
+        imagined = [["open cabinet 1", f"In it, you see a {thing}."],
+                    ["take plate 1 from cabinet 1", "Nothing happens."]]
+        rows.append({"episode_id": f"e{number}", "step": t, "state": state.render(), "next_state": "x",
+                     "action": f"take {thing} from cabinet 1" if k else "open cabinet 1", "k_label": k,
+                     "imagined": imagined, "obs_list": [state.observation, imagined[0][1], imagined[1][1]]})
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings_for(model_path: str, tmp_path: Path, rows: list[dict], **changes) -> SftSettings:
+    options = {"train_jsonl": write(tmp_path / "labelled.jsonl", rows), "policy_model_path": model_path,
+               "out_dir": str(tmp_path / "out"), "kmax": 2, "epochs": 2.0, "batch_size": 4, "grad_accum": 1,
+               "lr": 3e-3, "lora_r": 0, "eval_share": 0.2, "max_seq_len": 400} | changes
+    return SftSettings(**options)
+
+
+def task_for(settings: SftSettings) -> WarmUpTask:
+    settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
+    return WarmUpTask(settings, read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format))
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def slow_loss(policy: PolicyWithHeads, tokenizer, rows: list[dict], beta_k: float) -> float:
+    """Eq. 6 step by step from prompts as texts and the bare model."""
+    lm, nll, tokens, k_nll = policy.causal_lm, 0.0, 0, 0.0
+    for row in rows:
+        text = row["state"] + "\n<CTRL>"
+        hidden = lm.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0, -1]
+        k_nll -= (policy.heads.k_head(hidden)).log_softmax(-1)[row["k_label"]].item()
+        for action, observation in row["imagined"][:row["k_label"]]:
+            text += f"\nIf: {action}\nThen: {observation}"
+        prompt, target = tokenizer.encode(text + "\nAction:"), tokenizer.encode(f" {row['action']}\n")
+        logprobs = lm(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+        nll -= sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
+        tokens += len(target)
+    return nll / tokens + beta_k * k_nll / len(rows)
+
+
+def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path, tmp_path):
+    rows = [row for i in range(3) for row in episode(i, 2 + 2 * i)]
+    settings = settings_for(model_path, tmp_path, rows, beta_k=0.7)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    lm = AutoModelForCausalLM.from_pretrained(model_path)
+    policy = PolicyWithHeads.create(lm, tokenizer, 2)
+    torch.nn.init.normal_(policy.heads.k_head.weight)
+    expected = slow_loss(policy, tokenizer, rows, 0.7)
+
+    nodes, gradients = {}, []
+    for packed in (1, 0, 3):
+        for left in (False, True):
+            task = task_for(dataclasses.replace(settings, steps_per_sequence=packed))
+            encoded = task.encode(AutoTokenizer.from_pretrained(model_path)).rows
+            nodes[packed] = sum(len(row["input_ids"]) for row in encoded)
+            module = WarmUp(policy, 0.7)
+            collate = StepCollator(0, 8, left=left)
+            assert module(**collate(encoded))["loss"].item() == pytest.approx(expected, abs=1e-4)
+            # In pieces, as gradient accumulation does it.
+            batches = [collate(encoded[:1]), collate(encoded[1:])]
+            total = sum(task.items(batch) for batch in batches)
+            module.zero_grad()
+            parts = [module(**batch, num_items_in_batch=total)["loss"] for batch in batches]
+            assert sum(part.item() for part in parts) == pytest.approx(expected, abs=1e-4)
+            sum(parts).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-4)
+    assert nodes[0] < nodes[3] < nodes[1] and nodes[0] < 0.6 * nodes[1]
+
+
+def test_held_out_figures_count_whole_actions(model_path, tmp_path):
+    rows = episode(1, 3)
+    task = task_for(settings_for(model_path, tmp_path, rows))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    encoded = task.encode(tokenizer).rows
+    policy = PolicyWithHeads.create(AutoModelForCausalLM.from_pretrained(model_path), tokenizer, 2)
+    policy.heads.k_head.bias.data = torch.tensor([0.0, 0.0, 1.0])  # always 2
+    batch = StepCollator(0)(encoded)
+
+    class Parrot(torch.nn.Module):
+        """Says what is to be said, but for one token of the last step's action."""
+
+        def forward(self, input_ids, attention_mask, ctrl_pos, position_ids, logits_to_keep):
+            out = policy(input_ids, attention_mask, ctrl_pos, position_ids)
+            out.logits = torch.zeros_like(out.logits)
+            for (b, t), token in zip(batch["target_pos"].tolist(), batch["target_ids"].tolist(), strict=True):
+                out.logits[b, t, token] = 1.0
+            b, t = batch["target_pos"][-2].tolist()
+            out.logits[b, t] = torch.arange(out.logits.shape[-1]) == 0
+            out.logits = out.logits[:, logits_to_keep]
+            return out
+
+    module = WarmUp(policy, 0.5)
+    module.policy = Parrot()
+    found = task.held_out(module(**batch)["sums"].tolist())
+    assert found["action_match"] == pytest.approx(2 / 3)
+    assert found["k_accuracy"] == pytest.approx(sum(row["k_label"] == 2 for row in rows) / 3)
+    assert found["loss"] == pytest.approx(found["policy_loss"] + 0.5 * found["k_loss"])
+    majority = task.measure(tokenizer, encoded, torch.device("cpu"))["eval_k_majority"]
+    share = sum(row["k_label"] == 2 for row in rows) / 3
+    assert majority == pytest.approx(max(share, 1 - share))
+
+
+def test_long_prompts_lose_their_oldest_steps_and_nothing_else(model_path, tmp_path):
+    rows = [dict(episode(1, 8)[-1], k_label=2)]
+    settings = settings_for(model_path, tmp_path, rows)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    whole, = task_for(settings).encode(tokenizer).rows
+    need = len(whole["input_ids"]) + 1  # with the action's last token, which nothing is predicted from
+    cut = task_for(dataclasses.replace(settings, max_seq_len=need - 1)).encode(tokenizer)
+    assert cut.counts["cut"] == 1 and cut.counts["lost_tokens"] > 0
+    row, = cut.rows
+    assert len(row["input_ids"]) < need - 1
+    tokenizer.add_tokens([CTRL], special_tokens=True)
+    text = tokenizer.decode(row["input_ids"])
+    assert text.startswith(f"Task: put a clean plate in fridge\nObservation: {FIRST}\n[ 1 earlier steps omitted ]\n")
+    history, future = text.split(CTRL)
+    assert history.count("Action:") == 7 and history.rstrip().endswith(rows[0]["obs_list"][0])
+    assert future.count("If:") == 2 and future.endswith("\nAction: " + rows[0]["action"])
+    assert task_for(dataclasses.replace(settings, max_seq_len=need)).encode(tokenizer).counts["cut"] == 0
+    none = task_for(dataclasses.replace(settings, max_seq_len=20)).encode(tokenizer)
+    assert none.rows == [] and none.counts["too_long"] == 1
+
+
+# ---------------------------------------------------------------- runs
+
+
+async def readings(folder: Path, rows: list[dict]) -> tuple[list[int], list[str]]:
+    """What the finished policy, loaded as evaluation loads it, chooses for K, and its actions with that future."""
+    lm = load_policy_lm(str(folder))
+    controls = await lm.control([control_prompt(row["state"]) for row in rows])
+    chosen = [max(range(3), key=c.k_logprobs.__getitem__) for c in controls]
+    futures = ["".join(f"\nIf: {a}\nThen: {o}" for a, o in row["imagined"][:k])
+               for row, k in zip(rows, chosen, strict=True)]
+    prompts = [policy_prompt(row["state"], foresight=f, control=True) for row, f in zip(rows, futures, strict=True)]
+    replies = await lm.generate(prompts, GenParams(max_new_tokens=12, stop=("\n",)))
+    await lm.close()
+    return chosen, [reply.text.strip() for reply in replies]
+
+
+@pytest.mark.asyncio
+async def test_the_k_head_learns_where_looking_ahead_helps(model_path, tmp_path):
+    rows = [row for i in range(60) for row in episode(i)]
+    settings = settings_for(model_path, tmp_path, rows, steps_per_sequence=0, epochs=15.0, max_seq_len=600)
+    metrics = sft.run(settings)
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["eval_k_accuracy"] >= 0.9 > metrics["eval_k_majority"]
+    assert metrics["eval_action_match"] >= 0.9 and metrics["eval_steps"] == 48
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_policy_loss"] + 0.5 * metrics["eval_k_loss"])
+    assert sft.run(settings) is None  # finished
+
+    unseen = [row for i in range(100, 110) for row in episode(i)]
+    chosen, actions = await readings(tmp_path / "out" / "merged_full", unseen)
+    right = sum(k == row["k_label"] for k, row in zip(chosen, unseen, strict=True))
+    matched = sum(a == row["action"] for a, row in zip(actions, unseen, strict=True))
+    assert right >= 0.9 * len(unseen) and matched >= 0.9 * len(unseen)
+    card = json.loads((tmp_path / "out" / "merged_full" / "itp_model.json").read_text())
+    assert card == {"prompt_style": "tuned", "control": True}
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_run_cut_off_goes_on_to_the_very_same_weights(model_path, tmp_path, lora_r):
+    rows = [row for i in range(10) for row in episode(i)]
+    settings = settings_for(model_path, tmp_path, rows, lora_r=lora_r, lora_dropout=0.1, save_every_steps=3)
+    metrics = sft.run(settings)
+    out, again = tmp_path / "out", tmp_path / "again"
+    first = whole_checkpoints(out)[0]
+    shutil.copytree(first, again / first.name)
+    shutil.copy(out / "config.json", again / "config.json")
+    resumed = sft.run(dataclasses.replace(settings, out_dir=str(again)))
+    assert resumed["resumed"] and resumed["steps"] == metrics["steps"]
+    assert resumed["train_loss"] == pytest.approx(metrics["train_loss"], abs=1e-6)
+    for name in ("model.safetensors", "policy_heads.safetensors"):
+        one, two = (load_file(folder / "merged_full" / name) for folder in (out, again))
+        assert one.keys() == two.keys()
+        for key, weight in one.items():
+            torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged_full")
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model_path, out / "merged_full"))
+    ctrl = tokenizer.convert_tokens_to_ids(CTRL)
+    mean = before.get_input_embeddings().weight.mean(0)
+    assert (after.get_input_embeddings().weight[ctrl] - mean).abs().max() > 1e-4  # the control row was trained
+    if lora_r:
+        assert (out / "adapter_model.safetensors").is_file() and (out / "policy_heads.safetensors").is_file()
+
+
+def test_lora_on_a_bfloat16_base_trains_in_float32_and_goes_on_with_its_heads(model_path, tmp_path):
+    rows = [row for i in range(6) for row in episode(i)]
+    settings = settings_for(model_path, tmp_path, rows, lora_r=4, bf16=True, epochs=1.0, gradient_checkpointing=True)
+    task = task_for(settings)
+    module = task.load(AutoTokenizer.from_pretrained(model_path), torch.bfloat16)
+    trained = {name: p.dtype for name, p in module.named_parameters() if p.requires_grad}
+    assert set(trained.values()) == {torch.float32} and any("trainable_tokens" in name for name in trained)
+    assert module.policy.causal_lm.dtype == torch.bfloat16
+    metrics = sft.run(settings)
+    assert metrics["dtype"] == "bfloat16"
+    merged = tmp_path / "out" / "merged_full"
+    second = dataclasses.replace(settings, policy_model_path=str(merged), out_dir=str(tmp_path / "second"), bf16=False,
+                                 lr=1e-8)
+    sft.run(second)
+    one, two = (load_file(f / "policy_heads.safetensors") for f in (merged, tmp_path / "second" / "merged_full"))
+    torch.testing.assert_close(one["k_head.weight"], two["k_head.weight"], rtol=0, atol=1e-5)
+    assert one["k_head.weight"].abs().max() > 1e-4
+    with pytest.raises(UserError, match="K-head for kmax 2, and --kmax is 5"):
+        sft.run(dataclasses.replace(second, kmax=5, out_dir=str(tmp_path / "third")))
+
+
+def test_poisoned_weights_stop_the_run(model_path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(UserError, match="the loss is nan in step 1"):
+        sft.run(settings_for(str(tmp_path / "poisoned"), tmp_path, episode(1)))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"k_label": 3}, "k_label is 3 and --kmax 2"),
+    ({"k_label": True}, "'k_label' is True"),
+    ({"state": "nonsense"}, "isn't a state"),
+    ({"state": None}, "'state' is None"),
+    ({"imagined": [["look"]]}, "2 pairs"),
+    ({"imagined": None}, "--foresight_format last_obs"),
+])
+def test_a_bad_line_is_named(tmp_path, change, said):
+    good = dict(episode(0)[0], k_label=2)
+    path = write(tmp_path / "x.jsonl", [good, good | change])
+    with pytest.raises(UserError, match=said) as error:
+        read_labelled(path, 2)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_what_the_policy_reads_and_does(tmp_path):
+    row = dict(episode(0)[0], k_label=2, expert_action="look")
+    released = {name: value for name, value in row.items() if name != "imagined"}
+    full, = read_labelled(write(tmp_path / "a.jsonl", [row]), 2)
+    last, old = read_labelled(write(tmp_path / "b.jsonl", [row, released]), 2, "last_obs")
+    assert full.foresight.startswith("\nIf: open cabinet 1\nThen: In it") and full.foresight.count("Then:") == 2
+    assert last.foresight == old.foresight == "\nThen: Nothing happens."
+    assert full.action == "look" and full.k == 2
+    zero, = read_labelled(write(tmp_path / "c.jsonl", [released | {"k_label": 0}]), 2, "last_obs")
+    assert zero.foresight == ""
