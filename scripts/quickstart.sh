@@ -17,54 +17,54 @@ source scripts/environment.sh
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
 : "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=12}" "${MAX_STEPS:=40}"
 : "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=4}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}" "${MAX_K:=2}" "${CPUS:=$(nproc)}"
+: "${LABEL_ROWS:=2000}" "${RL_EPISODES:=960}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
+since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
 started=$SECONDS
 
-step "1/8 games: $TRAIN_GAMES to train on, $UNSEEN_GAMES in rooms that training never sees"
+step "1/10 games: $TRAIN_GAMES to train on, $UNSEEN_GAMES in rooms that training never sees"
 python -m itp.envs.alfworld_games --out "$run/data" --train "$TRAIN_GAMES" --seen "$SEEN_GAMES" \
   --unseen "$UNSEEN_GAMES" --processes "$CPUS"
 
-step "2/8 trajectories: an expert that acts from observations (D_exp), and random walks"
+step "2/10 trajectories: an expert that acts from observations (D_exp), and random walks"
 python -m world_model.collect --actor expert --env_data_root "$run/data" --out_dir "$run/d_exp" \
   --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 5 --env_processes "$CPUS"
 python -m world_model.collect --actor random --env_data_root "$run/data" --out_dir "$run/walks" \
   --max_games 100 --max_steps 40 --env_processes "$CPUS"
 
-step "3/8 base LM from nothing, on transcripts of the engine"
-small=(--batch_size 8 --grad_accum 1 --max_seq_len 1536 --adam_beta2 0.95 --wd 0.05 --eval_share 0.02
-  --eval_every_epoch false --logging_steps 100)
+step "3/10 base LM from nothing, on transcripts of the engine"
+small=(--grad_accum 1 --max_seq_len 1536 --adam_beta2 0.95 --wd 0.05 --eval_every_epoch false)
+from_nothing=(--lr 3e-3 --batch_size 8 --eval_share 0.02 --logging_steps 100 "${small[@]}")
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
-  --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" --lr 3e-3 "${small[@]}"
+  --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" "${from_nothing[@]}"
 
-step "4/8 base policy: supervised fine-tuning on the expert's dialogues"
+step "4/10 base policy: supervised fine-tuning on the expert's dialogues"
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
-  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lr 3e-3 --lora_r 0 \
-  "${small[@]}"
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
+  "${from_nothing[@]}"
 
-step "5/8 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
+step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
 python -m world_model.collect --actor policy --policy_model "$run/policy/merged_full" --env_data_root "$run/data" \
   --out_dir "$run/d_roll" --max_games 100 --max_steps 30 --temperature 0.7 --env_processes "$CPUS"
 
-step "6/8 world model: LoRA under DeepSpeed on D_exp and D_roll"
+step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
 cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
   LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
 
-step "7/8 evaluation on unseen rooms"
+step "7/10 evaluation on unseen rooms: the base policy, and ITP-I"
 evaluate() {
-  local name=$1
-  shift
-  python -m foresight_eval --policy_model "$run/policy/merged_full" --wm_model "$run/world_model/merged_full" \
+  local name=$1 policy=$2
+  shift 2
+  python -m foresight_eval --policy_model "$policy" --wm_model "$run/world_model/merged_full" \
     --env_data_root "$run/data" --split unseen --max_k "$MAX_K" --max_steps "$MAX_STEPS" \
     --output_path "$run/eval/$name" --env_processes "$CPUS" "$@"
 }
-evaluate sft --method sft --action_selection constrained
-evaluate sft-free --method sft --action_selection generate
-evaluate foresight --method foresight --action_selection constrained
-
-step "8/8 how true is the world model (expert with mistakes and random walks, in unseen rooms)"
+evaluate sft "$run/policy/merged_full" --method sft --action_selection constrained
+evaluate sft-free "$run/policy/merged_full" --method sft --action_selection generate
+evaluate foresight "$run/policy/merged_full" --method foresight --action_selection constrained
 for actor in expert random; do
   python -m world_model.collect --actor "$actor" --split unseen --env_data_root "$run/data" --noise 0.3 \
     --max_games 30 --max_steps 30 --out_dir "$run/held_out/$actor" --env_processes "$CPUS"
@@ -72,15 +72,44 @@ done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --wm_model "$run/world_model/merged_full" \
   --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json"
-
-step "done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
-echo "Success in percent on $UNSEEN_GAMES unseen games (sft: no imagination; constrained to admissible actions,"
-echo "and writing freely; foresight: K by the policy's own choice, up to $MAX_K steps ahead):"
+echo "Success in percent on $UNSEEN_GAMES unseen games, after $(since):"
 python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight}
+[[ $ITP_R == 1 ]] || exit 0
+
+step "8/10 ITP-R, stage 1: how far is it worth to look ahead?  Pseudo-labels for $LABEL_ROWS steps of the expert"
+python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transitions.jsonl" \
+  --policy_model_path "$run/policy/merged_full" --wm_model_path "$run/world_model/merged_full" \
+  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --max_rows "$LABEL_ROWS" --wm_batch_size 64
+
+step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
+python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
+  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --epochs 1 --batch_size 4 \
+  --steps_per_sequence 0 --lr 5e-4 --lora_r 0 --logging_steps 20 "${small[@]}"
+python -m itp.training.train_adaptive_k rl_k --policy_model_path "$run/warm_up/merged_full" \
+  --wm_model_path "$run/world_model/merged_full" --env_data_path "$run/data" --out_dir "$run/itp_r" \
+  --missions "$MISSIONS" --episodes_per_epoch "$RL_EPISODES" --num_envs 32 --max_steps 35 --history_keep_steps 0 \
+  --action_selection constrained --action_temperature 1 --normalize_advantages --lora_r 0 --lr 3e-4 \
+  --value_lr 3e-3 --value_coef 0.5 --eval_every 0 --env_processes "$CPUS"
+
+step "10/10 evaluation of what was learned, on the same games"
+evaluate warm-up "$run/warm_up/merged_full" --method foresight --action_selection constrained
+evaluate itp-r "$run/itp_r/last" --method foresight --action_selection constrained
+evaluate itp-r-k0 "$run/itp_r/last" --method foresight --action_selection constrained --fixed_k 0
+evaluate "itp-r-k$MAX_K" "$run/itp_r/last" --method foresight --action_selection constrained --fixed_k "$MAX_K"
+
+step "done in $(since)"
+cat <<EOF
+Success in percent on $UNSEEN_GAMES unseen games.  sft: the base policy, nothing imagined; sft-free: the same, writing
+freely instead of choosing among the admissible actions; foresight: ITP-I, K by prompt; warm-up: ITP-R after stage 2;
+itp-r: after stage 3, K by its K-head; itp-r-kN: the same policy with K fixed.  NB: share of the tokens that always
+looking $MAX_K steps ahead costs.
+
+EOF
+python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight,warm-up,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
 cat <<EOF
 
 games         $run/data
-models        $run/{base_lm,policy,world_model}/merged_full
-trajectories  $run/{d_exp,d_roll,walks}
+models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
+trajectories  $run/{d_exp,d_roll,walks}, $run/labelled.jsonl
 results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
 EOF

@@ -11,19 +11,25 @@ REPO = Path(__file__).parents[1]
 MINIATURE = {
     "ITP_VENV": "active", "TRAIN_GAMES": "6", "SEEN_GAMES": "1", "UNSEEN_GAMES": "6", "MISSIONS": "2",
     "LM_EPOCHS": "1", "POLICY_EPOCHS": "1", "WM_ROWS": "40", "WM_EPOCHS": "1", "MAX_K": "1", "MAX_STEPS": "6",
+    "LABEL_ROWS": "12", "RL_EPISODES": "32",
 }
+
+
+def read_steps(results: Path) -> list[dict]:
+    return json.loads((results / "0.json").read_text())["foresight_steps"]
 
 
 def test_quickstart_in_miniature(tmp_path: Path) -> None:
     command = ["bash", str(REPO / "scripts" / "quickstart.sh"), str(tmp_path)]
     first = subprocess.run(command, env=os.environ | MINIATURE, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for name in ("sft", "sft-free", "foresight"):
+    for name in ("sft", "sft-free", "foresight", "warm-up", "itp-r", "itp-r-k0", "itp-r-k1"):
         summary = json.loads((tmp_path / "eval" / name / "summary.json").read_text())
         assert summary["overall"]["n"] == 6
         assert name in first.stdout
-    horizon = json.loads((tmp_path / "eval" / "foresight" / "0.json").read_text())["foresight_steps"]
-    assert all(step["k"] <= 1 for step in horizon)
+    assert all(step["k"] <= 1 for step in read_steps(tmp_path / "eval" / "foresight"))
+    assert all(len(step["k_logprobs"]) == 2 for step in read_steps(tmp_path / "eval" / "itp-r"))
+    assert all(step["k"] == 1 for step in read_steps(tmp_path / "eval" / "itp-r-k1"))
     fidelity = json.loads((tmp_path / "held_out" / "fidelity.json").read_text())
     assert fidelity["figures"]["all"]["n"] > 0
     weights = tmp_path / "policy" / "merged_full" / "model.safetensors"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 TASK, OBSERVATION, ACTION = "Task: ", "Observation: ", "Action: "
 _OMITTED = re.compile(r"\[(\d+) earlier steps omitted\]")
@@ -45,9 +46,13 @@ class State:
     def last(self, steps: int) -> State:
         """The same state with at most ``steps`` steps of history (0: all of it)."""
         cut = max(0, len(self.history) - steps) if steps else 0
-        return replace(self, history=self.history[cut:], omitted=self.omitted + cut)
+        return replace(self, history=self.history[cut:], omitted=self.omitted + cut) if cut else self
 
     def render(self) -> str:
+        return self._rendered
+
+    @cached_property  # a state is rendered several times in a step
+    def _rendered(self) -> str:
         lines = [TASK + indent(self.task), OBSERVATION + indent(self.first)]
         if self.omitted:
             lines.append(f"[{self.omitted} earlier steps omitted]")
