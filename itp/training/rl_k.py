@@ -92,6 +92,8 @@ class RlSettings:
     lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
                                   choices=("linear", "constant", "cosine"))
     wd: float = flag(0.0, help="weight decay")
+    adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates a long memory keeps the scale of the "
+                                        "first ones, which teach values only")
     lambda_k: float = flag(0.2, help="λ_K: cost of an imagined step")
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")

@@ -91,7 +91,7 @@ class Learner:
         value_head = list(policy.heads.v_head.parameters())
         rest = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
         groups = [{"params": rest, "lr": settings.lr}, {"params": value_head, "lr": settings.value_lr or settings.lr}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.wd)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.adam_beta2), weight_decay=settings.wd)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
         self.device = next(policy.parameters()).device
         self.dtype = dtype
