@@ -35,6 +35,7 @@ setup(
         "numpy>=1.24",
         "pyyaml>=6.0",
         "tqdm>=4.66",
+        "tensorboard>=2.16",
     ],
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "psutil>=5.9", *SERVING],

@@ -34,15 +34,13 @@ python -m world_model.collect --actor random --env_data_root "$run/data" --out_d
   --max_games 100 --max_steps 40 --env_processes "$CPUS"
 
 step "3/10 base LM from nothing, on transcripts of the engine"
-small=(--grad_accum 1 --max_seq_len 1536 --adam_beta2 0.95 --wd 0.05 --eval_every_epoch false)
-from_nothing=(--lr 3e-3 --batch_size 8 --eval_share 0.02 --logging_steps 100 "${small[@]}")
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
-  --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" "${from_nothing[@]}"
+  --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
 
 step "4/10 base policy: supervised fine-tuning on the expert's dialogues"
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
-  "${from_nothing[@]}"
+  --config configs/demo/from_nothing.yaml
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
 python -m world_model.collect --actor policy --policy_model "$run/policy/merged_full" --env_data_root "$run/data" \
@@ -83,13 +81,10 @@ python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transit
 
 step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
 python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
-  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --epochs 1 --batch_size 4 \
-  --steps_per_sequence 0 --lr 5e-4 --lora_r 0 --logging_steps 20 "${small[@]}"
+  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
 python -m itp.training.train_adaptive_k rl_k --policy_model_path "$run/warm_up/merged_full" \
   --wm_model_path "$run/world_model/merged_full" --env_data_path "$run/data" --out_dir "$run/itp_r" \
-  --missions "$MISSIONS" --episodes_per_epoch "$RL_EPISODES" --num_envs 32 --max_steps 35 --history_keep_steps 0 \
-  --action_selection constrained --action_temperature 1 --normalize_advantages --lora_r 0 --lr 3e-4 \
-  --value_lr 3e-3 --value_coef 0.5 --eval_every 0 --env_processes "$CPUS"
+  --missions "$MISSIONS" --episodes_per_epoch "$RL_EPISODES" --env_processes "$CPUS" --config configs/demo/rl_k.yaml
 
 step "10/10 evaluation of what was learned, on the same games"
 evaluate warm-up "$run/warm_up/merged_full" --method foresight --action_selection constrained
