@@ -171,6 +171,29 @@ def test_wilson_interval(won: int, n: int, low: float, high: float) -> None:
     assert report.wilson(won, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_normalised_budget() -> None:
+    assert report.normalised_budget(300, 100, 900) == pytest.approx(0.25)  # (300 - 100) / (900 - 100)
+    assert report.normalised_budget(100, 100, 900) == 0
+    assert report.normalised_budget(100, 100, 100) is None
+
+
+def test_a_budget_is_measured_against_the_same_policy_with_k_fixed(tmp_path: Path) -> None:
+    def result(name: str, tokens: float, **changes: Any) -> Path:
+        config = {"method": "foresight", "disable_wm": 0, "fixed_k": -1, "policy_fingerprint": "itp_r",
+                  "split": "unseen", "max_steps": 40, "action_selection": "constrained"} | changes
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"config": config}))
+        (tmp_path / name / "summary.json").write_text(json.dumps({"cost": {"tokens_per_episode": tokens}}))
+        return tmp_path / name
+
+    folders = [result("head", 500), result("k0", 100, fixed_k=0), result("k2", 600, fixed_k=2),
+               result("k5", 900, fixed_k=5), result("sft", 50, method="sft", policy_fingerprint="base"),
+               result("other games", 500, split="dev")]
+    assert report.budgets(folders) == [pytest.approx(0.5), 0, pytest.approx(0.625), 1, None, None]
+    assert report.budgets(folders[:2]) == [None, None]
+    assert report.budgets(folders[:1]) == [None]
+
+
 @pytest.mark.parametrize("task_type, bucket", [
     ("pick_and_place_simple", "Pick"), ("look_at_obj_in_light", "Look"), ("pick_clean_then_place_in_recep", "Clean"),
     ("pick_heat_then_place_in_recep", "Heat"), ("pick_cool_then_place_in_recep", "Cool"),
