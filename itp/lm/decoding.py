@@ -260,19 +260,17 @@ class _Sample:
             token = int(logprobs.argmax())
             self.allowed.append((token,))
             return token
-        probs, ids = (logprobs / self.params.temperature).softmax(-1).double(), None
-        if self.params.top_p < 1:
-            falling, order = probs.sort(descending=True, stable=True)
-            kept = int((falling.cumsum(-1) - falling < self.params.top_p).sum())  # always at least the likeliest token
-            ids = order[:kept].sort().values  # drawn in the order of ids: rounding swaps neighbours in any other
-            probs = probs[ids]
-        cumulative = probs.cumsum(-1)
+        probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
+        # Drawn in falling order: what rounding adds to the nucleus or takes from it stands at its end and moves no other.
+        before = probs.cumsum(-1) - probs
+        kept = int((before < self.params.top_p).sum())  # always at least the most likely token
+        cumulative = probs[:kept].cumsum(-1)
         draw = torch.tensor(self.draw.random() * float(cumulative[-1]), dtype=torch.double, device=probs.device)
-        at = min(int(torch.searchsorted(cumulative, draw, right=True)), len(probs) - 1)
+        at = min(int(torch.searchsorted(cumulative, draw, right=True)), kept - 1)
         if self.params.trace:
-            self.allowed.append(None if ids is None else tuple(ids.tolist()))
+            self.allowed.append(tuple(order[:kept].tolist()) if self.params.top_p < 1 else None)
             self.traced_logprob += float((probs[at] / cumulative[-1]).log())
-        return at if ids is None else int(ids[at])
+        return int(order[at])
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         trace = None
