@@ -261,7 +261,7 @@ class _Sample:
             self.allowed.append((token,))
             return token
         probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
-        # Drawn in falling order: what rounding adds to the nucleus or takes from it stands at its end and moves no other.
+        # In falling order, what rounding adds to the nucleus or takes from it stands at its end and moves no other.
         before = probs.cumsum(-1) - probs
         kept = int((before < self.params.top_p).sum())  # always at least the most likely token
         cumulative = probs[:kept].cumsum(-1)
