@@ -152,6 +152,14 @@ def test_other_missions_differ_in_the_goal_alone(drawn):
     assert compared > 3 * len(drawn)  # most worlds have four to offer
 
 
+def test_a_world_poses_its_missions_of_every_type_early(drawn):
+    for _, game in drawn:
+        types = [other.mission.task_type for other in game.others()]
+        for task_type in set(types):
+            half = types[:len(types) // 2].count(task_type)
+            assert abs(half - types.count(task_type) / 2) <= 1, types
+
+
 def test_splits_share_no_world_and_unseen_no_room(drawn):
     rooms = {split: {game.world.scene for batch, game in drawn if batch.split == split} for split in SPLITS}
     assert not (rooms["train"] | rooms["valid_seen"]) & rooms["valid_unseen"]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from itp.games import list_games
+from itp.envs.alfworld_expert import Expert
+from itp.games import list_games, task_params
 from itp.runtime import UserError
 from itp.text.state import parse
 from itp.training.base_policy import read_dialogues
 from itp.transitions import Transition, read_transitions
+from tests.tiny import write_tiny_model
 from world_model import collect
 
 ALL_FIELDS = ("episode_id", "step", "state", "action", "next_state")
@@ -92,6 +94,25 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
     read_dialogues(str(tmp_path / "dialogues.json"))
 
 
+def test_the_expert_teaches_in_the_states_that_a_policy_reaches(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    learner = write_tiny_model(tmp_path / "learner")
+    flags = ("--noise", "0.5", "--noise_policy", str(learner), "--action_selection", "constrained", "--max_steps", "3")
+    rows = run(monkeypatch, games_root, tmp_path / "out", *flags)
+    alone = run(monkeypatch, games_root, tmp_path / "alone", "--actor", "policy", "--policy_model", str(learner),
+                "--action_selection", "constrained", "--max_steps", "3")
+    first = {t.episode_id: t.action for t in alone if t.step == 0}
+    taught = [t for t in rows if t.step == 0 and t.action != t.expert_action]
+    assert taught and all(t.action == first[t.episode_id] for t in taught)  # the policy's own, not a random one
+    for episode in by_episode(rows).values():
+        check_chain(episode)
+        teacher = None
+        game = next(g for g in list_games("alfworld", "train", games_root) if f"{g.game_id}#0" == episode[0].episode_id)
+        for t in episode:  # what the expert would do after all that was really done
+            teacher = teacher or Expert(task_params(game), game.task_type, parse(t.state).first)
+            assert t.expert_action == teacher.act()
+            teacher.observe(t.action, t.next_state)
+
+
 def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path: Path) -> None:
     flags = ("--actor", "random", "--max_steps", "8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -135,6 +156,7 @@ def test_only_whole_lines_count_as_played(tmp_path: Path) -> None:
     (("--actor", "policy"), "--policy_model"),
     (("--noise", "0,often"), "--noise '0,often'"),
     (("--noise", "1.5"), "between 0 and 1"),
+    (("--noise_policy", "somewhere"), "never acts at --noise 0"),
 ])
 def test_errors_come_before_anything_is_played(monkeypatch, games_root: Path, tmp_path: Path, flags, says) -> None:
     with pytest.raises(UserError, match=says):

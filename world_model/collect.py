@@ -8,6 +8,9 @@ writes ``episodes.jsonl`` (a line an episode, as they end: what a restart goes o
 ``--noise`` is the share of steps at which a random admissible action is executed instead of the
 actor's; of a comma-separated list each episode draws one.  The actor's own choice is kept as
 ``expert_action``, so such steps show what to do after a mistake without teaching the mistake.
+``--noise_policy`` executes a policy's action instead: the expert then shows what to do where that policy's own
+mistakes lead (imitation with a mixture of expert and learner, DAgger: Ross et al., 2011), and what the policy gets
+wrong is in the data of the world model.
 """
 
 from __future__ import annotations
@@ -55,12 +58,13 @@ class Settings:
     episodes_per_game: int = flag(1, help="episodes of each mission")
     max_steps: int = flag(50, help="steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
+    noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
     foresight_k: int = flag(0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
     policy_model: str = flag("", help="model folder, with --actor policy")
-    policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=("fp16", "bf16", "fp32"))
-    policy_device: str = flag("cuda", help="device of the policy")
-    temperature: float = flag(0.7, help="sampling temperature of the policy")
+    policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=("fp16", "bf16", "fp32"))
+    policy_device: str = flag("cuda", help="device of either policy")
+    temperature: float = flag(0.7, help="sampling temperature of either policy")
     top_p: float = flag(0.9, help="nucleus of the policy's sampling")
     action_selection: str = flag("generate", help="how the policy chooses its action", choices=SELECTIONS)
     concurrency: int = flag(16, help="episodes at a time")
@@ -73,13 +77,16 @@ def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.collect", description=__doc__)
     if settings.actor == "policy" and not settings.policy_model:
         raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
+    if settings.noise_policy and not any(_noises(settings.noise)):
+        raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
     out = Path(settings.out_dir)
     episodes_file = out / "episodes.jsonl"
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         episodes_file.unlink(missing_ok=True)
     config = dataclasses.asdict(settings)
-    if settings.policy_model:
-        config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+    for name, folder in (("policy", settings.policy_model), ("noise_policy", settings.noise_policy)):
+        if folder:
+            config[f"{name}_fingerprint"] = model_fingerprint(folder)
     claim_output(out, config, override=settings.override,
                  ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
     games = _episode_games(settings)
@@ -126,8 +133,10 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
                                  expert=settings.actor if settings.actor in ("handcoded", "planner") else "")
     pool = EnvPool(make_env, settings.env_processes)
     try:
-        episodes = run_episodes(pool, Noisy(method, _noises(settings.noise)), games, max_steps=settings.max_steps,
-                                seed=settings.seed, concurrency=settings.concurrency, quorum=quorum)
+        intruder = _policy(settings, settings.noise_policy, quorum) if settings.noise_policy else AnyAction()
+        episodes = run_episodes(pool, Noisy(method, intruder, _noises(settings.noise)), games,
+                                max_steps=settings.max_steps, seed=settings.seed,
+                                concurrency=settings.concurrency, quorum=quorum)
         with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
                 transitions = episode_transitions(episode, settings.actor)
@@ -179,9 +188,13 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
         return RandomWalk()
     if settings.actor in ("handcoded", "planner"):
         return EngineExpert()
-    lm = load_policy_lm(settings.policy_model, device=settings.policy_device, dtype=settings.policy_dtype,
+    return _policy(settings, settings.policy_model, quorum)
+
+
+def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
+    lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype,
                         quorum=quorum)
-    return Direct(Policy(lm, selection=settings.action_selection, control=has_heads(settings.policy_model),
+    return Direct(Policy(lm, selection=settings.action_selection, control=has_heads(folder),
                          temperature=settings.temperature, top_p=settings.top_p))
 
 
@@ -220,18 +233,27 @@ class RandomWalk:
         return Decision(draw.choice([a for a in view.observation.admissible if a != "help"]))
 
 
-class Noisy:
-    """Another method, interrupted by random admissible actions."""
+class AnyAction:
+    """Any admissible action."""
 
-    def __init__(self, method: Method, noises: Sequence[float]) -> None:
-        self.method, self.noises = method, noises
+    name, want_admissible = "any", True
+
+    async def act(self, view: View) -> Decision:
+        return Decision(random.Random(view.seed).choice(view.observation.admissible))
+
+
+class Noisy:
+    """A method that is interrupted by another: an episode's share of its steps is the intruder's."""
+
+    def __init__(self, method: Method, intruder: Method, noises: Sequence[float]) -> None:
+        self.method, self.intruder, self.noises = method, intruder, noises
         self.name, self.want_admissible = method.name, True
 
     async def act(self, view: View) -> Decision:
         decision = await self.method.act(view)
         noise = self.noises[derive_seed("noise", view.game.game_id) % len(self.noises)]
-        draw = random.Random(derive_seed(view.seed, "noise"))
-        executed = draw.choice(view.observation.admissible) if draw.random() < noise else decision.action
+        interrupted = random.Random(derive_seed(view.seed, "noise")).random() < noise
+        executed = (await self.intruder.act(view)).action if interrupted else decision.action
         return dataclasses.replace(decision, action=executed, expert_action=decision.action)
 
 

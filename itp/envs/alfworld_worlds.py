@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import random
 from collections import Counter
@@ -32,8 +31,10 @@ WEIGHT = {"DiningTable": 5, "CounterTop": 4, "CoffeeTable": 4, "SideTable": 4, "
 CAPACITY = {"DiningTable": 10, "CounterTop": 10, "CoffeeTable": 7, "SideTable": 6, "Desk": 8, "Dresser": 8, "Bed": 5,
             "Fridge": 6, "SinkBasin": 5, "StoveBurner": 1, "CoffeeMachine": 1, "ToiletPaperHanger": 1,
             "TowelHolder": 1, "HandTowelHolder": 1}
-OTHERS_PER_TYPE = 3
-"""Other missions of a task type that a game's traj_data.json names."""
+OTHERS_PER_TYPE = {"look_at_obj_in_light": 6, "pick_heat_then_place_in_recep": 4, "pick_cool_then_place_in_recep": 4,
+                   "pick_clean_then_place_in_recep": 3, "pick_and_place_simple": 2, "pick_two_obj_and_place": 2}
+"""Other missions of a task type that a game's traj_data.json names.  The fewer rooms a type can be posed in (a lamp,
+a microwave), the more of it where it can, so that over all rooms there are about as many of each."""
 COPIES = (0, 1, 1, 1, 2, 3)
 TARGET_COPIES = (1, 1, 2, 3)
 ABILITIES = {"Heatable": "heatable", "Coolable": "coolable", "Cleanable": "cleanable", "Sliceable": "sliceable"}
@@ -119,10 +120,11 @@ class GeneratedGame:
         }
 
     def others(self) -> list[GeneratedGame]:
-        """Other missions that could be posed in this world, of every possible type in turn."""
-        by_type = [other_missions(self, OTHERS_PER_TYPE, self.world.fingerprint(), task_type)
+        """Other missions that could be posed in this world, every possible type spread evenly over the list."""
+        by_type = [other_missions(self, OTHERS_PER_TYPE[task_type], self.world.fingerprint(), task_type)
                    for task_type in ALFWORLD_TASK_TYPES]
-        return [game for rank in itertools.zip_longest(*by_type) for game in rank if game is not None]
+        placed = [((i + 0.5) / len(games), game) for games in by_type for i, game in enumerate(games)]
+        return [game for _, game in sorted(placed, key=lambda entry: entry[0])]
 
     def game_data(self, walkthrough: list[str]) -> dict[str, object]:
         domain, grammar = _game_logic()
