@@ -22,6 +22,7 @@ from itp.runtime import UserError
 from itp.training import base_policy
 from itp.training.finetune import Example, FinetuneSettings, claim_run, encode, finetune, hold_out, whole_checkpoints
 from itp.training.hf_trainer import Collator, SimilarLengths
+from itp.training.text_task import TextTask
 
 ROOT = Path(__file__).parents[1]
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
@@ -85,8 +86,42 @@ def test_a_pad_token_that_is_the_stop_token_leaves_the_stop_token_supervised():
     a, b, c, d = (VOCAB[word] for word in "abcd")
     batch = Collator(tokenizer.pad_token_id)(rows)
     assert batch["input_ids"].tolist() == [[a, b, EOS, EOS, EOS], [a, b, c, d, EOS]]
-    assert batch["labels"].tolist() == [[-100, b, EOS, -100, -100], [-100, -100, -100, d, EOS]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["target_pos"].tolist() == [[0, 0], [0, 1], [1, 2], [1, 3]]
+    assert batch["target_ids"].tolist() == [b, EOS, d, EOS]
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_logits_of_supervised_places_alone_give_the_loss_of_all_logits_under_a_mask(model_path, tmp_path, lora_r):
+    rows = encode(EXAMPLES[:7], make_tokenizer(), 99).rows
+    task = TextTask(settings_for(model_path, tmp_path, lora_r=lora_r, lora_dropout=0.0), [])
+    torch.manual_seed(0)
+    model = task.load(make_tokenizer(), torch.float32).train()
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([[*ids, *[fill] * (width - len(ids))] for ids in lists])
+
+    labels = padded([row["labels"] for row in rows], -100)
+    out = model(input_ids=padded([row["input_ids"] for row in rows], EOS), labels=labels,
+                attention_mask=padded([[1] * len(row["input_ids"]) for row in rows], 0))
+    out.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+
+    shapes = []
+    head = model.get_output_embeddings() if not lora_r else model.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda *call: shapes.append(tuple(call[-1].shape)))
+    batch = Collator(EOS)(rows)
+    found = task.forward(model, batch)
+    assert shapes == [(1, (labels[:, 1:] != -100).sum().item(), len(VOCAB))]
+    assert found["loss"].item() == pytest.approx(out.loss.item(), abs=1e-6)
+    assert found["sums"].tolist() == pytest.approx([out.loss.item() * shapes[0][1], shapes[0][1]], rel=1e-6)
+    found["loss"].backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+    assert task.forward(model, batch, torch.tensor(10))["loss"].item() == pytest.approx(found["sums"][0].item() / 10)
+    assert model(batch["input_ids"]).logits.shape == (7, width, len(VOCAB))  # as before, outside of training
 
 
 def test_too_long_examples_lose_the_left_of_their_context_never_their_target():

@@ -122,8 +122,8 @@ def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain
     at = torch.tensor([(0, path[column]) for path, column in zip(nodes, columns, strict=True)])
     ids, mask, positions = batch([tree], 0)
     tree_out = policy(ids, mask, at, positions)
-    boolean = policy(ids, mask == 0, at, positions, logits_to_keep=torch.tensor([3, 5]))
-    torch.testing.assert_close(boolean.logits, tree_out.logits[:, [3, 5]])
+    boolean = policy(ids, mask == 0, at, positions, logits_at=torch.tensor([[0, 3], [0, 5]]))
+    torch.testing.assert_close(boolean.logits, tree_out.logits[0, [3, 5]])
 
     policy.save_pretrained(tmp_path / "policy", tokenizer)
     engine = load_policy_lm(str(tmp_path / "policy")).engine

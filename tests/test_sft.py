@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path
             batches = [collate(encoded[:1]), collate(encoded[1:])]
             total = sum(task.items(batch) for batch in batches)
             module.zero_grad()
-            parts = [module(**batch, num_items_in_batch=total)["loss"] for batch in batches]
+            parts = [module(**batch, items=total)["loss"] for batch in batches]
             assert sum(part.item() for part in parts) == pytest.approx(expected, abs=1e-4)
             sum(parts).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
@@ -128,14 +128,14 @@ def test_held_out_figures_count_whole_actions(model_path, tmp_path):
     class Parrot(torch.nn.Module):
         """Says what is to be said, but for one token of the last step's action."""
 
-        def forward(self, input_ids, attention_mask, ctrl_pos, position_ids, logits_to_keep):
+        def forward(self, input_ids, attention_mask, ctrl_pos, position_ids, logits_at):
             out = policy(input_ids, attention_mask, ctrl_pos, position_ids)
             out.logits = torch.zeros_like(out.logits)
             for (b, t), token in zip(batch["target_pos"].tolist(), batch["target_ids"].tolist(), strict=True):
                 out.logits[b, t, token] = 1.0
             b, t = batch["target_pos"][-2].tolist()
             out.logits[b, t] = torch.arange(out.logits.shape[-1]) == 0
-            out.logits = out.logits[:, logits_to_keep]
+            out.logits = out.logits[logits_at[:, 0], logits_at[:, 1]]
             return out
 
     module = WarmUp(policy, 0.5)

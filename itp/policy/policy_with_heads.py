@@ -53,7 +53,7 @@ class PolicyHeads(nn.Module):
 
 @dataclass
 class HeadsOutput:
-    """Logits (B, T, V), or of the wanted columns (B, C, V); K logits (N, K_max + 1) and values (N,)."""
+    """Logits (B, T, V), or of the M wanted places (M, V); K logits (N, K_max + 1) and values (N,)."""
 
     logits: torch.Tensor
     k_logits: torch.Tensor
@@ -76,23 +76,25 @@ class PolicyWithHeads(nn.Module):
         """The backbone without PEFT's wrapping, its layers still in it: the module that generates."""
         return self.backbone if isinstance(self.backbone, PreTrainedModel) else self.backbone.get_base_model()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, ctrl_pos: torch.Tensor,
-                position_ids: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0) -> HeadsOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, ctrl_pos: torch.Tensor,
+                position_ids: torch.Tensor | None = None, logits_at: torch.Tensor | None = None) -> HeadsOutput:
         """Logits everywhere, K and V at the control tokens.
 
         ``input_ids`` (B, T).  ``attention_mask``: (B, T), 1 where a token is, or (B, 1, T, T), boolean or
-        additive, of who sees whom.  ``ctrl_pos``: (B,) column of ``<CTRL>`` in each row, or (N, 2) rows and
-        columns.  ``logits_to_keep``: columns (C,) to compute logits of (0: all), since a large vocabulary
-        makes them the largest tensor.
+        additive, of who sees whom; None: each token sees those on its left.  ``ctrl_pos``: (B,) column of
+        ``<CTRL>`` in each row, or (N, 2) rows and columns.  ``logits_at``: (M, 2), the only places to compute
+        logits of.
         """
         options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
-        with self._last_hidden() as kept:
+        only = contextlib.nullcontext() if logits_at is None else logits_only_at(self.causal_lm, logits_at)
+        with self._last_hidden() as kept, only:
             out = self.backbone(input_ids=input_ids, attention_mask=self._additive(attention_mask), use_cache=False,
-                                logits_to_keep=logits_to_keep, **options)
+                                **options)
         hidden = kept.pop()  # (B, T, H)
+        logits = out.logits if logits_at is None else out.logits[0]
         if ctrl_pos.dim() == 1:
             ctrl_pos = torch.stack([torch.arange(len(ctrl_pos), device=ctrl_pos.device), ctrl_pos], dim=1)
-        return HeadsOutput(out.logits, *self.heads(hidden[ctrl_pos[:, 0], ctrl_pos[:, 1]]))
+        return HeadsOutput(logits, *self.heads(hidden[ctrl_pos[:, 0], ctrl_pos[:, 1]]))
 
     @contextlib.contextmanager
     def _last_hidden(self) -> Iterator[list[torch.Tensor]]:
@@ -107,8 +109,8 @@ class PolicyWithHeads(nn.Module):
         finally:
             hook.remove()
 
-    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
-        if mask.dim() == 2:
+    def _additive(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None or mask.dim() == 2:
             return mask
         hidden = ~mask if mask.dtype == torch.bool else mask < 0
         dtype = self.causal_lm.dtype
@@ -166,6 +168,26 @@ class PolicyWithHeads(nn.Module):
             tokenizer.save_pretrained(folder)
         card = {"prompt_style": "tuned", "control": True}
         write_json(folder / MODEL_CARD, card)
+
+
+@contextlib.contextmanager
+def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """In here the forward pass of ``model``, a causal LM in whatever wrapping, gives logits (1, M, V).
+
+    They are those at ``places`` (M, 2), rows and columns.  The logits of all places are the largest tensor of a
+    training step, and of most of them nothing is asked.
+    """
+    causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+    def gather(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *others = inputs  # (B, T, H)
+        return hidden[places[:, 0], places[:, 1]][None], *others
+
+    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def add_control_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

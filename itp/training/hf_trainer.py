@@ -158,8 +158,9 @@ def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTo
 class Collator:
     """Rows of different length to one batch, padded on the right; counts tokens and padding.
 
-    Labels are padded by length, not by token id: where the pad token is also the stop token, the
-    stop token stays supervised.
+    There is no attention mask: a causal LM sees nothing on the right, and without a mask its attention is a
+    fused one.  What is supervised comes as ``target_pos`` (M, 2), the rows and columns that predict it, and
+    ``target_ids`` (M,), so that where the pad token is also the stop token, the stop token stays supervised.
     """
 
     def __init__(self, pad_id: int, multiple: int = 1):
@@ -171,15 +172,14 @@ class Collator:
         width = -(-longest // self.multiple) * self.multiple
         ids = torch.full((len(rows), width), self.pad_id)
         labels = torch.full((len(rows), width), IGNORED)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
             ids[i, :length] = torch.tensor(row["input_ids"])
             labels[i, :length] = torch.tensor(row["labels"])
-            mask[i, :length] = 1
             self.tokens += length
         self.slots += ids.numel()
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        supervised = labels[:, 1:] != IGNORED  # a column predicts the token after it
+        return {"input_ids": ids, "target_pos": supervised.nonzero(), "target_ids": labels[:, 1:][supervised]}
 
 
 class SimilarLengths(Sampler[int]):
@@ -273,6 +273,8 @@ class FineTuner(Trainer):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         super().__init__(model, args, task.collator(pad_id, 1 if args.use_cpu else 8), train_rows, held_rows or None)
         self.task, self.tokenizer = task, tokenizer
+        self.model_accepts_loss_kwargs = True  # the totals of an optimizer step, see compute_loss
+        self._step_loss: torch.Tensor | float = 0.0
         self.held_collator = task.collator(pad_id)
         self.remove_callback(PrinterCallback)
         self.add_callback(Guard(self.accelerator, task.settings.save_total_limit, bar=not args.disable_tqdm))
@@ -291,10 +293,17 @@ class FineTuner(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} in step {self.state.global_step + 1}: the training diverged; "
-                            "lower lr or use bf16 (the last whole checkpoint is kept)")
+        self._step_loss = self._step_loss + loss
+        if self.accelerator.sync_gradients:  # looking at it makes the host wait for a GPU: once a step is enough
+            total, self._step_loss = self._step_loss.item(), 0.0
+            if not math.isfinite(total):
+                raise UserError(f"the loss is {total} in step {self.state.global_step + 1}: the training diverged; "
+                                "lower lr or use bf16 (the last whole checkpoint is kept)")
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
+        # Divided by the items of all processes, while gradients become means over the processes.
+        return self.task.forward(model, inputs, num_items_in_batch)["loss"] * self.accelerator.num_processes
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the Trainer's estimate walks all modules in each step
@@ -314,7 +323,7 @@ class FineTuner(Trainer):
             mine = start + rank
             batch = self._prepare_inputs(self.held_collator(batches[min(mine, len(batches) - 1)]))
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums = self.task.sums(model(**batch), batch)
+                sums = self.task.forward(model, batch)["sums"]
             total = total + sums.float() * (mine < len(batches))
         total = self.accelerator.reduce(total, "sum")
         model.train(was_training)

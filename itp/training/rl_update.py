@@ -183,21 +183,18 @@ class Learner:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids, mask, positions = batch([row.tree for row in rows], pad)
         controls = torch.tensor([(b, node) for b, row in enumerate(rows) for node in row.controls])
-        wanted = sorted({node for row in rows for *_, node in row.predicted}) or [0]
-        columns = torch.tensor(wanted, device=self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.policy(ids.to(self.device), mask.to(self.device), controls.to(self.device),
-                              position_ids=positions.to(self.device), logits_to_keep=columns)
-        samples = [sample for row in rows for sample in row.samples]
         offsets = [sum(len(row.samples) for row in rows[:b]) for b in range(len(rows))]
         drawn = [(b, node, offsets[b] + i, j) for b, row in enumerate(rows) for i, j, node in row.predicted]
+        places = torch.tensor(drawn, dtype=torch.long, device=self.device).view(-1, 4)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.policy(ids.to(self.device), mask.to(self.device), controls.to(self.device),
+                              position_ids=positions.to(self.device), logits_at=places[:, :2])
+        samples = [sample for row in rows for sample in row.samples]
         actions = torch.zeros(len(samples), device=self.device)
         if drawn:
-            places = torch.tensor(drawn, device=self.device)  # (tokens, 4)
             traces = [samples[i].trace for _, _, i, _ in drawn]
             logprobs = token_logprobs(
-                out.logits[places[:, 0], torch.searchsorted(columns, places[:, 1])],
-                [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
+                out.logits, [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
                 [trace.allowed[j] for trace, (*_, j) in zip(traces, drawn, strict=True)], traces[0].temperature)
             actions = actions.index_add(0, places[:, 2], logprobs)
         chose = torch.tensor([s.k >= 0 for s in samples], device=self.device)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from itp.training.finetune import IGNORED, Encoding, Example, FinetuneSettings, Row, encode
+from itp.policy.policy_with_heads import logits_only_at
+from itp.training.finetune import Encoding, Example, FinetuneSettings, Row, encode
 from itp.training.hf_trainer import Collator, FineTuner, load_base, lora_config, merge_adapter, save_whole
 
 if TYPE_CHECKING:
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 class TextTask:
     """What a run learns: here text, of which a part is supervised.  A subclass may learn something else.
 
-    It makes rows of the data, a module of the model, and batches of the rows.  The module's forward takes a batch,
-    and while training the totals that its loss is to be divided by (``items`` of all batches of an optimizer step,
-    on all processes); it returns ``{"loss": ...}``.
+    It makes rows of the data, a module of the model, batches of the rows, and the losses of the batches.
     """
 
     def __init__(self, settings: FinetuneSettings, examples: Sequence[Example],
@@ -45,12 +45,21 @@ class TextTask:
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the losses of a batch are means over: here supervised tokens."""
-        return (batch["labels"][:, 1:] != IGNORED).sum()
+        return torch.tensor(len(batch["target_ids"]))
 
-    def sums(self, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(M,) sums over a held-out batch; those of all batches make :meth:`held_out`."""
-        tokens = self.items(batch)
-        return torch.stack([outputs["loss"] * tokens, tokens])
+    def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor],
+                items: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """``loss``, and ``sums`` (S,): those of all held-out batches make :meth:`held_out`.
+
+        ``model``: the module of :meth:`load`, in whatever wrapping.  ``items``: what the loss is divided by, those
+        of all batches of an optimizer step on all processes; None: those of this batch.
+        """
+        targets = batch["target_ids"]
+        with logits_only_at(model, batch["target_pos"]):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]  # (M, V)
+        nll = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return {"loss": nll / (len(targets) if items is None else items),
+                "sums": torch.stack([nll.detach(), nll.new_tensor(len(targets))])}
 
     def held_out(self, sums: list[float]) -> dict[str, float]:
         """Held-out metrics, ``loss`` among them: the mean over all supervised tokens, whatever the batches."""

@@ -36,25 +36,25 @@ TRAINED = "trained.safetensors"
 class WarmUp(torch.nn.Module):
     """L_WT = L_π + η·L_K of a batch (:class:`StepCollator`) of T columns with N steps and M supervised tokens."""
 
-    accepts_loss_kwargs = True
-    """The Trainer gives the totals of the optimizer step."""
-
     def __init__(self, policy: PolicyWithHeads, beta_k: float) -> None:
         super().__init__()
         self.policy, self.beta_k = policy, beta_k
         self.config = policy.causal_lm.config  # DeepSpeed's "auto" settings look there
         policy.heads.v_head.requires_grad_(False)  # not in eq. 6, and DDP wants a gradient of every weight
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor,
-                ctrl_pos: torch.Tensor, k_labels: torch.Tensor, target_pos: torch.Tensor, target_ids: torch.Tensor,
-                target_step: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> Batch:
-        """``loss``, and ``sums``: of the losses, what they are means over, and what was right (6,)."""
-        columns, at = target_pos[:, 1].unique(return_inverse=True)
-        out = self.policy(input_ids, attention_mask, ctrl_pos, position_ids, logits_to_keep=columns)
-        logits = out.logits[target_pos[:, 0], at].float()  # (M, V)
+    def forward(self, input_ids: torch.Tensor, ctrl_pos: torch.Tensor, k_labels: torch.Tensor,
+                target_pos: torch.Tensor, target_ids: torch.Tensor, target_step: torch.Tensor,
+                attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+                items: torch.Tensor | None = None) -> Batch:
+        """``loss``, and ``sums``: of the losses, what they are means over, and what was right (6,).
+
+        ``items``: numbers of tokens and steps that the losses are divided by, if not this batch's.
+        """
+        out = self.policy(input_ids, attention_mask, ctrl_pos, position_ids, logits_at=target_pos)
+        logits = out.logits.float()  # (M, V)
         nll = functional.cross_entropy(logits, target_ids, reduction="sum")
         k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="sum")
-        tokens, steps = (len(target_ids), len(k_labels)) if num_items_in_batch is None else num_items_in_batch
+        tokens, steps = (len(target_ids), len(k_labels)) if items is None else items
         loss = nll / tokens + self.beta_k * k_nll / steps
         with torch.no_grad():
             missed = torch.zeros(len(k_labels), device=logits.device)
@@ -170,8 +170,8 @@ class WarmUpTask(TextTask):
     def items(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([len(batch["target_ids"]), len(batch["k_labels"])])
 
-    def sums(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        return outputs["sums"]
+    def forward(self, model: torch.nn.Module, batch: Batch, items: torch.Tensor | None = None) -> Batch:
+        return model(**batch, items=items)
 
     def held_out(self, sums: list[float]) -> dict[str, float]:
         nll, tokens, k_nll, steps, k_right, matched = sums
@@ -257,7 +257,7 @@ def make_row(steps: Sequence[Encoded]) -> Row:
 class StepCollator:
     """Rows to one batch of :class:`WarmUp`; counts tokens and padding.
 
-    Plain sequences have a mask (B, T), with which every kind of attention works; trees one of (B, 1, T, T).
+    Trees have a mask (B, 1, T, T); plain sequences one of (B, T), or none where nothing stands on their left.
     """
 
     def __init__(self, pad_id: int, multiple: int = 1, *, left: bool = False) -> None:
@@ -268,8 +268,10 @@ class StepCollator:
         trees: list[TokenTree] = [row["tree"] for row in rows]
         longest = max(map(len, trees))
         width = -(-longest // self.multiple) * self.multiple
-        ids, mask, positions = batch(trees, self.pad_id, width=width, left=self.left,
-                                     plain=all(tree.is_chain for tree in trees))
+        chains = all(tree.is_chain for tree in trees)
+        ids, mask, positions = batch(trees, self.pad_id, width=width, left=self.left, plain=chains)
+        # A causal LM sees nothing on the right, and without a mask its attention is a fused one.
+        unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
         first = [width - len(tree) if self.left else 0 for tree in trees]
         before = list(itertools.accumulate((len(row["controls"]) for row in rows), initial=0))
         targets = torch.tensor([(b, first[b] + node, token, before[b] + i)
@@ -277,7 +279,7 @@ class StepCollator:
         self.tokens += sum(map(len, trees))
         self.slots += ids.numel()
         return {
-            "input_ids": ids, "attention_mask": mask, "position_ids": positions,
+            "input_ids": ids, **({} if unmasked else {"attention_mask": mask, "position_ids": positions}),
             "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]]),
             "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]]),
             "target_pos": targets[:, :2], "target_ids": targets[:, 2], "target_step": targets[:, 3],
