@@ -25,7 +25,7 @@ SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "system": "human", 
 
 @dataclass
 class BasePolicySettings(FinetuneSettings):
-    train_json: str = flag(help="dialogues: a JSON list, or JSONL")
+    train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas")
 
 
 def read_dialogues(path: str) -> list[Example]:
@@ -59,9 +59,10 @@ def _turns(row: Any, where: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     settings = parse_settings(BasePolicySettings, prog="python -m itp.training.base_policy", description=__doc__)
-    examples = read_dialogues(settings.train_json)
+    files = settings.train_json.split(",")
+    examples = [example for path in files for example in read_dialogues(path)]
     check_settings(settings)
-    if not claim_run(settings, [settings.train_json], ignore=("train_json",)):
+    if not claim_run(settings, files, ignore=("train_json",)):
         finetune(settings, examples)
 
 
