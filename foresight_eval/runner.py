@@ -26,7 +26,7 @@ from itp.lm.openai import OpenAILM
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, claim_output, model_card, model_fingerprint, progress_bar
+from itp.runtime import UserError, claim_output, model_fingerprint, progress_bar, prompt_style
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -202,4 +202,4 @@ def max_k(settings: AlfworldSettings) -> int:
 
 def _style(flag: str, model: str) -> str:
     """``flag``, or what the model's folder says that it was trained with."""
-    return flag if flag != "auto" else model_card(model).get("prompt_style", "instruct")
+    return flag if flag != "auto" else prompt_style(model)

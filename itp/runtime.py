@@ -203,6 +203,11 @@ def model_card(path: str) -> dict[str, Any]:
     return read_json(card) if path and card.is_file() else {}
 
 
+def prompt_style(path: str) -> str:
+    """How a model is asked: ``tuned`` if it was trained here, ``instruct`` if it comes from elsewhere."""
+    return model_card(path).get("prompt_style", "instruct")
+
+
 def model_fingerprint(path: str) -> str:
     """Identity of a model folder's weights (names, sizes and ends of its files); a hub name is itself.
 

@@ -104,6 +104,21 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tu
             yield f"{path}:{number}", value
 
 
+def read_appended(path: str | Path) -> list[Any]:
+    """The rows of a JSONL file that grows by a line at a time; none where there is no file.
+
+    A last line that a kill cut off is removed from the file, so that the next one starts on a line of its own.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[:content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [row for _, row in read_rows(path)]
+
+
 _TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
 _FIELDS = {f.name for f in dataclasses.fields(Transition)}
 

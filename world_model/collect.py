@@ -36,10 +36,11 @@ from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
-    UserError, claim_output, derive_seed, model_fingerprint, progress_bar, run_main, write_json,
+    UserError, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style, run_main,
+    write_json,
 )
 from itp.text import dialogues
-from itp.transitions import Transition, read_rows, write_transitions
+from itp.transitions import Transition, read_appended, write_transitions
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +117,8 @@ def _episode_games(settings: Settings) -> list[Game]:
 
 
 def _finished(path: Path) -> dict[str, list[Transition]]:
-    """Episodes on file.  A last line that was cut off by a kill is removed: that episode is played again."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for _, row in read_rows(path)}
+    """Episodes on file."""
+    return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for row in read_appended(path)}
 
 
 async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
@@ -194,8 +189,8 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
 def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
     lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype,
                         quorum=quorum)
-    return Direct(Policy(lm, selection=settings.action_selection, control=has_heads(folder),
-                         temperature=settings.temperature, top_p=settings.top_p))
+    return Direct(Policy(lm, style=prompt_style(folder), selection=settings.action_selection,
+                         control=has_heads(folder), temperature=settings.temperature, top_p=settings.top_p))
 
 
 class ExpertActor:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 from itp.config import flag, parse_settings
 from itp.lm.local import LocalLM
-from itp.runtime import derive_seed, model_card, run_main, versions, write_json
+from itp.runtime import derive_seed, prompt_style, run_main, versions, write_json
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from itp.world_model import WorldModel
@@ -90,7 +90,7 @@ def main() -> None:
     if settings.max_rows and len(transitions) > settings.max_rows:
         transitions = random.Random(derive_seed(settings.seed, "rows")).sample(transitions, settings.max_rows)
     lm = LocalLM.load(settings.wm_model, device=settings.device, dtype=settings.dtype, role="world_model")
-    style = model_card(settings.wm_model).get("prompt_style", "instruct")
+    style = prompt_style(settings.wm_model)
     figures = asyncio.run(measure(WorldModel(lm, style=style, max_new_tokens=settings.foresight_tokens), transitions))
     print(f"{'':14}{'exact match':>12}{'token F1':>10}{'n':>7}")
     for name, row in figures.items():

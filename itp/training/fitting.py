@@ -23,13 +23,12 @@ class Fitting:
     """π_θ and M_φ, both local, on states cut to ``max_seq_len`` tokens of prompt and completion."""
 
     policy: Policy
-    world_model: WorldModel
+    world_model: WorldModel | None
     max_seq_len: int
 
     async def propose(self, state: State, seed: int) -> str:
         """â ~ π_θ(·|ŝ)."""
-        fits = self._within(self.policy.lm, self.policy.imagined_action_tokens)
-        return await self.policy.propose(cut(state, lambda s: self.policy.prompt(s, "Action"), fits), seed)
+        return await self.policy.propose(self._for_action(state, self.policy.imagined_action_tokens), seed)
 
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         """ŝ' ~ M_φ(·|ŝ, â)."""
@@ -40,12 +39,20 @@ class Fitting:
                 s.last(model.keep_steps).render(), a, style=model.style), fits))
         return await model.step(cuts, actions)
 
+    def for_acting(self, state: State, foresight: str = "") -> State:
+        """``state`` with which ``foresight`` and then an action fits."""
+        return self._for_action(state, self.policy.action_tokens, foresight)
+
     def for_scoring(self, state: State, futures: Sequence[str], target: str) -> State:
         """``state`` with which every one of ``futures`` (foresight texts) and then ``target`` fits."""
         encode = self.policy.lm.encode
         longest = max(futures, key=lambda text: len(encode(text)))
-        fits = self._within(self.policy.lm, len(encode(target)))
-        return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=longest), fits)
+        return self._for_action(state, len(encode(target)), longest)
+
+    def _for_action(self, state: State, tokens: int, foresight: str = "") -> State:
+        """``state`` with which ``tokens`` tokens of an action fit behind the prompt."""
+        fits = self._within(self.policy.lm, tokens)
+        return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=foresight), fits)
 
     def _within(self, lm: LocalLM, completion: int) -> Callable[[str], bool]:
         room = self.max_seq_len - completion - len(lm.encode.start)
@@ -55,11 +62,15 @@ class Fitting:
 
 def cut(state: State, prompt: Callable[[State], str], fits: Callable[[str], bool]) -> State:
     """``state`` with as many of its last steps as let ``prompt(state)`` fit.  UserError where one is too many."""
-    steps = len(state.history)
     if fits(prompt(state)):
         return state
-    # Fewer steps are a shorter prompt, so the number that fits is found by bisection: True sorts behind False.
-    kept = bisect_right(range(1, steps + 1), False, key=lambda n: not fits(prompt(state.last(n))))
+    kept = steps_that_fit(state, prompt, fits)
     if kept == 0:
         raise UserError("the prompt doesn't fit even without the steps before; raise --max_seq_len")
     return state.last(kept)
+
+
+def steps_that_fit(state: State, prompt: Callable[[State], str], fits: Callable[[str], bool]) -> int:
+    """How many of the last steps of ``state`` let ``prompt(state)`` fit; 0 where one is too many."""
+    # Fewer steps are a shorter prompt, so the number is found by bisection: True sorts behind False.
+    return bisect_right(range(1, len(state.history) + 1), False, key=lambda n: not fits(prompt(state.last(n))))

@@ -38,12 +38,12 @@ from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
-from itp.runtime import (DTYPES, UserError, claim_output, derive_seed, model_card, model_fingerprint, progress_bar,
+from itp.runtime import (DTYPES, UserError, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
                          write_atomic, write_json)
 from itp.text.prompts import action_target, foresight_text
 from itp.text.state import State, parse
 from itp.training.fitting import Fitting
-from itp.transitions import REQUIRED, Transition, locate_transitions, read_rows
+from itp.transitions import REQUIRED, Transition, locate_transitions, read_appended
 from itp.world_model import WorldModel
 
 log = logging.getLogger("itp.label")
@@ -313,14 +313,8 @@ def claim(settings: LabelSettings) -> Path:
 
 
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
-    """Row index -> what was added.  A last line that was cut off by a kill is removed: it is labelled again."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return {row["row"]: row["added"] for _, row in read_rows(path)}
+    """Row index -> what was added."""
+    return {row["row"]: row["added"] for row in read_appended(path)}
 
 
 async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[Row], path: Path,
@@ -377,15 +371,11 @@ def load_labeller(settings: LabelSettings, candidates: tuple[int, ...], quorum: 
                                role="policy", max_batch_rows=settings.score_batch_size, **cache)
     wm_lm = LocalLM.load(wm_path, device=settings.wm_device, dtype=settings.wm_dtype, role="world_model",
                          max_batch_rows=settings.wm_batch_size, **cache)
-    policy = Policy(policy_lm, style=_style(policy_path), keep_steps=settings.history_keep_steps,
+    policy = Policy(policy_lm, style=prompt_style(policy_path), keep_steps=settings.history_keep_steps,
                     control=has_heads(policy_path), temperature=settings.temperature, top_p=settings.top_p)
-    world_model = WorldModel(wm_lm, style=_style(wm_path), max_new_tokens=settings.wm_max_new_tokens,
+    world_model = WorldModel(wm_lm, style=prompt_style(wm_path), max_new_tokens=settings.wm_max_new_tokens,
                              keep_steps=settings.history_keep_steps)
     return Labeller(policy, world_model, candidates, settings)
-
-
-def _style(path: str) -> str:
-    return model_card(path).get("prompt_style", "instruct")
 
 
 def summarise(added: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:

@@ -41,8 +41,8 @@ from itp.runtime import (
     UserError,
     claim_output,
     derive_seed,
-    model_card,
     model_fingerprint,
+    prompt_style,
     resolve_device,
 )
 from itp.training.finetune import check_model_path, is_first_process
@@ -350,7 +350,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     if settings.force_k != 0:
         wm = LocalLM.load(settings.wm_model_path, device=wm_device, dtype=settings.wm_dtype, role="world_model",
                           quorum=quorum)
-        world_model = WorldModel(wm, style=model_card(settings.wm_model_path).get("prompt_style", "instruct"),
+        world_model = WorldModel(wm, style=prompt_style(settings.wm_model_path),
                                  max_new_tokens=settings.wm_max_new_tokens, keep_steps=settings.history_keep_steps)
     return progress, Player(settings, lm, world_model, quorum), learner
 

@@ -22,9 +22,8 @@ from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.policy.method import Decision, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import derive_seed, model_card
-from itp.text.state import State
-from itp.training.fitting import Fitting, cut
+from itp.runtime import derive_seed, prompt_style
+from itp.training.fitting import Fitting
 from itp.world_model import WorldModel
 
 if TYPE_CHECKING:
@@ -54,30 +53,20 @@ class Actor:
         self.want_admissible = policy.selection == "constrained"
 
     async def act(self, view: View) -> Drawn:
-        state = self.fitted(view.state)
+        fitting = Fitting(self.policy, self.world_model, self.settings.max_seq_len)
+        state = fitting.for_acting(view.state)
         control = await self.policy.read_control(state)
         k = self.settings.force_k
         if k < 0:
             k = control.choose_k(len(control.k_logprobs) - 1, None if self.greedy else derive_seed(view.seed, "k"))
-        fitting = Fitting(self.policy, self.world_model, self.settings.max_seq_len)
         imagined = await imagine(fitting, fitting, state, k, view.seed)
         foresight = imagined.text(self.settings.foresight_format)
-        state = self.fitted(state, foresight)
+        state = fitting.for_acting(state, foresight)
         choice = await self.policy.act(state, view.observation.admissible, derive_seed(view.seed, "act"),
                                        foresight=foresight, trace=True)
         return Drawn(choice.action, k, imagined, k_logprobs=control.k_logprobs, value=control.value, raw=choice.raw,
                      parsed=choice.parsed, logprob=choice.logprob, trace=choice.trace,
                      prompt=self.policy.prompt(state, "Action", foresight=foresight))
-
-    def fitted(self, state: State, foresight: str = "") -> State:
-        """``state`` without its oldest steps where the prompt and an action are longer than ``max_seq_len``."""
-        encode = self.policy.lm.encode
-        room = self.settings.max_seq_len - self.settings.action_max_new_tokens - len(encode.start)
-
-        def fits(text: str) -> bool:  # a token is a byte at least, so that most needn't be tokenised to know
-            return len(text.encode()) <= room or len(encode(text)) <= room
-
-        return cut(state, lambda s: self.policy.prompt(s, "Action", foresight=foresight), fits)
 
 
 def episode_games(settings: RlSettings, games: Sequence[Game], first: int, count: int) -> list[Game]:
@@ -103,8 +92,7 @@ class Player:
 
     def __init__(self, settings: RlSettings, lm: LocalLM, world_model: WorldModel | None, quorum: Quorum) -> None:
         self.settings, self.lm, self.world_model, self.quorum = settings, lm, world_model, quorum
-        style = model_card(settings.policy_model_path).get("prompt_style", "tuned")
-        self.greedy = Policy(lm, style=style, selection=settings.action_selection,
+        self.greedy = Policy(lm, style=prompt_style(settings.policy_model_path), selection=settings.action_selection,
                              keep_steps=settings.history_keep_steps, control=True,
                              action_tokens=settings.action_max_new_tokens,
                              imagined_action_tokens=settings.imagine_action_max_new_tokens)
@@ -128,8 +116,8 @@ class Player:
             if not self.settings.bootstrap_at_limit or episode.reason != "step_limit":
                 return 0.0
             step = episode.steps[-1]
-            actor = Actor(self.sampling, None, self.settings, greedy=True)
-            end = actor.fitted(step.state.after(step.decision.action, step.observation))
+            fitting = Fitting(self.sampling, None, self.settings.max_seq_len)
+            end = fitting.for_acting(step.state.after(step.decision.action, step.observation))
             return (await self.sampling.read_control(end)).value
 
         return list(await asyncio.gather(*(value(episode) for episode in episodes)))

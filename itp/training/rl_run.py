@@ -21,7 +21,7 @@ from typing import Any
 
 from itp.runtime import MODEL_CARD, read_json, write_atomic, write_json
 from itp.training.finetune import is_first_process
-from itp.transitions import read_rows
+from itp.transitions import read_appended
 
 log = logging.getLogger("itp.rl_k")
 STATE = "trainer_state.pt"
@@ -103,9 +103,7 @@ class RunFolder:
         """Forget the metrics of updates that came after the checkpoint; they are made again."""
         file = self.path / "metrics.jsonl"
         if is_first_process() and file.exists():
-            content = file.read_bytes()
-            file.write_bytes(content[:content.rfind(b"\n") + 1])  # a kill may have cut off the last line
-            rows = [row for _, row in read_rows(file) if row["update"] <= update]
+            rows = [row for row in read_appended(file) if row["update"] <= update]
             write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, row: Mapping[str, Any]) -> None:

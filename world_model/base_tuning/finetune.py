@@ -24,6 +24,7 @@ from itp.text.state import State, parse  # noqa: E402
 from itp.training.finetune import (  # noqa: E402
     IGNORED, Example, FinetuneSettings, Row, check_settings, claim_run, finetune,
 )
+from itp.training.fitting import steps_that_fit  # noqa: E402
 from itp.transitions import Transition, read_transitions  # noqa: E402
 
 if TYPE_CHECKING:
@@ -47,12 +48,11 @@ def to_examples(transitions: Sequence[Transition]) -> list[Example]:
                     group=t.episode_id) for t in transitions]
 
 
-def shorten(example: Example, transition: Transition, excess: int,
-            tokenizer: PreTrainedTokenizerBase) -> Example:
-    """``example`` with the oldest steps of its state left out until it is ``excess`` tokens shorter.
+def shorten(example: Example, transition: Transition, room: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """``example`` with the oldest steps of its state left out until its prompt has at most ``room`` tokens.
 
-    Task and first observation stay, as they do when a long state is cut at inference.  A state that
-    isn't in this project's form stays as it is; the core then cuts its tokens on the left.
+    Task, first observation and last step stay, as they do when a long state is cut at inference.  A state
+    that isn't in this project's form stays as it is; the core then cuts its tokens on the left.
     """
     try:
         state = parse(transition.state)
@@ -62,13 +62,11 @@ def shorten(example: Example, transition: Transition, excess: int,
     def prompt(state: State) -> str:
         return world_model_prompt(state.render(), transition.action)
 
-    long = len(tokenizer(prompt(state), add_special_tokens=False)["input_ids"])
-    low, high = 1, len(state.history)  # the most recent steps that still fit; the last step always stays
-    while low < high:
-        middle = (low + high + 1) // 2
-        short = len(tokenizer(prompt(state.last(middle)), add_special_tokens=False)["input_ids"])
-        low, high = (middle, high) if long - short >= excess else (low, middle - 1)
-    return Example([(prompt(state.last(low)), False), example.segments[1]], group=example.group)
+    def fits(text: str) -> bool:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= room
+
+    kept = max(1, steps_that_fit(state, prompt, fits))
+    return Example([(prompt(state.last(kept)), False), example.segments[1]], group=example.group)
 
 
 def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, max_len: int) -> list[Example]:
@@ -78,9 +76,9 @@ def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, m
         texts = [text for example in examples[start:start + 1000] for text, _ in example.segments]
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         for i in range(0, len(lengths), 2):
-            index, excess = start + i // 2, lengths[i] + lengths[i + 1] + 2 - max_len  # 2: bos and eos
-            if excess > 0:
-                examples[index] = shorten(examples[index], transitions[index], excess, tokenizer)
+            index, room = start + i // 2, max_len - lengths[i + 1] - 2  # 2: bos and eos
+            if lengths[i] > room:
+                examples[index] = shorten(examples[index], transitions[index], room, tokenizer)
     return examples
 
 
