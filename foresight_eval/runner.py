@@ -26,7 +26,7 @@ from itp.lm.openai import OpenAILM
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, claim_output, model_fingerprint, progress_bar, prompt_style
+from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -83,15 +83,31 @@ def check(settings: AlfworldSettings) -> None:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
-    if settings.k_policy == "head" and not has_heads(settings.policy_model):
-        raise UserError(f"--k_policy head: {settings.policy_model} has no K-head; train one with "
-                        "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-    if has_heads(settings.policy_model) and settings.max_k > kmax_of(settings.policy_model):
-        raise UserError(f"--max_k {settings.max_k}: the K-head of {settings.policy_model} was trained with K_max "
-                        f"{kmax_of(settings.policy_model)}; give at most that")
     if settings.method in ("react", "cot") and settings.action_selection != "generate":
         raise UserError(f"--method {settings.method} writes thought and action in one reply: "
                         "use --action_selection generate")
+    check_model_path(settings.policy_model)
+    if needs_world_model(settings) and settings.wm_backend == "local":
+        check_model_path(settings.wm_model)
+    check_horizon(settings)
+
+
+def check_horizon(settings: AlfworldSettings) -> None:
+    """Refuse a K that the K-head can't choose; warn of one that the policy has never been trained to read."""
+    path, heads = settings.policy_model, has_heads(settings.policy_model)
+    if settings.k_policy == "head" and not heads:
+        raise UserError(f"--k_policy head: {path} has no K-head; train one with "
+                        "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
+    if not heads or settings.method not in NEED_WORLD_MODEL:
+        return
+    chosen, trained = method_settings(settings), kmax_of(path)
+    name, k = ("fixed_k", chosen.fixed_k) if chosen.k_policy == "fixed" else ("max_k", chosen.max_k)
+    if k <= trained:
+        return
+    if chosen.k_policy == "head":
+        raise UserError(f"--{name} {k}: the K-head of {path} was trained with K_max {trained}; give at most that")
+    log.warning("--%s %d: %s was trained with K_max %d, and longer imagined trajectories are new to it", name, k,
+                path, trained)
 
 
 def needs_world_model(settings: AlfworldSettings) -> bool:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -154,6 +155,39 @@ def resolve_dtype(name: str, device: str):
     if device == "cpu" and name != "fp32":
         return torch.float32
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def check_model_path(model_path: str) -> None:
+    """Raises UserError where ``model_path`` is neither a model folder nor a model that the hub has."""
+    path = Path(model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model_path}: no config.json in this folder; give a Hugging Face model folder")
+        return
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
+        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(model_path, "config.json"), str):
+        return
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
+        huggingface_hub.hf_hub_download(model_path, "config.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
+                        f"({type(error).__name__}); check the name and the network") from error
+
+
+def _reach(url: str) -> None:
+    """Raises OSError where nothing answers at ``url``; any status is an answer."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return
 
 
 def load_tokenizer(path: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -139,21 +138,9 @@ def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path:
         run(monkeypatch, games_root, cut, "--actor", "random", "--max_steps", "9")
 
 
-def test_only_whole_lines_count_as_played(tmp_path: Path) -> None:
-    path = tmp_path / "episodes.jsonl"
-    assert collect._finished(path) == {}
-    t = Transition("a#0", 0, "Task: t\nObservation: o", "look", "You see.")
-    lines = [json.dumps({"game_id": f"{name}#0", "transitions": [dataclasses.asdict(t)]}) + "\n" for name in "ab"]
-    for rest in ("", lines[1][:1], lines[1][:-1]):
-        path.write_text(lines[0] + rest)
-        assert collect._finished(path) == {"a#0": [t]}
-        assert path.read_text() == lines[0]
-    path.write_text("".join(lines))
-    assert list(collect._finished(path)) == ["a#0", "b#0"]
-
-
 @pytest.mark.parametrize("flags, says", [
     (("--actor", "policy"), "--policy_model"),
+    (("--actor", "policy", "--policy_model", "./polcy"), "./polcy: no such model folder"),
     (("--noise", "0,often"), "--noise '0,often'"),
     (("--noise", "1.5"), "between 0 and 1"),
     (("--noise_policy", "somewhere"), "never acts at --noise 0"),

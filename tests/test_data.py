@@ -13,10 +13,10 @@ import pytest
 from itp.config import flag, parse_settings
 from itp.games import ALFWORLD_TASK_TYPES, list_games, resolve_split, task_params
 from itp.runtime import (
-    UserError, claim_output, derive_seed, model_card, model_fingerprint, read_json, resolve_device, run_main,
-    write_atomic, write_json,
+    UserError, claim_output, derive_seed, model_card, model_fingerprint, prompt_style, read_json, resolve_device,
+    run_main, write_atomic, write_json,
 )
-from itp.transitions import REQUIRED, Transition, read_rows, read_transitions, write_transitions
+from itp.transitions import REQUIRED, Transition, read_appended, read_rows, read_transitions, write_transitions
 
 
 @dataclass
@@ -139,6 +139,18 @@ def test_errors_name_file_line_and_field(tmp_path: Path, text: str, says: str) -
     with pytest.raises(UserError) as error:
         read_transitions(path)
     assert str(error.value).startswith(f"{path}") and says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_whole_lines_of_a_growing_file_count(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_appended(path) == [] and not path.exists()
+    whole, torn = '{"a": "é"}\n{"a": 2}\n', '{"a": "é"}'.encode()
+    for cut in range(len(torn) + 1):  # also inside a character
+        path.write_bytes(whole.encode() + torn[:cut])
+        assert read_appended(path) == [{"a": "é"}, {"a": 2}]
+        assert path.read_text() == whole
+    path.write_bytes(torn[:5])
+    assert read_appended(path) == [] and path.read_text() == ""
 
 
 def test_an_expert_file_needs_more_fields(tmp_path: Path) -> None:
@@ -298,8 +310,10 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
 
 def test_model_card(tmp_path: Path) -> None:
     assert model_card("") == {} and model_card(str(tmp_path)) == {}
+    assert prompt_style("") == prompt_style(str(tmp_path)) == "instruct"
     write_json(tmp_path / "itp_model.json", {"prompt_style": "tuned"})
     assert model_card(str(tmp_path)) == {"prompt_style": "tuned"}
+    assert prompt_style(str(tmp_path)) == "tuned"
 
 
 def test_a_device_that_is_not_there_falls_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from foresight_eval import report, results
-from foresight_eval.runner import choose_games, evaluate
+from foresight_eval.runner import check, choose_games, evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.pool import EnvPool
@@ -290,8 +290,32 @@ def test_what_cannot_work_is_refused_before_any_model_is_loaded(base: AlfworldSe
 
 
 def test_a_model_that_is_none(base: AlfworldSettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer there"):
-        run(base, tmp_path / "out", policy_model=str(tmp_path))
+    for name in ("policy_model", "wm_model"):
+        with pytest.raises(UserError, match=f"{tmp_path}: no config.json"):
+            run(base, tmp_path / "out", **{name: str(tmp_path)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_k_head_is_bound_to_the_k_it_was_trained_with(base: AlfworldSettings, tmp_path: Path,
+                                                               caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "policy_heads.json").write_text('{"kmax": 2, "hidden_size": 32}')
+    with_heads = dataclasses.replace(base, policy_model=str(tmp_path), k_policy="auto", max_k=-1)
+
+    def checked(**changes: Any) -> str:
+        caplog.clear()
+        check(dataclasses.replace(with_heads, **changes))
+        return caplog.text
+
+    for k_policy in ("auto", "head"):
+        assert checked(k_policy=k_policy) == checked(k_policy=k_policy, max_k=2) == ""
+        with pytest.raises(UserError, match="--max_k 3: .* trained with K_max 2"):
+            checked(k_policy=k_policy, max_k=3)
+    assert "--max_k 3: " in checked(k_policy="random", max_k=3) and checked(k_policy="random") == ""
+    assert "--fixed_k 3: " in checked(fixed_k=3) and checked(fixed_k=2, max_k=3) == ""
+    assert checked(disable_wm=1, max_k=3) == checked(method="sft", max_k=3) == ""
+    with pytest.raises(UserError, match="--k_policy head: .* no K-head"):
+        checked(policy_model=base.policy_model, k_policy="head")
 
 
 def steps_of(records: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

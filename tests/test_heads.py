@@ -202,6 +202,10 @@ def test_a_folder_with_heads_says_what_it_is(plain, tmp_path):
     weights = load_file(tmp_path / "policy_heads.safetensors")
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
         "k_head.weight": (5, 32), "k_head.bias": (5,), "v_head.weight": (1, 32), "v_head.bias": (1,)}
+    (tmp_path / "itp_model.json").write_text('{"prompt_style": "instruct"}')
+    again, _ = PolicyWithHeads.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path, tokenizer)
+    assert json.loads((tmp_path / "itp_model.json").read_text()) == {"prompt_style": "instruct", "control": True}
     asked = (f"import sys; from itp.policy.heads import has_heads, kmax_of; print(has_heads({str(tmp_path)!r}), "
              f"kmax_of({str(tmp_path)!r}), 'torch' in sys.modules)")
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)

@@ -178,6 +178,13 @@ def test_teacher_forcing_follows_the_expert_as_long_as_it_was_followed(make, exp
         label.run(dataclasses.replace(settings, foresight_format="full"))
 
 
+def test_a_wrong_path_is_said_before_anything_is_written(make) -> None:
+    for name in ("policy_model_path", "wm_model_path"):
+        with pytest.raises(UserError, match="./modle: no such model folder"):
+            label.run(make(**{name: "./modle"}))
+    assert not Path(make().out_labeled_jsonl + ".run").exists()
+
+
 def test_neither_concurrency_nor_batches_change_a_label(make, tmp_path: Path) -> None:
     together = labelled(make(concurrency=8, wm_batch_size=2, score_batch_size=3))
     alone = labelled(make(concurrency=1, out_labeled_jsonl=str(tmp_path / "alone.jsonl")))

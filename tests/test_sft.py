@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itp.lm.base import GenParams
 from itp.policy.heads import PolicyWithHeads, load_policy_lm
-from itp.runtime import UserError
+from itp.runtime import MODEL_CARD, UserError, prompt_style, write_json
 from itp.text.prompts import CTRL, control_prompt, policy_prompt
 from itp.text.state import State
 from itp.training import sft
@@ -31,7 +31,9 @@ FIRST = "You are in the middle of a room."
 def model_path(tmp_path_factory) -> str:
     torch.set_num_threads(1)
     words = [FIRST, CLOSED, OPEN, "[1 earlier steps omitted]"]
-    return str(write_tiny_model(tmp_path_factory.mktemp("model"), words=words))
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"), words=words)
+    write_json(folder / MODEL_CARD, {"prompt_style": "tuned"})
+    return str(folder)
 
 
 def episode(number: int, steps: int = 4) -> list[dict]:
@@ -168,6 +170,23 @@ def test_long_prompts_lose_their_oldest_steps_and_nothing_else(model_path, tmp_p
     assert task_for(dataclasses.replace(settings, max_seq_len=need)).encode(tokenizer).counts["cut"] == 0
     none = task_for(dataclasses.replace(settings, max_seq_len=20)).encode(tokenizer)
     assert none.rows == [] and none.counts["too_long"] == 1
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_policy_is_trained_and_saved_with_the_prompts_that_it_is_asked_with(model_path, tmp_path, lora_r):
+    foreign = Path(shutil.copytree(model_path, tmp_path / "foreign"))
+    (foreign / MODEL_CARD).unlink()
+    rows = [dict(episode(1)[0], k_label=0), dict(episode(2)[0], k_label=0)]
+    for path, style in ((model_path, "tuned"), (str(foreign), "instruct")):
+        settings = settings_for(path, tmp_path, rows, out_dir=str(tmp_path / style), max_seq_len=500, epochs=1.0,
+                                lora_r=lora_r)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        row = task_for(settings).encode(tokenizer).rows[0]
+        tokenizer.add_tokens([CTRL], special_tokens=True)
+        prompt = tokenizer.encode(policy_prompt(rows[0]["state"], control=True, style=style))
+        assert row["input_ids"][:len(prompt)] == prompt
+        sft.run(settings)
+        assert prompt_style(str(tmp_path / style / "merged_full")) == style
 
 
 # ---------------------------------------------------------------- runs

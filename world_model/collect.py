@@ -36,7 +36,7 @@ from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
-    UserError, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style, run_main,
+    UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style, run_main,
     write_json,
 )
 from itp.text import dialogues
@@ -80,14 +80,16 @@ def main() -> None:
         raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
     if settings.noise_policy and not any(_noises(settings.noise)):
         raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
+    policies = {"policy": settings.policy_model, "noise_policy": settings.noise_policy}
+    policies = {role: folder for role, folder in policies.items() if folder}
+    for folder in policies.values():
+        check_model_path(folder)
     out = Path(settings.out_dir)
     episodes_file = out / "episodes.jsonl"
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         episodes_file.unlink(missing_ok=True)
     config = dataclasses.asdict(settings)
-    for name, folder in (("policy", settings.policy_model), ("noise_policy", settings.noise_policy)):
-        if folder:
-            config[f"{name}_fingerprint"] = model_fingerprint(folder)
+    config |= {f"{role}_fingerprint": model_fingerprint(folder) for role, folder in policies.items()}
     claim_output(out, config, override=settings.override,
                  ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
     games = _episode_games(settings)

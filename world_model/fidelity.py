@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 from itp.config import flag, parse_settings
 from itp.lm.local import LocalLM
-from itp.runtime import derive_seed, prompt_style, run_main, versions, write_json
+from itp.runtime import check_model_path, derive_seed, prompt_style, run_main, versions, write_json
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from itp.world_model import WorldModel
@@ -86,6 +86,7 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition]) ->
 
 def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.fidelity", description=__doc__)
+    check_model_path(settings.wm_model)
     transitions = read_transitions(settings.transitions)
     if settings.max_rows and len(transitions) > settings.max_rows:
         transitions = random.Random(derive_seed(settings.seed, "rows")).sample(transitions, settings.max_rows)

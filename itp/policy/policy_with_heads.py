@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.policy.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
-from itp.runtime import MODEL_CARD, UserError, load_causal_lm, read_json, write_json
+from itp.runtime import MODEL_CARD, UserError, load_causal_lm, prompt_style, read_json, write_json
 from itp.text.prompts import CTRL
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ class HeadsOutput:
 
 
 class PolicyWithHeads(nn.Module):
-    """``backbone``: any Hugging Face causal LM, with PEFT's layers or without; ``heads``: :class:`PolicyHeads`."""
+    """``backbone``: any Hugging Face causal LM, with PEFT's layers or without; ``heads``: :class:`PolicyHeads`.
 
-    def __init__(self, backbone: nn.Module, heads: PolicyHeads) -> None:
+    ``prompt_style``: how it is asked (tuned or instruct); what is saved says so.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: PolicyHeads, prompt_style: str = "tuned") -> None:
         super().__init__()
-        self.backbone, self.heads = backbone, heads
+        self.backbone, self.heads, self.prompt_style = backbone, heads, prompt_style
 
     @property
     def kmax(self) -> int:
@@ -126,10 +129,12 @@ class PolicyWithHeads(nn.Module):
     # ------------------------------------------------------------ making, loading, saving
 
     @classmethod
-    def create(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kmax: int) -> PolicyWithHeads:
+    def create(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kmax: int,
+               prompt_style: str = "tuned") -> PolicyWithHeads:
         """A policy with new heads; ``model`` and ``tokenizer`` get the control token."""
         add_control_token(model, tokenizer)
-        return cls(model, PolicyHeads(model.config.get_text_config().hidden_size, kmax).to(model.device))
+        heads = PolicyHeads(model.config.get_text_config().hidden_size, kmax).to(model.device)
+        return cls(model, heads, prompt_style)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: str = "fp32",
@@ -142,7 +147,7 @@ class PolicyWithHeads(nn.Module):
     def around(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PolicyWithHeads:
         """The heads of ``folder`` on ``model``, which was loaded from there."""
         kmax, weights = kmax_of(folder), read_heads(folder)
-        policy = cls.create(model, tokenizer, kmax)
+        policy = cls.create(model, tokenizer, kmax, prompt_style(str(folder)))
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         wanted = {name: tuple(weight.shape) for name, weight in policy.heads.state_dict().items()}
         if shapes != wanted:
@@ -166,8 +171,7 @@ class PolicyWithHeads(nn.Module):
         save_heads(self.heads, folder, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        card = {"prompt_style": "tuned", "control": True}
-        write_json(folder / MODEL_CARD, card)
+        write_json(folder / MODEL_CARD, {"prompt_style": self.prompt_style, "control": True})
 
 
 @contextlib.contextmanager

@@ -23,18 +23,17 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import statistics
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itp.config import flag
-from itp.runtime import UserError, bos_ids, claim_output, load_tokenizer, model_fingerprint, read_json, write_json
+from itp.runtime import (
+    UserError, bos_ids, check_model_path, claim_output, load_tokenizer, model_fingerprint, read_json, write_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,36 +122,6 @@ class Encoding:
 def is_first_process() -> bool:
     """Whether this is the process that writes; launchers number processes by RANK."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-def check_model_path(model_path: str) -> None:
-    """Raises UserError where ``model_path`` is neither a model folder nor a model that the hub has."""
-    path = Path(model_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{model_path}: no config.json in this folder; give a Hugging Face model folder")
-        return
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
-        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
-    import huggingface_hub
-
-    if isinstance(huggingface_hub.try_to_load_from_cache(model_path, "config.json"), str):
-        return
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
-        huggingface_hub.hf_hub_download(model_path, "config.json")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
-                        f"({type(error).__name__}); check the name and the network") from error
-
-
-def _reach(url: str) -> None:
-    """Raises OSError where nothing answers at ``url``; any status is an answer."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return
 
 
 def check_settings(settings: FinetuneSettings) -> None:

@@ -38,8 +38,10 @@ from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
-from itp.runtime import (DTYPES, UserError, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
-                         write_atomic, write_json)
+from itp.runtime import (
+    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
+    write_atomic, write_json,
+)
 from itp.text.prompts import action_target, foresight_text
 from itp.text.state import State, parse
 from itp.training.fitting import Fitting
@@ -294,6 +296,8 @@ def check(settings: LabelSettings) -> tuple[int, ...]:
     from itp.policy.heads import has_heads, kmax_of
 
     path = settings.policy_model_path
+    check_model_path(path)
+    check_model_path(settings.wm_model_path)
     if has_heads(path) and kmax_of(path) != settings.kmax:
         raise UserError(f"--kmax {settings.kmax} contradicts {path}, whose K-head has kmax {kmax_of(path)}; "
                         f"give --kmax {kmax_of(path)}")

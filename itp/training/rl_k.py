@@ -39,13 +39,14 @@ from itp.lm.local import LocalLM, Quorum
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
     UserError,
+    check_model_path,
     claim_output,
     derive_seed,
     model_fingerprint,
     prompt_style,
     resolve_device,
 )
-from itp.training.finetune import check_model_path, is_first_process
+from itp.training.finetune import is_first_process
 from itp.training.rl_play import Player, episode_games, prepare, statistics_of, summary
 from itp.training.rl_run import Processes, RunFolder
 from itp.world_model import WorldModel

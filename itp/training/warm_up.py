@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from itp.policy.heads import has_heads
 from itp.policy.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer, read_heads, save_heads
-from itp.runtime import UserError, bos_ids, load_tokenizer
+from itp.runtime import UserError, bos_ids, load_tokenizer, prompt_style
 from itp.text.prompts import CTRL, action_target, policy_prompt
 from itp.text.state import State
 from itp.training import fitting
@@ -85,6 +85,7 @@ class WarmUpTask(TextTask):
         super().__init__(settings, [])
         self.settings: SftSettings = settings
         self.steps = steps
+        self.style = prompt_style(settings.model_path)  # as stage 1 asks it: labels belong to their prompt
 
     # ------------------------------------------------------------ rows
 
@@ -109,24 +110,27 @@ class WarmUpTask(TextTask):
 
         for start in range(0, len(self.steps), 1000):
             chunk = self.steps[start:start + 1000]
-            prompts = ids_of([_prompt(step, step.state) for step in chunk])
+            prompts = ids_of([self._prompt(step, step.state) for step in chunk])
             targets = ids_of([action_target(step.action) for step in chunk])
             for step, prompt, target in zip(chunk, prompts, targets, strict=True):
                 counts["examples"] += 1
                 room = self.settings.max_seq_len - len(bos) - len(target)
                 if len(prompt) > room:
                     try:
-                        state = fitting.cut(step.state, lambda s, step=step: _prompt(step, s),
+                        state = fitting.cut(step.state, lambda s, step=step: self._prompt(step, s),
                                             lambda text, room=room: len(ids_of([text])[0]) <= room)
                     except UserError:  # it doesn't fit even without its history
                         counts["too_long"] += 1
                         continue
-                    short = ids_of([_prompt(step, state)])[0]
+                    short = ids_of([self._prompt(step, state)])[0]
                     counts["cut"] += 1
                     counts["lost_tokens"] += len(prompt) - len(short)
                     prompt = short
                 prompt = [*bos, *prompt]
                 yield Encoded(step, prompt, target, prompt.index(ctrl))
+
+    def _prompt(self, step: Step, state: State) -> str:
+        return policy_prompt(state.render(), foresight=step.foresight, control=True, style=self.style)
 
     def _packed(self, episode: list[Encoded]) -> Iterator[list[Encoded]]:
         """Steps of an episode that share a sequence, which has at most ``max_seq_len`` tokens."""
@@ -165,7 +169,7 @@ class WarmUpTask(TextTask):
         """The heads that the policy had, or new ones."""
         if has_heads(self.settings.model_path):
             return PolicyWithHeads.around(model, tokenizer, self.settings.model_path)
-        return PolicyWithHeads.create(model, tokenizer, self.settings.kmax)
+        return PolicyWithHeads.create(model, tokenizer, self.settings.kmax, self.style)
 
     def items(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([len(batch["target_ids"]), len(batch["k_labels"])])
@@ -237,10 +241,6 @@ def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torc
     if state is None:
         return None
     return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-
-
-def _prompt(step: Step, state: State) -> str:
-    return policy_prompt(state.render(), foresight=step.foresight, control=True)
 
 
 def make_row(steps: Sequence[Encoded]) -> Row:
