@@ -20,7 +20,7 @@ class EvalSettings:
     wm_model: str = flag("", help="world model (not needed by methods without imagination or with a server)")
     override: bool = flag(False, help="delete the results in output_path and start anew")
     debug: bool = flag(False, help="play the first 5 games only")
-    part_num: int = flag(1, help="share the games out over this many runs")
+    part_num: int = flag(1, at_least=1, help="share the games out over this many runs")
     part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)")
     only_ids: str = flag("", help="play these games only: indices such as 0,5,7")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
@@ -31,9 +31,9 @@ class EvalSettings:
     wm_api_model: str = flag("deepseek-chat", help="name of the model on the server")
     wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
     wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now")
-    decision_tokens: int = flag(16, help="new tokens of a horizon decision at most")
-    act_tokens: int = flag(256, help="new tokens of an action reply or reflection at most")
-    foresight_tokens: int = flag(256, help="new tokens of one imagined observation at most")
+    decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
+    act_tokens: int = flag(256, at_least=1, help="new tokens of an action reply or reflection at most")
+    foresight_tokens: int = flag(256, at_least=1, help="new tokens of one imagined observation at most")
     fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
     k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
                                       "a K-head, else prompt", choices=K_POLICIES)
@@ -45,11 +45,11 @@ class EvalSettings:
     wm_prompt_style: str = flag("auto", help="the same for the world model", choices=STYLES)
     foresight_format: str = flag("full", help="what of the imagined trajectory the policy reads",
                                  choices=("full", "last_obs"))
-    history_keep_steps: int = flag(0, help="steps of history in a prompt (0: all)")
-    temperature: float = flag(0.0, help="sampling temperature of the policy (0: greedy)")
+    history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
+    temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")
-    concurrency: int = flag(16, help="episodes at a time")
-    env_processes: int = flag(2, help="processes that run the environments")
+    concurrency: int = flag(16, at_least=1, help="episodes at a time")
+    env_processes: int = flag(2, at_least=1, help="processes that run the environments")
 
 
 @dataclass
@@ -57,7 +57,7 @@ class AlfworldSettings(EvalSettings):
     method: str = flag("foresight", help="how to act", choices=METHODS)
     split: str = flag("dev", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
     env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
-    max_steps: int = flag(40, help="steps of an episode at most")
+    max_steps: int = flag(40, at_least=1, help="steps of an episode at most")
     seed: int = flag(123, help="seed of everything random")
     device: str = flag("cuda", help="device of both models, where they have none of their own")
     policy_device: str = flag("", help="device of the policy")

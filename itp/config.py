@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import operator
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,18 @@ T = TypeVar("T")
 _REQUIRED = object()
 
 
-def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with what its flag needs.  Without a default the flag is required."""
-    metadata = {"help": help, "choices": choices, "required": default is _REQUIRED}
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
+
+
+def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None = None, at_least: float | None = None,
+         above: float | None = None, below: float | None = None) -> Any:
+    """A dataclass field with what its flag needs.  Without a default the flag is required.
+
+    ``at_least``, ``above``, ``below``: where its value must lie; :func:`from_args` refuses others.
+    """
+    limits = {"at least": at_least, "above": above, "below": below}
+    metadata = {"help": help, "choices": choices, "required": default is _REQUIRED,
+                "bounds": {word: limit for word, limit in limits.items() if limit is not None}}
     return dataclasses.field(default=None if default is _REQUIRED else default, metadata=metadata)
 
 
@@ -53,13 +63,18 @@ def flag_fields(settings: type) -> list[dataclasses.Field]:
 
 
 def from_args(settings: type[T], args: argparse.Namespace) -> T:
-    """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file are an error."""
+    """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file and values out of bounds are errors."""
     fields = {f.name: f for f in flag_fields(settings)}
     given = _read_yaml(args.config, settings) if args.config else {}
     given.update({k: v for k, v in vars(args).items() if k in fields})
     missing = [name for name, f in fields.items() if f.metadata["required"] and given.get(name) is None]
     if missing:
         raise UserError(f"missing required {', '.join('--' + m for m in missing)} (see --help)")
+    for name, value in given.items():
+        bounds = fields[name].metadata["bounds"]
+        if not all(_HOLDS[word](value, limit) for word, limit in bounds.items()):
+            said = " and ".join(f"{word} {limit}" for word, limit in bounds.items())
+            raise UserError(f"--{name} {value}: must be {said}")
     return settings(**given)
 
 

@@ -22,8 +22,8 @@ from itp.transitions import REQUIRED, Transition, read_appended, read_rows, read
 @dataclass
 class Settings:
     out: str = flag(help="where to write")
-    games: int = flag(5, help="how many")
-    lr: float = flag(1e-3, help="100 % of the rate")
+    games: int = flag(5, at_least=1, help="how many")
+    lr: float = flag(1e-3, above=0, below=10, help="100 % of the rate")
     kind: str = flag("a", help="which", choices=("a", "b"))
     override: bool = flag(False, help="start anew")
     internal: int = 7
@@ -68,6 +68,21 @@ def test_yaml_errors(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError) as error:
         parse_settings(Settings, ["--config", yaml_file(tmp_path, text)])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, good, wrong, says", [
+    ("games", ["1", "2"], ["0", "-1"], "at least 1"),
+    ("lr", ["0.001", "9.9"], ["0", "-1", "10", "nan"], "above 0 and below 10"),
+])
+def test_values_out_of_bounds_are_refused(tmp_path: Path, name: str, good: list[str], wrong: list[str],
+                                          says: str) -> None:
+    for value in good:
+        parse_settings(Settings, ["--out", "x", f"--{name}", value])
+    for value in wrong:
+        with pytest.raises(UserError, match=rf"--{name} \S+: must be {says}$"):
+            parse_settings(Settings, ["--out", "x", f"--{name}", value])
+    with pytest.raises(UserError, match=says):
+        parse_settings(Settings, ["--config", yaml_file(tmp_path, f"out: x\n{name}: -1")])
 
 
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:

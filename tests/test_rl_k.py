@@ -234,7 +234,6 @@ def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -
         ({"env_data_path": ""}, "--env_data_path is missing"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         ({"minibatches": 4}, "more than the 2 episodes"),
-        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
         ({"eval_split": "train", "eval_games": 6}, "leaves no game of train"),
     ]:
         with pytest.raises(UserError, match=said) as error:

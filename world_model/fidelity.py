@@ -41,10 +41,10 @@ class Settings:
     wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub")
     transitions: str = flag(help="transitions.jsonl of episodes that no training saw")
     out_json: str = flag("", help="where to write the figures too")
-    max_rows: int = flag(2000, help="a random sample of so many transitions (0: all)")
+    max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions (0: all)")
     device: str = flag("cuda", help="device of the world model")
     dtype: str = flag("fp16", help="its precision on a GPU", choices=("fp16", "bf16", "fp32"))
-    foresight_tokens: int = flag(256, help="new tokens of a prediction at most")
+    foresight_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most")
     seed: int = flag(123, help="seed of the sample")
 
 

@@ -55,12 +55,12 @@ SEEN_SHARE = 4
 @dataclass
 class Settings:
     out: str = flag(help="folder to hold json_2.1.1/{train,valid_seen,valid_unseen}")
-    train: int = flag(600, help="games in train")
-    seen: int = flag(60, help="games in valid_seen: the rooms of train, other placements of objects")
-    unseen: int = flag(60, help="games in valid_unseen: rooms that train never has")
+    train: int = flag(600, at_least=0, help="games in train")
+    seen: int = flag(60, at_least=0, help="games in valid_seen: the rooms of train, other placements of objects")
+    unseen: int = flag(60, at_least=0, help="games in valid_unseen: rooms that train never has")
     seed: int = flag(0, help="what to draw the games from")
-    missions: int = flag(1, help="games of train that share a world, with different goals")
-    processes: int = flag(1, help="engines at a time")
+    missions: int = flag(1, at_least=1, help="games of train that share a world, with different goals")
+    processes: int = flag(1, at_least=1, help="engines at a time")
     override: bool = flag(False, help="delete the games that another configuration has made there")
 
 
@@ -203,8 +203,6 @@ def claim(settings: Settings) -> None:
 
 def generate(settings: Settings) -> Counter[str]:
     """Make what is missing; returns how many games were made and why draws were rejected."""
-    if min(settings.missions, settings.processes) < 1 or min(settings.train, settings.seen, settings.unseen) < 0:
-        raise UserError("--missions and --processes must be at least 1, --train, --seen and --unseen at least 0")
     claim(settings)
     batches = missing(plan_batches(settings), Path(settings.out))
     outcome: Counter[str] = Counter()

@@ -49,31 +49,33 @@ IGNORED = -100
 class FinetuneSettings:
     model_path: str = flag(help="model to start from: a folder, or a name on the Hugging Face hub")
     out_dir: str = flag(help="folder for checkpoints, adapter, metrics; the same command again resumes in it")
-    epochs: float = flag(3.0, help="passes over the training rows")
-    batch_size: int = flag(1, help="examples per device and forward pass")
-    grad_accum: int = flag(16, help="forward passes per optimizer step")
-    lr: float = flag(2e-5, help="peak learning rate")
-    wd: float = flag(0.0, help="weight decay")
+    epochs: float = flag(3.0, above=0, help="passes over the training rows")
+    batch_size: int = flag(1, at_least=1, help="examples per device and forward pass")
+    grad_accum: int = flag(16, at_least=1, help="forward passes per optimizer step")
+    lr: float = flag(2e-5, above=0, help="peak learning rate")
+    wd: float = flag(0.0, at_least=0, help="weight decay")
     adam_beta2: float = flag(0.999, help="AdamW's second beta; .95 suits short runs from scratch")
-    warmup_ratio: float = flag(0.03, help="share of the steps over which the learning rate rises")
+    warmup_ratio: float = flag(0.03, at_least=0, below=1, help="share of the steps over which the learning rate rises")
     lr_scheduler_type: str = flag("cosine", choices=("constant", "cosine"), help="learning rate after the warm-up")
-    max_grad_norm: float = flag(1.0, help="gradients are clipped to this norm")
-    max_seq_len: int = flag(1536, help="tokens per example; longer ones lose context on the left, never the target")
+    max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm")
+    max_seq_len: int = flag(1536, at_least=1,
+                            help="tokens per example; longer ones lose context on the left, never the target")
     fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
     bf16: bool = flag(False, help="train in bfloat16")
     gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
-    lora_r: int = flag(8, help="rank of LoRA; 0 trains every weight")
+    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
     lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
-    lora_dropout: float = flag(0.05, help="dropout in front of LoRA")
+    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA")
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
     q_lora: bool = flag(False, help="keep the base model in 4 bits (needs CUDA and bitsandbytes)")
     merge: bool = flag(True, help="also write the complete model to merged_dir")
     merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full")
     deepspeed: str = flag("", help="DeepSpeed configuration; start the program with the deepspeed launcher")
-    save_every_steps: int = flag(0, help="optimizer steps between checkpoints; 0: one after every epoch")
-    save_total_limit: int = flag(3, help="how many checkpoints are kept")
-    logging_steps: int = flag(10, help="optimizer steps between progress lines")
-    eval_share: float = flag(0.05, help="share of the examples that is held out, whole episodes where known")
+    save_every_steps: int = flag(0, at_least=0, help="optimizer steps between checkpoints; 0: one after every epoch")
+    save_total_limit: int = flag(3, at_least=1, help="how many checkpoints are kept")
+    logging_steps: int = flag(10, at_least=1, help="optimizer steps between progress lines")
+    eval_share: float = flag(0.05, at_least=0, below=1,
+                             help="share of the examples that is held out, whole episodes where known")
     eval_every_epoch: bool = flag(True, help="held-out loss after every epoch, not only at the end")
     seed: int = flag(42, help="seed of the split, the order, LoRA's start and dropout")
 
@@ -135,15 +137,6 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
     if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--q_lora needs bitsandbytes, which isn't installed; pip install bitsandbytes, or Q_LORA=false")
-    for name in ("epochs", "batch_size", "grad_accum", "lr", "max_seq_len", "logging_steps", "save_total_limit"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name} {getattr(settings, name)}: must be above 0")
-    for name in ("lora_r", "save_every_steps", "wd", "max_grad_norm"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name} {getattr(settings, name)}: must not be negative")
-    for name in ("eval_share", "warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise UserError(f"--{name} {getattr(settings, name)}: must be at least 0 and below 1")
 
 
 def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], ignore: tuple[str, ...] = ()) -> bool:

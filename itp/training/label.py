@@ -57,7 +57,7 @@ class LabelSettings:
     policy_model_path: str = flag(help="the base policy π_θ0")
     wm_model_path: str = flag(help="the world model")
     out_labeled_jsonl: str = flag(help="where to write; the same command again goes on with what is missing")
-    kmax: int = flag(5, help="K_max, the most steps to look ahead")
+    kmax: int = flag(5, at_least=0, help="K_max, the most steps to look ahead")
     lambda_k: float = flag(0.2, help="price λ_K of one imagined step, in nats")
     k_candidates: str = flag("", help="the k to try, such as 0,2,5 (empty: all up to kmax); 0 is always tried")
     logprob_norm: str = flag("sum", choices=("sum", "mean"), help="the action's log-probability: of all its tokens, "
@@ -67,24 +67,25 @@ class LabelSettings:
                                  "(needs --foresight_format last_obs)")
     foresight_format: str = flag("full", choices=("full", "last_obs"),
                                  help="what of the imagined trajectory the policy reads")
-    history_keep_steps: int = flag(0, help="steps of history in a prompt (0: all)")
-    max_seq_len: int = flag(1536, help="tokens of a prompt and what follows it; longer ones lose history, oldest first")
-    wm_max_new_tokens: int = flag(192, help="tokens of an imagined observation at most")
-    temperature: float = flag(0.0, help="sampling temperature of imagined actions (0: greedy)")
+    history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
+    max_seq_len: int = flag(1536, at_least=1,
+                            help="tokens of a prompt and what follows it; longer ones lose history, oldest first")
+    wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of an imagined observation at most")
+    temperature: float = flag(0.0, at_least=0, help="sampling temperature of imagined actions (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of imagined actions")
-    wm_batch_size: int = flag(4, help="rows in a batch of the world model at most")
-    score_batch_size: int = flag(48, help="rows in a batch of the policy at most")
+    wm_batch_size: int = flag(4, at_least=1, help="rows in a batch of the world model at most")
+    score_batch_size: int = flag(48, at_least=1, help="rows in a batch of the policy at most")
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so no label depends on it")
-    max_rows: int = flag(0, help="label so many rows, of episodes chosen at random (0: all)")
+    max_rows: int = flag(0, at_least=0, help="label so many rows, of episodes chosen at random (0: all)")
     skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read or don't fit, instead of "
                                            "stopping at the first")
     policy_device: str = flag("cuda:0", help="device of the policy")
     wm_device: str = flag("cuda:1", help="device of the world model")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
-    concurrency: int = flag(32, help="episodes at a time")
+    concurrency: int = flag(32, at_least=1, help="episodes at a time")
     cache_gb: float = flag(1.0, help="memory for each model's computed prefixes; too little shows in the token count")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left at out_labeled_jsonl")
@@ -286,12 +287,6 @@ def check(settings: LabelSettings) -> tuple[int, ...]:
     if settings.imagination == "teacher_forced" and settings.foresight_format == "full":
         raise UserError("--imagination teacher_forced writes the expert's action into the prompt that is to predict "
                         "it; add --foresight_format last_obs")
-    for name in ("kmax", "max_rows", "history_keep_steps"):
-        if vars(settings)[name] < 0:
-            raise UserError(f"--{name} {vars(settings)[name]}: must not be negative")
-    for name in ("wm_batch_size", "score_batch_size", "concurrency", "max_seq_len", "wm_max_new_tokens"):
-        if vars(settings)[name] < 1:
-            raise UserError(f"--{name} {vars(settings)[name]}: must be at least 1")
     candidates = parse_candidates(settings.k_candidates, settings.kmax)
     from itp.policy.heads import has_heads, kmax_of
 

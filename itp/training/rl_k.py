@@ -65,68 +65,72 @@ class RlSettings:
     alfworld_config: str = flag("", help="alfworld's YAML file; its dataset.data_path stands in for --env_data_path")
     env_data_path: str = flag("", help="folder that holds json_2.1.1; empty: from --alfworld_config")
     env_split: str = flag("train", help="split of the games to learn on")
-    missions: int = flag(1, help="missions in the world of each game: its own and others posed in words")
-    wm_max_new_tokens: int = flag(192, help="tokens of a predicted observation at most")
-    kmax: int = flag(0, help="K_max; 0: the checkpoint's, any other must be the same")
+    missions: int = flag(1, at_least=1, help="missions in the world of each game: its own and others posed in words")
+    wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most")
+    kmax: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same")
     force_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses")
     foresight_format: str = flag("full", help="what of the imagined trajectory the policy sees",
                                  choices=("full", "last_obs"))
-    epochs: int = flag(1, help="rounds of episodes_per_epoch")
-    episodes_per_epoch: int = flag(50, help="episodes of a round")
-    episodes_per_update: int = flag(32, help="episodes of a batch, all played by the same weights")
-    update_every: int = flag(1, help="update after so many batches, on all of them")
-    minibatches: int = flag(1, help="optimizer steps of an update, each on a part of its episodes; 1 is exact A2C")
-    max_steps: int = flag(50, help="steps of an episode at most")
-    max_minutes: float = flag(0.0, help="stop after so many minutes of acting and learning (0: no limit)")
-    num_envs: int = flag(16, help="episodes played at a time")
-    env_processes: int = flag(2, help="processes that run the environments")
+    epochs: int = flag(1, at_least=1, help="rounds of episodes_per_epoch")
+    episodes_per_epoch: int = flag(50, at_least=1, help="episodes of a round")
+    episodes_per_update: int = flag(32, at_least=1, help="episodes of a batch, all played by the same weights")
+    update_every: int = flag(1, at_least=1, help="update after so many batches, on all of them")
+    minibatches: int = flag(1, at_least=1,
+                            help="optimizer steps of an update, each on a part of its episodes; 1 is exact A2C")
+    max_steps: int = flag(50, at_least=1, help="steps of an episode at most")
+    max_minutes: float = flag(0.0, at_least=0, help="stop after so many minutes of acting and learning (0: no limit)")
+    num_envs: int = flag(16, at_least=1, help="episodes played at a time")
+    env_processes: int = flag(2, at_least=1, help="processes that run the environments")
     policy_device: str = flag("cuda:0", help="device of the policy")
     wm_device: str = flag("cuda:1", help="device of the world model")
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=("fp16", "bf16", "fp32"))
     gamma: float = flag(0.99, help="discount γ")
-    n_steps: int = flag(0, help="V̂ from so many rewards and V of the state after them; 1: the paper's; 0: GAE")
+    n_steps: int = flag(0, at_least=0,
+                        help="V̂ from so many rewards and V of the state after them; 1: the paper's; 0: GAE")
     gae_lambda: float = flag(0.95, help="λ of GAE; 1: the whole return")
     bootstrap_at_limit: bool = flag(False, help="an episode cut by the step limit is worth V of its last state")
     normalize_advantages: bool = flag(False, help="mean 0 and deviation 1 over a batch")
-    lr: float = flag(5e-6, help="learning rate")
-    value_lr: float = flag(0.0, help="learning rate of the value head, which starts from nothing (0: lr)")
+    lr: float = flag(5e-6, above=0, help="learning rate")
+    value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
     lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
                                   choices=("linear", "constant", "cosine"))
-    wd: float = flag(0.0, help="weight decay")
+    wd: float = flag(0.0, at_least=0, help="weight decay")
     adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates a long memory keeps the scale of the "
                                         "first ones, which teach values only")
-    lambda_k: float = flag(0.2, help="λ_K: cost of an imagined step")
+    lambda_k: float = flag(0.2, at_least=0, help="λ_K: cost of an imagined step")
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")
     invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
     entropy_coef: float = flag(0.01, help="β of eq. 8")
     value_coef: float = flag(1.0, help="α of eq. 8")
-    value_updates: int = flag(3, help="first updates with the value loss only (a quarter of all at most)")
-    max_grad_norm: float = flag(1.0, help="gradients are clipped to this norm (0: not)")
+    value_updates: int = flag(3, at_least=0, help="first updates with the value loss only (a quarter of all at most)")
+    max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
                                  choices=("generate", "constrained"))
-    action_max_new_tokens: int = flag(16, help="tokens of an action at most")
-    action_temperature: float = flag(0.7, help="temperature of executed and imagined actions")
+    action_max_new_tokens: int = flag(16, at_least=1, help="tokens of an action at most")
+    action_temperature: float = flag(0.7, above=0, help="temperature of executed and imagined actions")
     action_top_p: float = flag(0.9, help="nucleus of executed and imagined actions (not of constrained ones)")
     action_do_sample: int = flag(1, help="0: actions are greedy, and only K is learned", choices=(0, 1))
-    imagine_action_max_new_tokens: int = flag(12, help="tokens of an imagined action at most")
-    max_seq_len: int = flag(1536, help="tokens of a prompt and its action at most; the oldest history goes first")
-    history_keep_steps: int = flag(6, help="steps of history in a prompt (0: all)")
+    imagine_action_max_new_tokens: int = flag(12, at_least=1, help="tokens of an imagined action at most")
+    max_seq_len: int = flag(1536, at_least=1,
+                            help="tokens of a prompt and its action at most; the oldest history goes first")
+    history_keep_steps: int = flag(6, at_least=0, help="steps of history in a prompt (0: all)")
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so nothing depends on it")
     logprob_norm: str = flag("sum", help="an action's log-probability: sum or mean over its tokens",
                              choices=("sum", "mean"))
-    lora_r: int = flag(8, help="rank of LoRA; 0 trains every weight")
+    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
     lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
-    lora_dropout: float = flag(0.05, help="dropout in front of LoRA, in updates only")
+    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in updates only")
     fp16: bool = flag(False, help="update in float16 with loss scaling (needs a GPU, else float32)")
     bf16: bool = flag(False, help="update in bfloat16")
-    update_batch_tokens: int = flag(8192, help="tokens of a forward pass of the update at most; changes memory only")
-    eval_every: int = flag(10, help="updates between evaluations on held-out games (0: none, and no best)")
-    eval_games: int = flag(30, help="games of an evaluation")
+    update_batch_tokens: int = flag(8192, at_least=1,
+                                    help="tokens of a forward pass of the update at most; changes memory only")
+    eval_every: int = flag(10, at_least=0, help="updates between evaluations on held-out games (0: none, and no best)")
+    eval_games: int = flag(30, at_least=0, help="games of an evaluation")
     eval_split: str = flag("valid_seen", help="their split; with env_split's own they are kept out of training")
-    save_every: int = flag(10, help="updates between checkpoints")
+    save_every: int = flag(10, at_least=1, help="updates between checkpoints")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left in out_dir")
 
@@ -178,15 +182,6 @@ def check(settings: RlSettings) -> None:
         check_model_path(settings.wm_model_path)
     if settings.fp16 and settings.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
-    for name in ("epochs", "episodes_per_epoch", "episodes_per_update", "update_every", "minibatches", "max_steps",
-                 "num_envs", "env_processes", "missions", "lr", "action_temperature", "update_batch_tokens",
-                 "save_every", "action_max_new_tokens", "wm_max_new_tokens"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name} {getattr(settings, name)}: must be above 0")
-    for name in ("kmax", "n_steps", "value_lr", "wd", "max_grad_norm", "value_updates", "lora_r", "eval_every",
-                 "eval_games", "max_minutes", "history_keep_steps", "lambda_k"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name} {getattr(settings, name)}: must not be negative")
     if settings.minibatches > settings.batch_episodes:
         raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "
                         "of an update")

@@ -40,13 +40,14 @@ class SftSettings(FinetuneSettings):
     train_jsonl: str = flag(help="labelled steps, as stage 1 (label) writes them")
     policy_model_path: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub")
     model_path: str = ""
-    kmax: int = flag(5, help="K_max, the most steps to look ahead")
-    beta_k: float = flag(0.5, help="η, the weight of the K-head's loss")
+    kmax: int = flag(5, at_least=1, help="K_max, the most steps to look ahead")
+    beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
     foresight_format: str = flag("full", choices=("full", "last_obs"),
                                  help="what of the imagined trajectory the policy reads")
-    steps_per_sequence: int = flag(1, help="steps of one episode in a sequence, which share their common beginning; "
-                                           "0: as many as fit into max_seq_len")
-    max_seq_len: int = flag(1536, help="tokens of a sequence; longer prompts lose history, oldest first")
+    steps_per_sequence: int = flag(1, at_least=0,
+                                   help="steps of one episode in a sequence, which share their common beginning; "
+                                        "0: as many as fit into max_seq_len")
+    max_seq_len: int = flag(1536, at_least=1, help="tokens of a sequence; longer prompts lose history, oldest first")
     padding_side: str = flag("left", choices=("left", "right"), help="where shorter sequences of a batch are padded")
     device_map: str = flag("", choices=("", "auto", "balanced", "sequential"),
                            help="spread the layers of a large model over the GPUs of one process; empty: every "
@@ -113,9 +114,6 @@ def run(settings: SftSettings) -> dict[str, Any] | None:
     settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
     steps = read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format)
     check_settings(settings)
-    if settings.kmax < 1 or settings.steps_per_sequence < 0 or settings.beta_k < 0:
-        raise UserError(f"--kmax {settings.kmax}, --steps_per_sequence {settings.steps_per_sequence}, --beta_k "
-                        f"{settings.beta_k}: kmax must be at least 1, the others not negative")
     if settings.device_map and settings.deepspeed:
         raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "
                         "give one of them")

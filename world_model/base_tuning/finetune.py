@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from itp.config import flag, parse_settings  # noqa: E402
-from itp.runtime import UserError, load_tokenizer, run_main  # noqa: E402
+from itp.runtime import load_tokenizer, run_main  # noqa: E402
 from itp.text.prompts import world_model_prompt, world_model_target  # noqa: E402
 from itp.text.state import State, parse  # noqa: E402
 from itp.training.finetune import (  # noqa: E402
@@ -37,9 +37,11 @@ ALREADY_DONE = 3
 @dataclass
 class WorldModelSettings(FinetuneSettings):
     data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state")
-    max_seq_len: int = flag(2048, help="tokens per transition; longer ones lose their oldest steps, never s'")
-    max_rows: int = flag(0, help="train on a random sample of so many transitions; 0: all")
-    eval_rows: int = flag(200, help="how many held-out transitions are predicted for the exact match; 0: none")
+    max_seq_len: int = flag(2048, at_least=1,
+                            help="tokens per transition; longer ones lose their oldest steps, never s'")
+    max_rows: int = flag(0, at_least=0, help="train on a random sample of so many transitions; 0: all")
+    eval_rows: int = flag(200, at_least=0,
+                          help="how many held-out transitions are predicted for the exact match; 0: none")
     check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
 
 
@@ -103,8 +105,6 @@ def main() -> None:
     settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
     transitions = read_transitions(settings.data_path)
     check_settings(settings)
-    if settings.eval_rows < 0:
-        raise UserError(f"--eval_rows {settings.eval_rows}: must not be negative")
     ignore = ("data_path", "check_only", "eval_rows")
     if 0 < settings.max_rows < len(transitions):
         transitions = random.Random(settings.seed).sample(transitions, settings.max_rows)
