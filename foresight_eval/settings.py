@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itp.config import flag
 from itp.policy.agent import SELECTIONS
 from itp.runtime import DTYPES
+from itp.text.prompts import FORESIGHT_FORMATS
 
 METHODS = ("foresight", "sft", "react", "cot")
 STYLES = ("auto", "tuned", "instruct")
@@ -44,7 +45,7 @@ class EvalSettings:
                              choices=STYLES)
     wm_prompt_style: str = flag("auto", help="the same for the world model", choices=STYLES)
     foresight_format: str = flag("full", help="what of the imagined trajectory the policy reads",
-                                 choices=("full", "last_obs"))
+                                 choices=FORESIGHT_FORMATS)
     history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
     temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")

@@ -88,6 +88,8 @@ def test_a_state_that_is_too_long_loses_its_oldest_steps_and_keeps_its_task(mode
     assert prompt == (world_model_prompt(state.last(kept).render(), row.action), False)
     assert encode([example], tokenizer, whole - 20).counts["cut"] == 0
     assert parse(prompt[0].split("\nAction: go to shelf 3")[0]).task == "take a"
+    (example,) = fit([row], tokenizer, 5)  # where nothing fits the core cuts tokens, and there the last step counts
+    assert example.segments[0][0] == world_model_prompt(state.last(1).render(), row.action)
 
 
 def test_exact_match_counts_predictions_that_are_right_to_the_letter(model_path, tmp_path):

@@ -36,8 +36,8 @@ from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
-    UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style, run_main,
-    write_json,
+    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
+    run_main, write_json,
 )
 from itp.text import dialogues
 from itp.transitions import Transition, read_appended, write_transitions
@@ -63,7 +63,7 @@ class Settings:
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
     policy_model: str = flag("", help="model folder, with --actor policy")
-    policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=("fp16", "bf16", "fp32"))
+    policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=DTYPES)
     policy_device: str = flag("cuda", help="device of either policy")
     temperature: float = flag(0.7, at_least=0, help="sampling temperature of either policy")
     top_p: float = flag(0.9, help="nucleus of the policy's sampling")

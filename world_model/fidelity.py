@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 from itp.config import flag, parse_settings
 from itp.lm.local import LocalLM
-from itp.runtime import check_model_path, derive_seed, prompt_style, run_main, versions, write_json
+from itp.runtime import DTYPES, check_model_path, derive_seed, prompt_style, run_main, versions, write_json
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from itp.world_model import WorldModel
@@ -43,7 +43,7 @@ class Settings:
     out_json: str = flag("", help="where to write the figures too")
     max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions (0: all)")
     device: str = flag("cuda", help="device of the world model")
-    dtype: str = flag("fp16", help="its precision on a GPU", choices=("fp16", "bf16", "fp32"))
+    dtype: str = flag("fp16", help="its precision on a GPU", choices=DTYPES)
     foresight_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most")
     seed: int = flag(123, help="seed of the sample")
 

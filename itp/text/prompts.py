@@ -57,11 +57,15 @@ _WORLD = (
 )
 
 
+FORESIGHT_FORMATS = ("full", "last_obs")
+"""What of an imagined trajectory the policy reads: every step (eq. 3), or the last imagined observation only, as in
+the authors' release."""
+
+
 def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
     """An imagined trajectory τ̂ of (action, observation) pairs as text; empty for no steps.
 
-    ``keep``: "full" writes every step (eq. 3); "last_obs" the last imagined observation only, as the
-    authors' release does.
+    ``keep`` is one of FORESIGHT_FORMATS.
     """
     if keep == "last_obs" and steps:
         return f"\nThen: {indent(steps[-1][1])}"

@@ -42,7 +42,7 @@ from itp.runtime import (
     DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
     write_atomic, write_json,
 )
-from itp.text.prompts import action_target, foresight_text
+from itp.text.prompts import FORESIGHT_FORMATS, action_target, foresight_text
 from itp.text.state import State, parse
 from itp.training.fitting import Fitting
 from itp.transitions import REQUIRED, Transition, locate_transitions, read_appended
@@ -65,7 +65,7 @@ class LabelSettings:
     imagination: str = flag("free", choices=("free", "teacher_forced"),
                             help="who acts in the imagined trajectory: the policy, or the expert as recorded "
                                  "(needs --foresight_format last_obs)")
-    foresight_format: str = flag("full", choices=("full", "last_obs"),
+    foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
                                  help="what of the imagined trajectory the policy reads")
     history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
     max_seq_len: int = flag(1536, at_least=1,

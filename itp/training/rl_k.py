@@ -38,6 +38,7 @@ from itp.games import Game, list_games, resolve_split, with_other_missions
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
+    DTYPES,
     UserError,
     check_model_path,
     claim_output,
@@ -46,6 +47,7 @@ from itp.runtime import (
     prompt_style,
     resolve_device,
 )
+from itp.text.prompts import FORESIGHT_FORMATS
 from itp.training.finetune import is_first_process
 from itp.training.rl_play import Player, episode_games, prepare, statistics_of, summary
 from itp.training.rl_run import Processes, RunFolder
@@ -70,7 +72,7 @@ class RlSettings:
     kmax: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same")
     force_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses")
     foresight_format: str = flag("full", help="what of the imagined trajectory the policy sees",
-                                 choices=("full", "last_obs"))
+                                 choices=FORESIGHT_FORMATS)
     epochs: int = flag(1, at_least=1, help="rounds of episodes_per_epoch")
     episodes_per_epoch: int = flag(50, at_least=1, help="episodes of a round")
     episodes_per_update: int = flag(32, at_least=1, help="episodes of a batch, all played by the same weights")
@@ -83,7 +85,7 @@ class RlSettings:
     env_processes: int = flag(2, at_least=1, help="processes that run the environments")
     policy_device: str = flag("cuda:0", help="device of the policy")
     wm_device: str = flag("cuda:1", help="device of the world model")
-    wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=("fp16", "bf16", "fp32"))
+    wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     gamma: float = flag(0.99, help="discount γ")
     n_steps: int = flag(0, at_least=0,
                         help="V̂ from so many rewards and V of the state after them; 1: the paper's; 0: GAE")

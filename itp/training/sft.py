@@ -27,7 +27,7 @@ from typing import Any
 from itp.config import flag
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import UserError
-from itp.text.prompts import foresight_text
+from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
 from itp.text.state import State, parse
 from itp.training.finetune import FinetuneSettings, check_settings, claim_run, is_first_process, train
 from itp.transitions import read_rows
@@ -42,7 +42,7 @@ class SftSettings(FinetuneSettings):
     model_path: str = ""
     kmax: int = flag(5, at_least=1, help="K_max, the most steps to look ahead")
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
-    foresight_format: str = flag("full", choices=("full", "last_obs"),
+    foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
                                  help="what of the imagined trajectory the policy reads")
     steps_per_sequence: int = flag(1, at_least=0,
                                    help="steps of one episode in a sequence, which share their common beginning; "
