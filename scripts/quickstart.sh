@@ -15,9 +15,9 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=12}" "${MAX_STEPS:=40}"
-: "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=4}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}" "${MAX_K:=2}" "${CPUS:=$(nproc)}"
-: "${LABEL_ROWS:=2000}" "${RL_EPISODES:=960}" "${ITP_R:=1}"
+: "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=10}" "${MIXED_MISSIONS:=5}"
+: "${MAX_STEPS:=40}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=3}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}"
+: "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=960}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -28,23 +28,28 @@ python -m itp.envs.alfworld_games --out "$run/data" --train "$TRAIN_GAMES" --see
   --unseen "$UNSEEN_GAMES" --processes "$CPUS"
 
 step "2/10 trajectories: an expert that acts from observations (D_exp), and random walks"
-python -m world_model.collect --actor expert --env_data_root "$run/data" --out_dir "$run/d_exp" \
-  --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 5 --env_processes "$CPUS"
-python -m world_model.collect --actor random --env_data_root "$run/data" --out_dir "$run/walks" \
-  --max_games 100 --max_steps 40 --env_processes "$CPUS"
+collect() {
+  local name=$1
+  shift
+  python -m world_model.collect --env_data_root "$run/data" --out_dir "$run/$name" --env_processes "$CPUS" \
+    --concurrency 32 "$@"
+}
+collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 3
+collect walks --actor random --max_games 100 --max_steps 40
 
 step "3/10 base LM from nothing, on transcripts of the engine"
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
   --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
 
-step "4/10 base policy: supervised fine-tuning on the expert's dialogues"
-python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
+step "4/10 base policy: supervised fine-tuning on the expert's dialogues, also where the base LM's mistakes lead"
+collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
+  --missions "$MIXED_MISSIONS" --max_steps 35 --action_selection constrained --foresight_k 3 --foresight_share 0.5
+python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
   --config configs/demo/from_nothing.yaml
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
-python -m world_model.collect --actor policy --policy_model "$run/policy/merged_full" --env_data_root "$run/data" \
-  --out_dir "$run/d_roll" --max_games 100 --max_steps 30 --temperature 0.7 --env_processes "$CPUS"
+collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_games 100 --max_steps 30
 
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
 cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
@@ -58,14 +63,13 @@ evaluate() {
   shift 2
   python -m foresight_eval --policy_model "$policy" --wm_model "$run/world_model/merged_full" \
     --env_data_root "$run/data" --split unseen --max_k "$MAX_K" --max_steps "$MAX_STEPS" \
-    --output_path "$run/eval/$name" --env_processes "$CPUS" "$@"
+    --output_path "$run/eval/$name" --env_processes "$CPUS" --concurrency 32 "$@"
 }
 evaluate sft "$run/policy/merged_full" --method sft --action_selection constrained
 evaluate sft-free "$run/policy/merged_full" --method sft --action_selection generate
 evaluate foresight "$run/policy/merged_full" --method foresight --action_selection constrained
 for actor in expert random; do
-  python -m world_model.collect --actor "$actor" --split unseen --env_data_root "$run/data" --noise 0.3 \
-    --max_games 30 --max_steps 30 --out_dir "$run/held_out/$actor" --env_processes "$CPUS"
+  collect "held_out/$actor" --actor "$actor" --split unseen --noise 0.3 --max_games 30 --max_steps 30
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --wm_model "$run/world_model/merged_full" \
@@ -105,6 +109,6 @@ cat <<EOF
 
 games         $run/data
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
-trajectories  $run/{d_exp,d_roll,walks}, $run/labelled.jsonl
+trajectories  $run/{d_exp,d_mixed,d_roll,walks}, $run/labelled.jsonl
 results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
 EOF
