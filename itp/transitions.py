@@ -65,7 +65,7 @@ def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED
     located = []
     for where, row in read_rows(path, skipped):
         try:
-            located.append((where, _transition(row, where, required)))
+            located.append((where, to_transition(row, where, required)))
         except UserError as error:
             if skipped is None:
                 raise
@@ -83,20 +83,27 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tu
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it the right file, whole and "
+                        "uncompressed?") from error
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); is the file whole?") from error
+        except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
+            raise UserError(f"{path}: not usable JSON ({error})") from error
         yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                message = f"{path}:{number}: not JSON ({error.msg}); mend or remove the line"
+            except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number or nesting too large
+                said = error.msg if isinstance(error, json.JSONDecodeError) else error
+                message = f"{path}:{number}: not JSON ({said}); mend or remove the line"
                 if skipped is None:
                     raise UserError(message) from error
                 skipped.append(message)
@@ -123,7 +130,8 @@ _TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
 _FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 
-def _transition(row: Any, where: str, required: tuple[str, ...]) -> Transition:
+def to_transition(row: Any, where: str, required: tuple[str, ...]) -> Transition:
+    """A row as a transition.  Raises UserError naming the field that is missing or of a wrong type."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a row of named fields; each must have {', '.join(required)}")
     for name in required:

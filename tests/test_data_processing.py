@@ -1,0 +1,300 @@
+"""Published formats -> transitions and dialogues: exact counts, every dropped row with its reason, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itp.runtime import UserError
+from itp.text.prompts import action_target, dialogue_segments, policy_prompt
+from itp.text.state import parse
+from itp.transitions import REQUIRED, read_transitions
+from world_model.data_processing import fetch
+from world_model.data_processing.convert import Settings, convert, main
+from world_model.data_processing.recorded import Unreadable, read_turns, recorded
+
+INSTRUCTION = "Interact with a household to solve a task. ... strictly follow \"Thought: ...\\nAction: ...\"."
+OPENING = ("You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a fridge 1, and a desk 2."
+           "\n\nYour task is to: put a clean plate in fridge.")
+CLOSED = "The cabinet 1 is closed."
+OPENED = "You open the cabinet 1. The cabinet 1 is open. In it, you see a plate 1."
+
+
+def human(text: str) -> dict[str, Any]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str, **more: Any) -> dict[str, Any]:
+    return {"from": "gpt", "value": text, **more}
+
+
+def eto(number: int = 0) -> dict[str, Any]:
+    return {"id": f"alfworld_{number}", "conversations": [
+        human(INSTRUCTION), gpt("OK"), human(OPENING),
+        gpt("Thought: First look.\nAction: go to cabinet 1"), human(f"Observation: {CLOSED}"),
+        gpt("Thought: Open it.\nAction: open cabinet 1"), human(f"Observation: {OPENED}"),
+        gpt("Thought: Now.\nAction: put plate 1 in/on fridge 1")]}
+
+
+def science() -> dict[str, Any]:
+    return {"id": 7, "conversations": [
+        human("You are a helpful assistant to do some scientific experiment in an environment. ..."), gpt("OK"),
+        human("Your task is to find a(n) plant. First, focus on the thing.\nThis room is called the hallway."),
+        gpt("Thought: Look.\nAction: look around"), human("Observation: In it, you see:\n\tthe agent\n\ta door"),
+        gpt("Action: task"), human("Observation: Task Description:\nYour task is to find a(n) plant."),
+        gpt("Action: focus on plant")]}
+
+
+def settings(tmp_path: Path, rows: Any, **options: Any) -> Settings:
+    file = tmp_path / "in.json"
+    file.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
+    return Settings(input=str(file), out_dir=str(tmp_path / "out"), **options)
+
+
+def converted(tmp_path: Path, rows: Any, **options: Any):
+    given = settings(tmp_path, rows, **options)
+    return convert([given.input], given)
+
+
+def test_eto_alfworld(tmp_path: Path) -> None:
+    out = converted(tmp_path, [eto()])
+    first, second = out.transitions
+    opening = ("Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly "
+               "around you, you see a cabinet 1, a fridge 1, and a desk 2.")
+    assert first.state == opening
+    assert (first.action, first.next_state) == ("go to cabinet 1", CLOSED)
+    assert second.state == f"{opening}\nAction: go to cabinet 1\nObservation: {CLOSED}"
+    assert (second.action, second.next_state) == ("open cabinet 1", OPENED)
+    # The last action was never answered: the policy learns it, the world model doesn't.
+    talk, = out.talks
+    assert [t["value"] for t in talk["conversations"]] == [
+        opening, "Action: go to cabinet 1", f"Observation: {CLOSED}", "Action: open cabinet 1",
+        f"Observation: {OPENED}", "Action: put plate 1 in/on fridge 1"]
+    assert out.report() == {
+        "rows": 1, "kept": 1, "dropped": 0, "why": {}, "transitions": 2, "dialogues": 1,
+        "notes": {"thoughts left out": 3, "opening turns left out": 2,
+                  "last actions without an answer (imitated, no transition)": 1}}
+
+
+def test_dialogue_text_is_what_evaluation_asks_with(tmp_path: Path) -> None:
+    out = converted(tmp_path, [eto()])
+    text = "".join(segment for segment, _ in dialogue_segments(out.talks[0]["conversations"]))
+    for t in out.transitions:
+        assert text.startswith(policy_prompt(t.state) + action_target(t.action))
+
+
+def test_eto_scienceworld(tmp_path: Path) -> None:
+    out = converted(tmp_path, [science()])
+    state = parse(out.transitions[1].state)
+    assert (state.task, state.first) == ("Your task is to find a(n) plant. First, focus on the thing.",
+                                         "This room is called the hallway.")
+    assert [t.action for t in out.transitions] == ["look around", "task"]
+    assert out.transitions[0].next_state == "In it, you see:\n\tthe agent\n\ta door"
+    assert out.transitions[0].episode_id == "scienceworld/7"
+
+
+def test_agentgym_and_chat_messages_say_the_same(tmp_path: Path) -> None:
+    turns = eto()["conversations"]
+    gym = {"item_id": "pick_12", "conversations": [
+        human(INSTRUCTION) | {"loss": None}, gpt("OK. I'll follow your instructions.", loss=False),
+        human(OPENING + "\nAVAILABLE ACTIONS: go to cabinet 1,look"),
+        gpt("Thought:\nFirst look.\n\nAction:\ngo to cabinet 1", loss=True),
+        human(f"{CLOSED}\nAVAILABLE ACTIONS: open cabinet 1"), gpt("Action:\nopen cabinet 1", loss=False),
+        human(OPENED), gpt("Action:\nput plate 1 in/on fridge 1", loss=True)]}
+    roles = {"human": "user", "gpt": "assistant"}
+    example = "\nHere is an example.\nYou are in the middle of a room. Your task is to: look.\n> look\nNow:\n"
+    chat = {"id": "c", "messages": [
+        {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": example + OPENING},
+        *({"role": roles[t["from"]], "content": t["value"]} for t in turns[3:])]}
+    expected = [(t.state, t.action, t.next_state) for t in converted(tmp_path, [eto()]).transitions]
+    gym_out, chat_out = converted(tmp_path, [gym]), converted(tmp_path, [chat])
+    for out in (gym_out, chat_out):
+        assert [(t.state, t.action, t.next_state) for t in out.transitions] == expected
+    assert [t.expert_action for t in gym_out.transitions] == ["go to cabinet 1", ""]  # `loss` false: not to imitate
+    assert [t.get("weight", 1) for t in gym_out.talks[0]["conversations"] if t["from"] == "gpt"] == [1, 0, 1]
+
+
+def test_example_episode_and_thoughts_as_turns(tmp_path: Path) -> None:
+    row = eto()
+    example = [human("You are in the middle of a room. You see a bed 1.\nYour task is to: look at it."),
+               gpt("Action: look"), human("You see nothing."), gpt("Action: examine bed 1")]
+    row["conversations"][2:2] = example
+    row["conversations"][9:9] = [gpt("Thought: I wonder."), human("OK.")]
+    out = converted(tmp_path, [row])
+    assert [t.action for t in out.transitions] == ["go to cabinet 1", "open cabinet 1"]
+    assert out.notes["opening turns left out"] == 6 and out.notes["turns of thought alone left out"] == 1
+
+
+def test_put_to_move(tmp_path: Path) -> None:
+    row = eto()
+    row["conversations"].append(human("Observation: You put the plate 1 in/on the fridge 1."))
+    assert converted(tmp_path, [row]).transitions[-1].action == "put plate 1 in/on fridge 1"
+    last = converted(tmp_path, [row], put_to_move=True).transitions[-1]
+    assert (last.action, last.next_state) == ("move plate 1 to fridge 1", "You move the plate 1 to the fridge 1.")
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda turns: turns.pop(4), "two turns of gpt in a row"),
+    (lambda turns: turns[3].update(value="Thought: hm"), "a turn of the agent without an action"),
+    (lambda turns: turns[4].update(value="Observation: "), "an empty observation"),
+    (lambda turns: turns[2].update(value="Hello."), "no human turn that poses a task"),
+    (lambda turns: turns[2].update(value="Your task is to: x"), "no first observation before the task"),
+    (lambda turns: turns.__delitem__(slice(3, None)), "no action at all"),
+    (lambda turns: turns[5].pop("value"), "a turn without a text 'value'"),
+    (lambda turns: turns[5].update({"from": "tool"}), "a turn whose 'from' isn't one of"),
+    (lambda turns: turns[4].update(value="half \ud800"), "a turn that isn't valid Unicode text"),
+    (lambda turns: turns.clear(), "no human turn at the beginning"),
+])
+def test_reasons(change, reason: str) -> None:
+    row = eto()
+    change(row["conversations"])
+    with pytest.raises(Unreadable, match=reason):
+        recorded(read_turns(row), "alfworld")
+
+
+def test_report_of_a_mixed_file(tmp_path: Path) -> None:
+    cut, nameless = eto(1), eto(2)
+    del cut["conversations"][5:]  # truncated, but what is there is right
+    del nameless["conversations"][4]
+    out = converted(tmp_path, [eto(), cut, nameless, 7, {"id": 1}, eto()])
+    assert out.rows == 6 and out.kept == 3
+    assert dict(out.dropped) == {"two turns of gpt in a row": 1, "not a row of named fields": 1,
+                                 "field 'state' is missing": 1}
+    assert [t.episode_id for t in out.transitions] == [
+        *["alfworld/alfworld_0"] * 2, "alfworld/alfworld_1", *["alfworld/alfworld_0#2"] * 2]
+
+
+def test_transitions_file(tmp_path: Path) -> None:
+    rows = [{"episode_id": t.episode_id, "step": t.step, "state": t.state, "action": t.action,
+             "next_state": t.next_state} for t in converted(tmp_path, [eto()]).transitions]
+    rows += [{**rows[1], "episode_id": "half"}, {"state": "Goal: x", "action": "look", "next_state": "y"}, {"state": 3}]
+    out = converted(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert out.kept == 3 and sum(out.dropped.values()) == 2 and len(out.transitions) == 3
+    # The half episode teaches the world model, but it isn't a dialogue.
+    assert [t["id"] for t in out.talks] == ["alfworld/alfworld_0"]
+
+
+def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings(tmp_path, [eto(i) for i in range(3)] + [{"id": 1, "conversations": []}])
+    monkeypatch.setattr(sys, "argv", ["convert", "--input", given.input, "--out_dir", given.out_dir])
+    main()
+    assert "4 rows: 3 kept, 1 dropped (9 thoughts" in capsys.readouterr().out
+    out = Path(given.out_dir)
+    assert len(read_transitions(out / "transitions.jsonl", required=(*REQUIRED, "episode_id", "step"))) == 6
+    from itp.training.base_policy import read_dialogues
+
+    assert len(read_dialogues(str(out / "dialogues.json"))) == 3
+    assert json.loads((out / "report.json").read_text())["why"] == {"no task of ALFWorld or ScienceWorld in it": 1}
+    monkeypatch.setattr(sys, "argv", ["convert", "--input", given.input, "--out_dir", given.out_dir, "--env",
+                                      "scienceworld"])
+    with pytest.raises(UserError, match="4 of 4 rows can't be used"):
+        main()
+
+
+def mutate(text: str, draw: random.Random) -> bytes:
+    """One of many ways in which a file can be wrong: bytes, cuts, fields, types, turns."""
+    way = draw.randrange(8)
+    if way == 0:
+        return text.encode()[:draw.randrange(len(text))]
+    if way == 1:
+        data = bytearray(text.encode())
+        for _ in range(draw.randint(1, 20)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        return bytes(data)
+    rows = json.loads(text)
+    row = draw.choice(rows)
+    turns = row.get("conversations") or row.get("messages")
+    junk = [None, 0, -1.5, True, "", " ", [], {}, "\ud83d", "Action:", "OK", "x" * 5000, [[[]]], 10**400, float("nan")]
+    for _ in range(draw.randint(1, 3)):
+        turn = draw.choice(turns) if turns else {}
+        place = draw.randrange(6)
+        if way == 2:
+            turn[draw.choice(["from", "value", "role", "content", "loss", "weight"])] = draw.choice(junk)
+        elif way == 3 and turns:
+            del turns[draw.randrange(len(turns))]
+        elif way == 4 and turns:
+            turns.insert(draw.randrange(len(turns)), draw.choice([*turns, *junk]))
+        elif way == 5:
+            row[draw.choice(["id", "conversations", "messages", "state"])] = draw.choice(junk)
+        elif way == 6 and isinstance(turn, dict) and isinstance(turn.get("value"), str):
+            at = draw.randrange(len(turn["value"]) + 1)
+            turn["value"] = turn["value"][:at] + draw.choice(["\n", "Action: ", "\n  ", "Your task is to: ", "\x00",
+                                                              "\nObservation: "]) + turn["value"][at + place:]
+        elif way == 7:
+            rows.insert(draw.randrange(len(rows)), draw.choice(junk))
+        turns = turns if isinstance(turns, list) and all(isinstance(t, dict) for t in turns) else []
+    return json.dumps(rows).encode()
+
+
+def test_thousand_mutations(tmp_path: Path) -> None:
+    """A result whose counts add up and whose states follow from one another, or one clear error."""
+    good = json.dumps([eto(0), science(), eto(1)])
+    file = tmp_path / "m.json"
+    errors = dropped = whole = 0
+    for seed in range(1000):
+        file.write_bytes(mutate(good, random.Random(seed)))
+        try:
+            out = convert([str(file)], Settings(input=str(file), out_dir=""))
+        except UserError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+            errors += 1
+            continue
+        report = out.report()
+        assert report["rows"] == report["kept"] + report["dropped"] == report["kept"] + sum(report["why"].values())
+        assert report["kept"] == report["dialogues"]
+        dropped += report["dropped"]
+        whole += not report["dropped"]
+        source = json.loads(file.read_bytes())
+        for talk in out.talks:
+            steps = [t for t in out.transitions if t.episode_id == talk["id"]]
+            states = [parse(t.state) for t in steps]
+            for state, t, after in zip(states, steps, states[1:], strict=False):
+                assert state.after(t.action, t.next_state) == after
+            said = [turn["value"] for turn in talk["conversations"] if turn["from"] == "gpt"]
+            assert len(said) - len(steps) in (0, 1)
+            text = " ".join(json.dumps(source, ensure_ascii=False).split())
+            assert all(" ".join(json.dumps(value.removeprefix("Action: "), ensure_ascii=False)[1:-1].split()) in text
+                       for value in said)
+        json.dumps([t.__dict__ for t in out.transitions], ensure_ascii=False).encode()
+    assert errors > 100 and dropped > 100 and whole > 100  # the mutations reach all three ends
+
+
+def test_fetch_keeps_what_is_whole_and_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub(name: str, revision: str, path: Path) -> str:
+        asked.append(name)
+        if name.startswith("sciworld"):
+            raise UserError("no network")
+        (tmp_path / "blob").write_text(json.dumps([{}] * 3118))
+        return str(tmp_path / "blob")
+
+    monkeypatch.setattr(fetch, "_download", hub)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no network"):
+            fetch.fetch_dialogues(tmp_path / "eto", "main")
+    assert asked == ["alfworld_sft.json", "sciworld_sft.json", "sciworld_sft.json"]
+    (tmp_path / "eto/sciworld_sft.json").write_text("[{}]")
+    with pytest.raises(UserError, match="1 dialogues, not the 1482"):
+        fetch.fetch_dialogues(tmp_path / "eto", "main")
+
+
+def test_fetch_offline_is_one_line(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "world_model.data_processing.fetch", "--out_dir", str(tmp_path),
+                          "--what", "eto"], capture_output=True, text=True, timeout=120, check=False,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+    assert run.returncode == 2 and "put data/alfworld_sft.json of the data set agent-eto/eto-sft-trajectory there" in \
+        run.stderr and "Traceback" not in run.stderr
+
+
+def test_fetch_counts_games(games_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fetch.fetch_games(games_root)
+    assert "6 games of train" in caplog.text

@@ -1,0 +1,95 @@
+r"""Get the published data: ETO's expert dialogues from the Hugging Face hub, ALFWorld's games by alfworld's own tool.
+
+    python -m world_model.data_processing.fetch --out_dir data                   # everything
+    python -m world_model.data_processing.fetch --out_dir data --what eto        # dialogues only
+
+    OUT_DIR/eto/alfworld_sft.json, sciworld_sft.json     3,118 and 1,482 dialogues
+    OUT_DIR/alfworld/json_2.1.1/...                      games
+
+What is there and whole is kept, so the same command goes on where it was.  Without a network the message
+says which files are to be brought here, and where to put them.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.config import flag, parse_settings
+from itp.games import SPLITS, list_games
+from itp.runtime import UserError, read_json, run_main
+
+log = logging.getLogger("itp.fetch")
+ETO = "agent-eto/eto-sft-trajectory"
+REVISION = "main"
+DIALOGUES = {"alfworld_sft.json": 3118, "sciworld_sft.json": 1482}
+"""The files of ETO's data set and how many dialogues each holds, as its card says."""
+WHAT = ("all", "eto", "games")
+
+
+@dataclass
+class Settings:
+    out_dir: str = flag("data", help="folder for the data; what is whole there is kept")
+    what: str = flag("all", choices=WHAT, help="ETO's dialogues, ALFWorld's games, or both")
+    revision: str = flag(REVISION, help="revision of ETO's data set on the hub")
+
+
+def fetch_dialogues(folder: Path, revision: str) -> None:
+    """ETO's files, checked by their number of dialogues.  Raises UserError."""
+    for name, count in DIALOGUES.items():
+        path = folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{name}.tmp")
+            shutil.copyfile(_download(name, revision, path), beside)
+            beside.replace(path)
+        rows = read_json(path)
+        if not isinstance(rows, list) or len(rows) != count:
+            there = len(rows) if isinstance(rows, list) else type(rows).__name__
+            raise UserError(f"{path}: {there} dialogues, not the {count} of the published set; delete it and try again")
+        log.info("%s: %d dialogues", path, count)
+
+
+def _download(name: str, revision: str, path: Path) -> str:
+    """The file in the hub's cache, which resumes by itself."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(ETO, f"data/{name}", repo_type="dataset", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be downloaded ({type(error).__name__}); it needs the Hugging Face hub; or "
+                        f"put data/{name} of the data set {ETO} there yourself") from error
+
+
+def fetch_games(root: Path) -> None:
+    """ALFWorld's games of all splits, checked by listing them.  Raises UserError."""
+    if not all((root / "json_2.1.1" / split).is_dir() for split in SPLITS):
+        tool = shutil.which("alfworld-download", path=str(Path(sys.executable).parent)) or \
+            shutil.which("alfworld-download")
+        if tool is None:
+            raise UserError("alfworld-download isn't installed; pip install alfworld")
+        root.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([tool, "--data-dir", str(root)], check=False)
+        if done.returncode:
+            raise UserError(f"{root}: alfworld-download ended with status {done.returncode}; it needs the network; "
+                            "or put the folder json_2.1.1 of another machine there yourself")
+    for split in SPLITS:
+        log.info("%s: %d games of %s", root, len(list_games("alfworld", split, root)), split)
+
+
+def main() -> None:
+    settings = parse_settings(Settings, prog="python -m world_model.data_processing.fetch", description=__doc__)
+    out = Path(settings.out_dir)
+    if settings.what in ("all", "eto"):
+        fetch_dialogues(out / "eto", settings.revision)
+    if settings.what in ("all", "games"):
+        fetch_games(out / "alfworld")
+    print(f"data in {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
