@@ -21,12 +21,13 @@ from itp.envs.alfworld import AlfworldEnv
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games
 from itp.lm.base import LM
+from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style
+from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def check(settings: AlfworldSettings) -> None:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
+    if settings.thinking and settings.action_selection != "generate":
+        raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
     if settings.method in ("react", "cot") and settings.action_selection != "generate":
         raise UserError(f"--method {settings.method} writes thought and action in one reply: "
                         "use --action_selection generate")
@@ -183,17 +186,22 @@ def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
                     max_retries=settings.wm_api_max_retries)
 
 
-def make_policy(settings: AlfworldSettings, lm: LM) -> Policy:
-    return Policy(lm, style=_style(settings.prompt_style, settings.policy_model), selection=settings.action_selection,
+def make_policy(settings: AlfworldSettings, lm: LocalLM) -> Policy:
+    style, turns = asked_as(settings.policy_model, lm.tokenizer, style=settings.prompt_style,
+                            chat=settings.chat_template, thinking=settings.thinking)
+    return Policy(lm, style=style, turns=turns, selection=settings.action_selection,
                   keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
                   control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
                   action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
-                  decision_tokens=settings.decision_tokens)
+                  decision_tokens=settings.decision_tokens, thinking_tokens=settings.thinking_tokens)
 
 
 def make_world_model(settings: AlfworldSettings, lm: LM) -> WorldModel:
-    style = _style(settings.wm_prompt_style, settings.wm_model if settings.wm_backend == "local" else "")
-    return WorldModel(lm, style=style, max_new_tokens=settings.foresight_tokens,
+    # A server's tokenizer isn't here; --wm_model then only tells how the model that it serves was trained.
+    tokenizer = lm.tokenizer if isinstance(lm, LocalLM) else None
+    style, turns = asked_as(settings.wm_model, tokenizer, role="world_model", style=settings.wm_prompt_style,
+                            chat=settings.chat_template)
+    return WorldModel(lm, style=style, turns=turns, max_new_tokens=settings.foresight_tokens,
                       keep_steps=settings.history_keep_steps)
 
 
@@ -204,9 +212,9 @@ def method_settings(settings: AlfworldSettings) -> MethodSettings:
         k_policy = "fixed"
     elif k_policy == "auto":
         k_policy = "head" if has_heads(settings.policy_model) else "prompt"
-    tuned = _style(settings.prompt_style, settings.policy_model) == "tuned"
+    style, _ = asked_as(settings.policy_model, style=settings.prompt_style)
     return MethodSettings(max_k(settings), k_policy, settings.k_sample, fixed, settings.foresight_format,
-                          reflect=not tuned)
+                          reflect=style != "tuned")
 
 
 def max_k(settings: AlfworldSettings) -> int:
@@ -214,8 +222,3 @@ def max_k(settings: AlfworldSettings) -> int:
     if settings.max_k >= 0:
         return settings.max_k
     return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else 2
-
-
-def _style(flag: str, model: str) -> str:
-    """``flag``, or what the model's folder says that it was trained with."""
-    return flag if flag != "auto" else prompt_style(model)

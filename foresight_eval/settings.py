@@ -44,6 +44,9 @@ class EvalSettings:
     prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
                              choices=STYLES)
     wm_prompt_style: str = flag("auto", help="the same for the world model", choices=STYLES)
+    chat_template: bool = flag(True, help="instruct prompts go through the tokenizer's chat template, if it has one")
+    thinking: bool = flag(False, help="let a policy that can think (Qwen3) do so before it answers")
+    thinking_tokens: int = flag(1024, help="new tokens of that thinking at most")
     foresight_format: str = flag("full", help="what of the imagined trajectory the policy reads",
                                  choices=FORESIGHT_FORMATS)
     history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")

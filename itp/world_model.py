@@ -10,23 +10,30 @@ from collections.abc import Sequence
 
 from itp.lm.base import LM, GenParams
 from itp.text import prompts
+from itp.text.actions import without_thinking
 from itp.text.state import State, dedent
 
 
 class WorldModel:
-    """``style`` is the prompt's (tuned or instruct); ``keep_steps`` the history it is shown (0: all)."""
+    """``style`` is the prompt's (tuned or instruct), ``turns`` a chat's, both from :func:`itp.lm.chat.asked_as`;
+    ``keep_steps`` the history it is shown (0: all).
+    """
 
-    def __init__(self, lm: LM, *, style: str = "tuned", max_new_tokens: int = 192, keep_steps: int = 0) -> None:
+    def __init__(self, lm: LM, *, style: str = "tuned", turns: prompts.Turns = prompts.PLAIN,
+                 max_new_tokens: int = 192, keep_steps: int = 0) -> None:
         self.lm = lm
-        self.style = style
+        self.style, self.turns = style, turns
         self.keep_steps = keep_steps
         # A model that wasn't taught to stop goes on with the next action.
         self.params = GenParams(max_new_tokens=max_new_tokens, stop=("\nAction:", "\nTask:"))
 
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         """The predicted observations after ``actions`` in ``states`` (same length)."""
-        asked = [
-            prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style)
-            for state, action in zip(states, actions, strict=True)
-        ]
-        return [dedent(g.text).strip() for g in await self.lm.generate(asked, self.params)]
+        asked = [self.prompt(state, action) for state, action in zip(states, actions, strict=True)]
+        answers = await self.lm.generate(asked, self.params)
+        return [dedent(without_thinking(answer.text)).strip() for answer in answers]
+
+    def prompt(self, state: State, action: str) -> str:
+        """What it is asked with: :func:`itp.text.prompts.world_model_prompt` on what it is shown of ``state``."""
+        shown = state.last(self.keep_steps).render()
+        return prompts.world_model_prompt(shown, action, style=self.style, turns=self.turns)

@@ -30,6 +30,7 @@ from itp.envs.alfworld_expert import Expert
 from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games, task_params, with_other_missions
+from itp.lm.chat import asked_as
 from itp.lm.local import Quorum
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.heads import has_heads, load_policy_lm
@@ -191,7 +192,8 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
 def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
     lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype,
                         quorum=quorum)
-    return Direct(Policy(lm, style=prompt_style(folder), selection=settings.action_selection,
+    style, turns = asked_as(folder, lm.tokenizer)
+    return Direct(Policy(lm, style=style, turns=turns, selection=settings.action_selection,
                          control=has_heads(folder), temperature=settings.temperature, top_p=settings.top_p))
 
 

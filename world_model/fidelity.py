@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from itp.config import flag, parse_settings
+from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM
-from itp.runtime import DTYPES, check_model_path, derive_seed, prompt_style, run_main, versions, write_json
+from itp.runtime import DTYPES, check_model_path, derive_seed, run_main, versions, write_json
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from itp.world_model import WorldModel
@@ -91,8 +92,9 @@ def main() -> None:
     if settings.max_rows and len(transitions) > settings.max_rows:
         transitions = random.Random(derive_seed(settings.seed, "rows")).sample(transitions, settings.max_rows)
     lm = LocalLM.load(settings.wm_model, device=settings.device, dtype=settings.dtype, role="world_model")
-    style = prompt_style(settings.wm_model)
-    figures = asyncio.run(measure(WorldModel(lm, style=style, max_new_tokens=settings.foresight_tokens), transitions))
+    style, turns = asked_as(settings.wm_model, lm.tokenizer, role="world_model")
+    world_model = WorldModel(lm, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
+    figures = asyncio.run(measure(world_model, transitions))
     print(f"{'':14}{'exact match':>12}{'token F1':>10}{'n':>7}")
     for name, row in figures.items():
         print(f"{name:14}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['n']:7}")

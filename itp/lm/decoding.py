@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, Trace
+from itp.lm.chat import end_of_turn
 from itp.lm.kv_cache import KV, Batch, Memory, PrefixCache, tokens_of
 
 WORTH = 64
@@ -62,6 +63,7 @@ class Engine:
         self.memory = Memory()
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.eos |= end_of_turn(tokenizer)
         self._ends: dict[tuple[tuple[str, ...], int], bool] = {}
 
     def reset(self) -> None:

@@ -93,8 +93,9 @@ class LocalLM:
         self.quorum = quorum or Quorum()
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
-        # Not every family has a limit.
-        self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
+        # Not every family has limits.  Within its window a model with sliding attention sees all, as the engine does.
+        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        self.context_length: int | None = min((limit for limit in limits if limit), default=None)
         self.encode = Encoder(tokenizer)
         self.busy_s = 0.0
         self.batches: list[int] = []

@@ -6,12 +6,12 @@ Everything is a coroutine on one state, written as if for one episode; the LM ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from itp.lm.base import LM, Control, GenParams, Trace
+from itp.lm.base import LM, Control, Generation, GenParams, Trace
 from itp.runtime import UserError
 from itp.text import prompts
-from itp.text.actions import clean_action, parse_action, parse_horizon, parse_thought
+from itp.text.actions import clean_action, parse_action, parse_horizon, parse_thought, without_thinking
 from itp.text.state import State
 
 SELECTIONS = ("generate", "constrained", "score")
@@ -35,7 +35,8 @@ class Choice:
 class Policy:
     """π_θ on an LM.
 
-    ``style``: the prompt's, tuned or instruct.  ``keep_steps``: history in the prompt (0: all of it);
+    ``style``: the prompt's, tuned or instruct; ``turns``: of a chat, if it is asked as one (both from
+    :func:`itp.lm.chat.asked_as`).  ``keep_steps``: history in the prompt (0: all of it);
     with ``history`` False an instruct prompt holds the current observation only.
     ``temperature`` and ``top_p`` hold for executed and imagined actions; 0 is greedy.
     ``control``: it has heads, and its prompts the control token at which they read.
@@ -44,6 +45,7 @@ class Policy:
     lm: LM
     env: str = "alfworld"
     style: str = "tuned"
+    turns: prompts.Turns = prompts.PLAIN
     selection: str = "generate"
     keep_steps: int = 0
     history: bool = True
@@ -55,6 +57,8 @@ class Policy:
     decision_tokens: int = 16
     text_tokens: int = 256
     """For thoughts and reflections."""
+    thinking_tokens: int = 1024
+    """For what a model that thinks writes before its answer."""
 
     async def act(self, state: State, admissible: Sequence[str] | None, seed: int, *, foresight: str = "",
                   notes: str = "", trace: bool = False) -> Choice:
@@ -64,7 +68,7 @@ class Policy:
         """
         prompt = self.prompt(state, "Action", foresight=foresight, notes=notes)
         if self.selection == "generate":
-            reply, = await self.lm.generate([prompt], self._params(self.action_tokens, seed, (prompts.END,), trace))
+            reply = await self._write(prompt, self.action_tokens, seed, (prompts.END,), trace)
             action = clean_action(reply.text) if self.style == "tuned" else parse_action(reply.text)
             return Choice(action or clean_action(reply.text), reply.text, parsed=bool(action), logprob=reply.logprob,
                           trace=reply.trace)
@@ -84,15 +88,15 @@ class Policy:
     async def think_and_act(self, state: State, seed: int, *, notes: str = "") -> Choice:
         """A thought and an action in one reply (Chain-of-Thought, ReAct), written freely."""
         prompt = self.prompt(state, "Thought", notes=notes)
-        params = self._params(self.text_tokens, seed, stop=("\nObservation:", "\nTask:"))
-        reply, = await self.lm.generate([prompt], params)
-        raw = "Thought:" + reply.text
+        reply = await self._write(prompt, self.text_tokens, seed, stop=("\nObservation:", "\nTask:"))
+        raw = reply.text if self.turns.thinks else "Thought:" + reply.text
         action = parse_action(raw)
         return Choice(action or clean_action(reply.text.split("\n")[-1]), raw, parse_thought(raw), action is not None)
 
     async def propose(self, state: State, seed: int) -> str:
         """An imagined action â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
-        return clean_action(await self._line(self.prompt(state, "Action"), self.imagined_action_tokens, seed))
+        line = await self._line(self.prompt(state, "Action"), self.imagined_action_tokens, seed)
+        return clean_action(line) if self.style == "tuned" else parse_action(line) or clean_action(line)
 
     async def horizon(self, state: State, max_k: int, seed: int) -> tuple[int | None, str]:
         """ITP-I's K_t by prompt and the raw reply; None where the reply holds no number."""
@@ -101,19 +105,19 @@ class Policy:
 
     async def read_control(self, state: State) -> Control:
         """log P_θ(K|s_t) and V_θ(s_t) of a policy with heads."""
-        text = prompts.control_prompt(self._shown(state).render(), style=self.style, env=self.env)
+        text = prompts.control_prompt(self._shown(state).render(), style=self.style, env=self.env, turns=self.turns)
         reading, = await self.lm.control([text])
         return reading
 
     async def reflect(self, state: State, foresight: str, seed: int) -> str:
         """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means."""
         prompt = self.prompt(state, "Reflection", foresight=foresight)
-        return (await self._line(prompt, self.text_tokens, seed)).strip()
+        return (await self._line(prompt, self.text_tokens, seed)).strip().removeprefix("Reflection:").strip()
 
     def prompt(self, state: State, label: str, **parts) -> str:
         """What the policy is asked with: :func:`itp.text.prompts.policy_prompt` on what it is shown of ``state``."""
         return prompts.policy_prompt(self._shown(state).render(), label, style=self.style, env=self.env,
-                                     control=self.control, **parts)
+                                     control=self.control, turns=self.turns, **parts)
 
     def _shown(self, state: State) -> State:
         if self.style == "instruct" and not self.history:
@@ -121,8 +125,19 @@ class Policy:
         return state.last(self.keep_steps)
 
     async def _line(self, prompt: str, max_new_tokens: int, seed: int) -> str:
-        reply, = await self.lm.generate([prompt], self._params(max_new_tokens, seed, stop=(prompts.END,)))
-        return reply.text
+        return (await self._write(prompt, max_new_tokens, seed, stop=(prompts.END,))).text
+
+    async def _write(self, prompt: str, max_new_tokens: int, seed: int, stop: tuple[str, ...],
+                     trace: bool = False) -> Generation:
+        """One reply.  What a model thought before it isn't part of its text, and no stop string ends thinking."""
+        if not self.turns.thinks:
+            reply, = await self.lm.generate([prompt], self._params(max_new_tokens, seed, stop, trace))
+            return reply
+        params = self._params(self.thinking_tokens + max_new_tokens, seed, stop=())
+        reply, = await self.lm.generate([prompt], params)
+        answer = without_thinking(reply.text).strip()
+        ends = [at for s in stop if (at := answer.find(s)) >= 0]
+        return replace(reply, text=answer[:min(ends, default=len(answer))])
 
     def _params(self, max_new_tokens: int, seed: int, stop: tuple[str, ...], trace: bool = False) -> GenParams:
         return GenParams(max_new_tokens, self.temperature, self.top_p, stop, seed, trace=trace)

@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from itp.lm.chat import card_of, trained_turns
 from itp.policy.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
-from itp.runtime import MODEL_CARD, UserError, load_causal_lm, prompt_style, read_json, write_json
-from itp.text.prompts import CTRL
+from itp.runtime import MODEL_CARD, UserError, load_causal_lm, model_card, prompt_style, read_json, write_json
+from itp.text.prompts import CTRL, PLAIN
 
 if TYPE_CHECKING:
     import peft
@@ -69,6 +70,8 @@ class PolicyWithHeads(nn.Module):
     def __init__(self, backbone: nn.Module, heads: PolicyHeads, prompt_style: str = "tuned") -> None:
         super().__init__()
         self.backbone, self.heads, self.prompt_style = backbone, heads, prompt_style
+        self.turns = PLAIN
+        """What stands around its prompts; saved with it, like their style."""
 
     @property
     def kmax(self) -> int:
@@ -148,6 +151,7 @@ class PolicyWithHeads(nn.Module):
         """The heads of ``folder`` on ``model``, which was loaded from there."""
         kmax, weights = kmax_of(folder), read_heads(folder)
         policy = cls.create(model, tokenizer, kmax, prompt_style(str(folder)))
+        policy.turns = trained_turns(model_card(str(folder)))
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         wanted = {name: tuple(weight.shape) for name, weight in policy.heads.state_dict().items()}
         if shapes != wanted:
@@ -171,7 +175,7 @@ class PolicyWithHeads(nn.Module):
         save_heads(self.heads, folder, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_json(folder / MODEL_CARD, {"prompt_style": self.prompt_style, "control": True})
+        write_json(folder / MODEL_CARD, card_of(self.turns, self.prompt_style) | {"control": True})
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+THINK, THOUGHT = "<think>", "</think>"
+"""What thinking models put around what they think before they answer."""
 _ACTION_LINE = re.compile(r"^\s*Action:(.*)$", re.MULTILINE)
 
 
@@ -39,3 +41,8 @@ def parse_horizon(reply: str, max_k: int) -> int | None:
     """The first whole number of a reply, at most ``max_k``; None where it has none."""
     match = re.search(r"\d+", reply)
     return min(int(match[0]), max_k) if match else None
+
+
+def without_thinking(reply: str) -> str:
+    """A reply without what was thought before it; empty where the thinking didn't end."""
+    return "" if THINK in reply and THOUGHT not in reply else reply.rsplit(THOUGHT, 1)[-1]

@@ -13,7 +13,9 @@ A *tuned* model (trained by this project) sees the bare state and a label that s
 A policy with heads has the line ``<CTRL>`` between state and imagined trajectory.  K_t and V(s_t) are
 read there, so the text up to it is the same whether the policy decides how far to look or acts.
 
-An *instruct* model (not trained by us) gets the same text behind an instruction.
+An *instruct* model (not trained by us) gets the same text behind an instruction.  Either may be asked in
+turns of a chat (:mod:`itp.lm.chat`): the text is then what the user says, and the label is where the
+model's own turn begins.
 
 Whitespace is code here: a label ends with its colon, what the model writes starts with a space and
 ends with a line break (the stop string), so that tokens never straddle the border between what is
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from itp.text.state import indent
 
@@ -32,6 +35,25 @@ CTRL = "<CTRL>"
 
 END = "\n"
 """What ends an action, a thought, a horizon: every one-line completion."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What stands around a prompt's text: ``head`` before it, ``tail`` between it and the label.
+
+    ``thinks``: the model thinks before it answers, so no label is put into its mouth.
+    """
+
+    head: str = ""
+    tail: str = "\n"
+    thinks: bool = False
+
+    def ask(self, label: str) -> str:
+        return self.tail if self.thinks else f"{self.tail}{label}:"
+
+
+PLAIN = Turns()
+"""Plain text: the label on the next line."""
 
 INSTRUCTION = {
     "alfworld": (
@@ -51,7 +73,7 @@ _ASK = {
                "where its consequences matter. Reply with one number from 0 to {max_k}.",
 }
 
-_WORLD = (
+WORLD_INSTRUCTION = (
     "You are the simulator of a household text game. Given the game so far and the player's next command, reply "
     "with the game's answer to that command, in the game's own words, and nothing else."
 )
@@ -73,25 +95,26 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
 
 
 def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "", control: bool = False,
-                  style: str = "tuned", env: str = "alfworld", max_k: int = 0) -> str:
+                  style: str = "tuned", env: str = "alfworld", max_k: int = 0, turns: Turns = PLAIN) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon).
 
     ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
     ``"\\nReflection: ..."`` that come between it and the label.  ``control``: for a policy with heads.
     """
     mark = f"\n{CTRL}" if control else ""
-    return f"{_instructed(state, label, style, env, max_k)}{mark}{foresight}{notes}\n{label}:"
+    return f"{_instructed(state, label, style, env, max_k, turns)}{mark}{foresight}{notes}{turns.ask(label)}"
 
 
-def control_prompt(state: str, *, style: str = "tuned", env: str = "alfworld") -> str:
+def control_prompt(state: str, *, style: str = "tuned", env: str = "alfworld", turns: Turns = PLAIN) -> str:
     """Up to ``<CTRL>``, where K_t and V(s_t) are read: the beginning of ``policy_prompt(..., control=True)``."""
-    return f"{_instructed(state, 'Action', style, env)}\n{CTRL}"
+    return f"{_instructed(state, 'Action', style, env, 0, turns)}\n{CTRL}"
 
 
-def _instructed(state: str, label: str, style: str, env: str, max_k: int = 0) -> str:
+def _instructed(state: str, label: str, style: str, env: str, max_k: int, turns: Turns) -> str:
     if style == "tuned":
-        return state
-    return f"{INSTRUCTION[env]}\n{_ASK[label].format(max_k=max_k)}\n\n{state}"
+        return f"{turns.head}{state}"
+    head = f"{INSTRUCTION[env]}\n" if turns == PLAIN else turns.head  # a chat's head holds the instruction
+    return f"{head}{_ASK[label].format(max_k=max_k)}\n\n{state}"
 
 
 def action_target(action: str) -> str:
@@ -99,10 +122,10 @@ def action_target(action: str) -> str:
     return f" {indent(action)}{END}"
 
 
-def world_model_prompt(state: str, action: str, *, style: str = "tuned") -> str:
+def world_model_prompt(state: str, action: str, *, style: str = "tuned", turns: Turns = PLAIN) -> str:
     """The world model's prompt for p_φ(s'|s, a), the same in training and inference."""
-    text = f"{state}\nAction: {indent(action)}\nObservation:"
-    return text if style == "tuned" else f"{_WORLD}\n\n{text}"
+    head = f"{WORLD_INSTRUCTION}\n\n" if style == "instruct" and turns == PLAIN else turns.head
+    return f"{head}{state}\nAction: {indent(action)}{turns.ask('Observation')}"
 
 
 def world_model_target(next_state: str) -> str:
@@ -130,3 +153,22 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[tuple[str, bool]]:
         else:
             segments.append((value + END, False))
     return segments
+
+
+def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> list[list[tuple[str, bool]]]:
+    """Training sequences of a dialogue, each a list of segments.
+
+    Plain text: one for all of it.  In turns of a chat the label stands behind the user's turn, so every learned
+    gpt turn has a sequence of its own: the text so far as one question, as inference asks it.
+    """
+    segments = dialogue_segments(conversations)
+    if turns == PLAIN:
+        return [segments]
+    examples, before = [], ""
+    for i, (text, learned) in enumerate(segments):
+        if learned:
+            label = segments[i - 1][0] if i and _LABEL.fullmatch(segments[i - 1][0]) else ""
+            asked = before.removesuffix(label).removesuffix(END)
+            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (text, True)])
+        before += text
+    return examples

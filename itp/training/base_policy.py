@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag, parse_settings
-from itp.runtime import UserError, run_main
-from itp.text.prompts import dialogue_segments
-from itp.training.finetune import Example, FinetuneSettings, check_settings, claim_run, finetune
+from itp.runtime import UserError, load_tokenizer, run_main
+from itp.text.prompts import PLAIN, Turns, dialogue_examples
+from itp.training.finetune import Example, FinetuneSettings, check_settings, claim_run, finetune, trained_form
 from itp.transitions import read_rows
 
 SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "system": "human", "assistant": "gpt"}
@@ -28,12 +28,13 @@ class BasePolicySettings(FinetuneSettings):
     train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas")
 
 
-def read_dialogues(path: str) -> list[Example]:
-    """One example a dialogue.  Raises UserError naming the row that isn't one."""
+def read_dialogues(path: str, form: Turns = PLAIN) -> list[Example]:
+    """The examples of all dialogues, asked for in ``form``.  Raises UserError naming the row that isn't one."""
     examples = []
     for where, row in read_rows(path):
         turns = _turns(row, where)
-        examples.append(Example(dialogue_segments(turns), keep_first=True, group=str(row.get("id", ""))))
+        examples += [Example(segments, eos=form == PLAIN, keep_first=form == PLAIN, group=str(row.get("id", "")))
+                     for segments in dialogue_examples(turns, form)]
     if not examples:
         raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
     return examples
@@ -60,10 +61,12 @@ def _turns(row: Any, where: str) -> list[dict[str, Any]]:
 def main() -> None:
     settings = parse_settings(BasePolicySettings, prog="python -m itp.training.base_policy", description=__doc__)
     files = settings.train_json.split(",")
-    examples = [example for path in files for example in read_dialogues(path)]
+    for path in files:
+        read_dialogues(path)  # refused before a tokenizer is loaded
     check_settings(settings)
     if not claim_run(settings, files, ignore=("train_json",)):
-        finetune(settings, examples)
+        form = trained_form(settings, load_tokenizer(settings.model_path))
+        finetune(settings, [example for path in files for example in read_dialogues(path, form)])
 
 
 if __name__ == "__main__":

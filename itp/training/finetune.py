@@ -31,9 +31,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itp.config import flag
+from itp.lm.chat import card_of, trained_turns, turns_of
 from itp.runtime import (
-    UserError, bos_ids, check_model_path, claim_output, load_tokenizer, model_fingerprint, read_json, write_json,
+    UserError, bos_ids, check_model_path, claim_output, load_tokenizer, model_card, model_fingerprint, read_json,
+    write_json,
 )
+from itp.text.prompts import PLAIN, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +73,9 @@ class FinetuneSettings:
     q_lora: bool = flag(False, help="keep the base model in 4 bits (needs CUDA and bitsandbytes)")
     merge: bool = flag(True, help="also write the complete model to merged_dir")
     merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full")
+    prompt_form: str = flag("auto", choices=("auto", "plain", "chat"),
+                            help="what is learned is asked for as plain text or in the turns of the tokenizer's chat "
+                                 "template, now and at inference; auto: as the model was trained here, else plain")
     deepspeed: str = flag("", help="DeepSpeed configuration; start the program with the deepspeed launcher")
     save_every_steps: int = flag(0, at_least=0, help="optimizer steps between checkpoints; 0: one after every epoch")
     save_total_limit: int = flag(3, at_least=1, help="how many checkpoints are kept")
@@ -82,6 +88,13 @@ class FinetuneSettings:
     @property
     def merged_path(self) -> Path:
         return Path(self.merged_dir) if self.merged_dir else Path(self.out_dir) / "merged_full"
+
+
+def trained_form(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """What stands around the prompts of this run; its models carry it with them."""
+    if settings.prompt_form == "auto":
+        return trained_turns(model_card(settings.model_path))
+    return turns_of(tokenizer) if settings.prompt_form == "chat" else PLAIN
 
 
 NOT_THE_RESULT = ("out_dir", "merge", "merged_dir", "save_every_steps", "save_total_limit", "logging_steps",
@@ -326,7 +339,8 @@ def train(settings: FinetuneSettings, task: TextTask) -> dict[str, Any] | None:
     if settings.lora_r and settings.merge:
         # Merged from the files: under ZeRO-3 no process holds whole weights.
         shutil.rmtree(settings.merged_path, ignore_errors=True)
-        hf_trainer.save_whole(task.merged(tokenizer), tokenizer, settings.merged_path)
+        card = card_of(trained_form(settings, tokenizer))
+        hf_trainer.save_whole(task.merged(tokenizer), tokenizer, settings.merged_path, card)
     if held_rows:
         metrics |= task.measure(tokenizer, held_rows, device)
     metrics |= {"train_rows": len(train_rows), "held_out_rows": len(held_rows), "encoding": encoding.counts,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itp.lm.local import LocalLM
 from itp.policy.agent import Policy
 from itp.runtime import UserError
-from itp.text import prompts
 from itp.text.state import State
 from itp.world_model import WorldModel
 
@@ -35,8 +34,7 @@ class Fitting:
         model, cuts = self.world_model, []
         fits = self._within(model.lm, model.params.max_new_tokens)
         for state, action in zip(states, actions, strict=True):
-            cuts.append(cut(state, lambda s, a=action: prompts.world_model_prompt(
-                s.last(model.keep_steps).render(), a, style=model.style), fits))
+            cuts.append(cut(state, lambda s, a=action: model.prompt(s, a), fits))
         return await model.step(cuts, actions)
 
     def for_acting(self, state: State, foresight: str = "") -> State:

@@ -143,13 +143,16 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 
 def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTokenizerBase, folder: Path,
-               **options: Any) -> None:
-    """Write a model folder that appears whole: beside its place, then renamed."""
+               card: dict[str, Any], **options: Any) -> None:
+    """Write a model folder that appears whole: beside its place, then renamed.
+
+    ``card``: so that inference asks it as training did; a policy with heads writes its own.
+    """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(beside, **options)
     tokenizer.save_pretrained(beside)
-    if not (beside / MODEL_CARD).exists():  # so that inference asks it as training did
-        write_json(beside / MODEL_CARD, {"prompt_style": "tuned"})
+    if not (beside / MODEL_CARD).exists():
+        write_json(beside / MODEL_CARD, card)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)

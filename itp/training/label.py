@@ -36,11 +36,12 @@ from typing import Any
 from itp.config import flag
 from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
+from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.runtime import (
-    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
-    write_atomic, write_json,
+    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, write_atomic,
+    write_json,
 )
 from itp.text.prompts import FORESIGHT_FORMATS, action_target, foresight_text
 from itp.text.state import State, parse
@@ -370,9 +371,11 @@ def load_labeller(settings: LabelSettings, candidates: tuple[int, ...], quorum: 
                                role="policy", max_batch_rows=settings.score_batch_size, **cache)
     wm_lm = LocalLM.load(wm_path, device=settings.wm_device, dtype=settings.wm_dtype, role="world_model",
                          max_batch_rows=settings.wm_batch_size, **cache)
-    policy = Policy(policy_lm, style=prompt_style(policy_path), keep_steps=settings.history_keep_steps,
+    style, turns = asked_as(policy_path, policy_lm.tokenizer)
+    policy = Policy(policy_lm, style=style, turns=turns, keep_steps=settings.history_keep_steps,
                     control=has_heads(policy_path), temperature=settings.temperature, top_p=settings.top_p)
-    world_model = WorldModel(wm_lm, style=prompt_style(wm_path), max_new_tokens=settings.wm_max_new_tokens,
+    style, turns = asked_as(wm_path, wm_lm.tokenizer, role="world_model")
+    world_model = WorldModel(wm_lm, style=style, turns=turns, max_new_tokens=settings.wm_max_new_tokens,
                              keep_steps=settings.history_keep_steps)
     return Labeller(policy, world_model, candidates, settings)
 

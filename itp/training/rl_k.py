@@ -35,6 +35,7 @@ from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.base import TextEnv
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games, resolve_split, with_other_missions
+from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
@@ -348,7 +349,8 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     if settings.force_k != 0:
         wm = LocalLM.load(settings.wm_model_path, device=wm_device, dtype=settings.wm_dtype, role="world_model",
                           quorum=quorum)
-        world_model = WorldModel(wm, style=prompt_style(settings.wm_model_path),
+        style, turns = asked_as(settings.wm_model_path, wm.tokenizer, role="world_model")
+        world_model = WorldModel(wm, style=style, turns=turns,
                                  max_new_tokens=settings.wm_max_new_tokens, keep_steps=settings.history_keep_steps)
     return progress, Player(settings, lm, world_model, quorum), learner
 

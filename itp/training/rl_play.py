@@ -18,11 +18,12 @@ from itp.envs.pool import EnvPool
 from itp.games import Game
 from itp.imagination import imagine
 from itp.lm.base import Trace
+from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.policy.method import Decision, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import derive_seed, prompt_style
+from itp.runtime import derive_seed
 from itp.training.fitting import Fitting
 from itp.world_model import WorldModel
 
@@ -92,7 +93,8 @@ class Player:
 
     def __init__(self, settings: RlSettings, lm: LocalLM, world_model: WorldModel | None, quorum: Quorum) -> None:
         self.settings, self.lm, self.world_model, self.quorum = settings, lm, world_model, quorum
-        self.greedy = Policy(lm, style=prompt_style(settings.policy_model_path), selection=settings.action_selection,
+        style, turns = asked_as(settings.policy_model_path, lm.tokenizer)
+        self.greedy = Policy(lm, style=style, turns=turns, selection=settings.action_selection,
                              keep_steps=settings.history_keep_steps, control=True,
                              action_tokens=settings.action_max_new_tokens,
                              imagined_action_tokens=settings.imagine_action_max_new_tokens)

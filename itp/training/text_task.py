@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from itp.lm.chat import card_of
 from itp.policy.policy_with_heads import logits_only_at
-from itp.training.finetune import Encoding, Example, FinetuneSettings, Row, encode
+from itp.training.finetune import Encoding, Example, FinetuneSettings, Row, encode, trained_form
 from itp.training.hf_trainer import Collator, FineTuner, load_base, lora_config, merge_adapter, save_whole
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class TextTask:
         options = {} if (state := trainer.gathered_state()) is None else {"state_dict": state}
         if trainer.args.should_save:
             save_whole(trainer.model if options else trainer.model.to(dtype), trainer.tokenizer,
-                       self.settings.merged_path, **options)
+                       self.settings.merged_path, card_of(trained_form(self.settings, trainer.tokenizer)), **options)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
         """Base and adapter, as they lie in ``out_dir``, as plain weights."""

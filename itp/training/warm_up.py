@@ -16,13 +16,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from itp.lm.chat import asked_as, card_of
 from itp.policy.heads import has_heads
 from itp.policy.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer, read_heads, save_heads
-from itp.runtime import UserError, bos_ids, load_tokenizer, prompt_style
-from itp.text.prompts import CTRL, action_target, policy_prompt
+from itp.runtime import UserError, bos_ids, load_tokenizer
+from itp.text.prompts import CTRL, Turns, action_target, policy_prompt
 from itp.text.state import State
 from itp.training import fitting
-from itp.training.finetune import Encoding, Row
+from itp.training.finetune import Encoding, Row, trained_form
 from itp.training.hf_trainer import FineTuner, load_base, lora_config, merge_adapter, save_whole
 from itp.training.sft import SftSettings, Step
 from itp.training.text_task import TextTask
@@ -85,7 +86,6 @@ class WarmUpTask(TextTask):
         super().__init__(settings, [])
         self.settings: SftSettings = settings
         self.steps = steps
-        self.style = prompt_style(settings.model_path)  # as stage 1 asks it: labels belong to their prompt
 
     # ------------------------------------------------------------ rows
 
@@ -103,6 +103,7 @@ class WarmUpTask(TextTask):
         return encoding
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]) -> Iterator[Encoded]:
+        form = self.asked(tokenizer)
         bos, ctrl = bos_ids(tokenizer), tokenizer.convert_tokens_to_ids(CTRL)
 
         def ids_of(texts: list[str]) -> list[list[int]]:
@@ -110,27 +111,30 @@ class WarmUpTask(TextTask):
 
         for start in range(0, len(self.steps), 1000):
             chunk = self.steps[start:start + 1000]
-            prompts = ids_of([self._prompt(step, step.state) for step in chunk])
+            prompts = ids_of([_prompt(step, step.state, *form) for step in chunk])
             targets = ids_of([action_target(step.action) for step in chunk])
             for step, prompt, target in zip(chunk, prompts, targets, strict=True):
                 counts["examples"] += 1
                 room = self.settings.max_seq_len - len(bos) - len(target)
                 if len(prompt) > room:
                     try:
-                        state = fitting.cut(step.state, lambda s, step=step: self._prompt(step, s),
+                        state = fitting.cut(step.state, lambda s, step=step: _prompt(step, s, *form),
                                             lambda text, room=room: len(ids_of([text])[0]) <= room)
                     except UserError:  # it doesn't fit even without its history
                         counts["too_long"] += 1
                         continue
-                    short = ids_of([self._prompt(step, state)])[0]
+                    short = ids_of([_prompt(step, state, *form)])[0]
                     counts["cut"] += 1
                     counts["lost_tokens"] += len(prompt) - len(short)
                     prompt = short
                 prompt = [*bos, *prompt]
                 yield Encoded(step, prompt, target, prompt.index(ctrl))
 
-    def _prompt(self, step: Step, state: State) -> str:
-        return policy_prompt(state.render(), foresight=step.foresight, control=True, style=self.style)
+    def asked(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Turns]:
+        """(prompt style, turns): as stage 1 asks the base policy, since labels belong to their prompt, or as told."""
+        style, turns = asked_as(self.settings.model_path, tokenizer)
+        as_it_is = self.settings.prompt_form == "auto" or style == "instruct" and self.settings.prompt_form == "chat"
+        return style, turns if as_it_is else trained_form(self.settings, tokenizer)
 
     def _packed(self, episode: list[Encoded]) -> Iterator[list[Encoded]]:
         """Steps of an episode that share a sequence, which has at most ``max_seq_len`` tokens."""
@@ -168,8 +172,11 @@ class WarmUpTask(TextTask):
     def _with_heads(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
         """The heads that the policy had, or new ones."""
         if has_heads(self.settings.model_path):
-            return PolicyWithHeads.around(model, tokenizer, self.settings.model_path)
-        return PolicyWithHeads.create(model, tokenizer, self.settings.kmax, self.style)
+            policy = PolicyWithHeads.around(model, tokenizer, self.settings.model_path)
+        else:
+            policy = PolicyWithHeads.create(model, tokenizer, self.settings.kmax)
+        policy.prompt_style, policy.turns = self.asked(tokenizer)
+        return policy
 
     def items(self, batch: Batch) -> torch.Tensor:
         return torch.tensor([len(batch["target_ids"]), len(batch["k_labels"])])
@@ -217,7 +224,7 @@ class WarmUpTask(TextTask):
             policy.backbone.to(dtype)
         else:
             options = {"state_dict": _below(state, "policy.backbone."), "heads": _below(state, "policy.heads.")}
-        save_whole(policy, trainer.tokenizer, self.settings.merged_path, **options)
+        save_whole(policy, trainer.tokenizer, self.settings.merged_path, card_of(policy.turns), **options)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
         model = AutoModelForCausalLM.from_pretrained(self.settings.model_path)
@@ -241,6 +248,10 @@ def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torc
     if state is None:
         return None
     return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+
+
+def _prompt(step: Step, state: State, style: str, turns: Turns) -> str:
+    return policy_prompt(state.render(), foresight=step.foresight, control=True, style=style, turns=turns)
 
 
 def make_row(steps: Sequence[Encoded]) -> Row:

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from itp.config import flag, parse_settings  # noqa: E402
 from itp.runtime import load_tokenizer, run_main  # noqa: E402
-from itp.text.prompts import world_model_prompt, world_model_target  # noqa: E402
+from itp.text.prompts import PLAIN, Turns, world_model_prompt, world_model_target  # noqa: E402
 from itp.text.state import State, parse  # noqa: E402
 from itp.training.finetune import (  # noqa: E402
-    IGNORED, Example, FinetuneSettings, Row, check_settings, claim_run, finetune,
+    IGNORED, Example, FinetuneSettings, Row, check_settings, claim_run, finetune, trained_form,
 )
 from itp.training.fitting import steps_that_fit  # noqa: E402
 from itp.transitions import Transition, read_transitions  # noqa: E402
@@ -45,12 +45,13 @@ class WorldModelSettings(FinetuneSettings):
     check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
 
 
-def to_examples(transitions: Sequence[Transition]) -> list[Example]:
-    return [Example([(world_model_prompt(t.state, t.action), False), (world_model_target(t.next_state), True)],
-                    group=t.episode_id) for t in transitions]
+def to_examples(transitions: Sequence[Transition], turns: Turns = PLAIN) -> list[Example]:
+    return [Example([(world_model_prompt(t.state, t.action, turns=turns), False),
+                     (world_model_target(t.next_state), True)], group=t.episode_id) for t in transitions]
 
 
-def shorten(example: Example, transition: Transition, room: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+def shorten(example: Example, transition: Transition, room: int, tokenizer: PreTrainedTokenizerBase,
+            turns: Turns = PLAIN) -> Example:
     """``example`` with the oldest steps of its state left out until its prompt has at most ``room`` tokens.
 
     Task, first observation and last step stay, as they do when a long state is cut at inference.  A state
@@ -62,7 +63,7 @@ def shorten(example: Example, transition: Transition, room: int, tokenizer: PreT
         return example
 
     def prompt(state: State) -> str:
-        return world_model_prompt(state.render(), transition.action)
+        return world_model_prompt(state.render(), transition.action, turns=turns)
 
     def fits(text: str) -> bool:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= room
@@ -71,16 +72,17 @@ def shorten(example: Example, transition: Transition, room: int, tokenizer: PreT
     return Example([(prompt(state.last(kept)), False), example.segments[1]], group=example.group)
 
 
-def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, max_len: int) -> list[Example]:
+def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, max_len: int,
+        turns: Turns = PLAIN) -> list[Example]:
     """Examples of at most ``max_len`` tokens, where leaving out old steps can do that."""
-    examples = to_examples(transitions)
+    examples = to_examples(transitions, turns)
     for start in range(0, len(examples), 1000):
         texts = [text for example in examples[start:start + 1000] for text, _ in example.segments]
         lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         for i in range(0, len(lengths), 2):
             index, room = start + i // 2, max_len - lengths[i + 1] - 2  # 2: bos and eos
             if lengths[i] > room:
-                examples[index] = shorten(examples[index], transitions[index], room, tokenizer)
+                examples[index] = shorten(examples[index], transitions[index], room, tokenizer, turns)
     return examples
 
 
@@ -118,7 +120,8 @@ def main() -> None:
         rows = random.Random(settings.seed).sample(held_rows, min(settings.eval_rows, len(held_rows)))
         return exact_match(model, tokenizer, rows)
 
-    examples = fit(transitions, load_tokenizer(settings.model_path), settings.max_seq_len)
+    tokenizer = load_tokenizer(settings.model_path)
+    examples = fit(transitions, tokenizer, settings.max_seq_len, trained_form(settings, tokenizer))
     finetune(settings, examples, measure if settings.eval_rows else None)
 
 

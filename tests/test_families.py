@@ -1,0 +1,318 @@
+"""Qwen2, Qwen3 and Llama, in miniature, through everything: what they see in training is what they see at inference.
+
+Nothing is compared by reading flags.  Every prompt that reaches an engine is caught as token ids; the same state
+goes through the training code, and its prompt ids must be among those caught.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foresight_eval.runner import evaluate
+from foresight_eval.settings import AlfworldSettings
+from itp.lm.chat import asked_as, end_of_turn, turns_of
+from itp.lm.decoding import Engine
+from itp.policy.agent import Policy
+from itp.runtime import UserError, load_tokenizer, model_card
+from itp.text.actions import without_thinking
+from itp.text.prompts import PLAIN, Turns, dialogue_examples, policy_prompt
+from itp.text.state import State
+from itp.training import base_policy, label, rl_k, sft
+from itp.training.finetune import IGNORED, Example, encode, finetune, trained_form
+from itp.training.warm_up import WarmUpTask
+from itp.transitions import Transition, write_transitions
+from itp.world_model import WorldModel
+from tests.families import FAMILIES, write_family
+from world_model.base_tuning.finetune import WorldModelSettings, fit, to_examples
+
+KMAX = 1
+STEPS = [("go to cabinet 1", "The cabinet 1 is closed."), ("open cabinet 1", "You open the cabinet 1."),
+         ("take plate 1 from cabinet 1", "You pick up the plate 1.")]
+
+
+def transitions() -> list[Transition]:
+    rows = []
+    for episode in "abc":
+        state = State(f"put a clean plate in fridge {episode}", "You are in the middle of a room.")
+        for t, (action, seen) in enumerate(STEPS):
+            rows.append(Transition(episode, t, state.render(), action, seen, expert_action=action))
+            state = state.after(action, seen)
+    return rows
+
+
+def dialogue(state: State, foresight: str, label: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": state.render() + foresight}, {"from": "gpt", "value": f"{label}: {answer}"}]
+
+
+def prompt_of(row: dict) -> tuple[int, ...]:
+    """What stands before the supervised tokens of a row."""
+    return tuple(row["input_ids"][:sum(label == IGNORED for label in row["labels"])])
+
+
+class Seen:
+    """What was asked, as text in parts and as token ids."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.ids: set[tuple[int, ...]] = set()
+        self.policy: list[tuple[Policy, State, str, dict]] = []
+        self.world: list[tuple[WorldModel, State, str]] = []
+        for name, ids_of in (("generate", lambda r: r.ids), ("control", lambda ids: ids), ("score", lambda p: p[0])):
+            self._catch(patch, name, ids_of)
+        ask, imagine = Policy.prompt, WorldModel.prompt
+
+        def prompt(policy: Policy, state: State, name: str, **parts: str) -> str:
+            self.policy.append((policy, policy._shown(state), name, parts))
+            return ask(policy, state, name, **parts)
+
+        def world_prompt(model: WorldModel, state: State, action: str) -> str:
+            self.world.append((model, state.last(model.keep_steps), action))
+            return imagine(model, state, action)
+
+        patch.setattr(Policy, "prompt", prompt)
+        patch.setattr(WorldModel, "prompt", world_prompt)
+
+    def _catch(self, patch: pytest.MonkeyPatch, name: str, ids_of: Callable) -> None:
+        call = getattr(Engine, name)
+
+        def caught(engine: Engine, requests: list) -> list:
+            self.ids.update(tuple(ids_of(request)) for request in requests)
+            return call(engine, requests)
+
+        patch.setattr(Engine, name, caught)
+
+    def check(self, form: str, base: str) -> int:
+        """Every prompt, made by the training code of its model, is among the caught ids.  How many were compared."""
+        compared = set()
+        for model, state, action in self.world:
+            settings = WorldModelSettings(model_path=base, out_dir="", data_path="", prompt_form=form)
+            tokenizer = model.lm.tokenizer
+            examples = to_examples([Transition("", 0, state.render(), action, "x")], trained_form(settings, tokenizer))
+            compared.add(prompt_of(encode(examples, tokenizer, 9999).rows[0]))
+        for policy, state, name, parts in self.policy:
+            foresight, tokenizer = parts.get("foresight", ""), policy.lm.tokenizer
+            if policy.control:
+                settings = sft.SftSettings(train_jsonl="", policy_model_path=base, out_dir="", model_path=base,
+                                           max_seq_len=9999, prompt_form=form)
+                task = WarmUpTask(settings, [sft.Step("", state, foresight, "look", 0)])
+                step, = task._tokens(tokenizer, trained_form(settings, tokenizer), dict.fromkeys(("examples",), 0))
+                control = tuple(step.prompt[:step.control + 1])
+                assert any(ids[:len(control)] == control for ids in self.ids)
+                compared.add(tuple(step.prompt))
+            else:
+                settings = base_policy.BasePolicySettings(model_path=base, out_dir="", train_json="", prompt_form=form)
+                talk, turns = dialogue(state, foresight, name, "look"), trained_form(settings, tokenizer)
+                row, = encode([Example(dialogue_examples(talk, turns)[0], eos=False)], tokenizer, 9999).rows
+                compared.add(prompt_of(row))
+        assert compared <= self.ids
+        return len(compared)
+
+
+@pytest.mark.parametrize("family, form", [("qwen2", "chat"), ("qwen3", "chat"), ("llama", "chat"), ("llama", "plain")])
+def test_one_family_through_everything(family: str, form: str, tmp_path: Path, games_root: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    base = str(write_family(tmp_path / "base", family))
+    write_transitions(tmp_path / "expert.jsonl", transitions())
+    run = {"epochs": 1.0, "batch_size": 3, "grad_accum": 1, "eval_share": 0.0, "prompt_form": form, "lr": 1e-3}
+
+    wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", **run)
+    tokenizer = load_tokenizer(base)
+    finetune(wm, fit(transitions(), tokenizer, 2048, trained_form(wm, tokenizer)))
+    talks = [{"id": str(i), "conversations": dialogue(State("look", "You see."), "", "Action", a)}
+             for i, (a, _) in enumerate(STEPS)]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    policy = base_policy.BasePolicySettings(model_path=base, out_dir=str(tmp_path / "policy"),
+                                            train_json=str(tmp_path / "talks.json"), **run)
+    finetune(policy, base_policy.read_dialogues(policy.train_json, trained_form(policy, tokenizer)))
+    policy_path, wm_path = str(policy.merged_path), str(wm.merged_path)
+    assert ("turns" in model_card(wm_path)) == ("turns" in model_card(policy_path)) == (form == "chat")
+
+    seen = Seen(monkeypatch)
+    devices = {"policy_device": "cpu", "wm_device": "cpu"}
+    labels = label.LabelSettings(expert_jsonl=str(tmp_path / "expert.jsonl"), policy_model_path=policy_path,
+                                 wm_model_path=wm_path, out_labeled_jsonl=str(tmp_path / "labelled.jsonl"), kmax=KMAX,
+                                 wm_max_new_tokens=4, **devices)
+    label.run(labels)
+    warm_up = sft.SftSettings(train_jsonl=labels.out_labeled_jsonl, policy_model_path=policy_path, kmax=KMAX,
+                              out_dir=str(tmp_path / "warm_up"), **(run | {"prompt_form": "auto"}))
+    sft.run(warm_up)
+    with_heads = str(tmp_path / "warm_up/merged_full")
+    rl_k.run(rl_k.RlSettings(
+        policy_model_path=with_heads, wm_model_path=wm_path, out_dir=str(tmp_path / "rl"),
+        env_data_path=str(games_root), episodes_per_epoch=1, episodes_per_update=1, num_envs=1, env_processes=1, max_steps=2, wm_max_new_tokens=4,
+        eval_every=0, action_selection="constrained", max_seq_len=4000, **devices))
+    learned = str(tmp_path / "rl/last")
+    assert model_card(learned).get("turns") == model_card(policy_path).get("turns")
+    for number, model in enumerate((learned, policy_path)):
+        asyncio.run(evaluate(AlfworldSettings(
+            policy_model=model, wm_model=wm_path, output_path=str(tmp_path / f"eval{number}"), only_ids="0",
+            env_data_root=str(games_root), split="train", max_steps=2, fixed_k=1, max_k=KMAX, act_tokens=4,
+            foresight_tokens=4, device="cpu", env_processes=1, concurrency=1)))
+    assert seen.check(form, base) > 20
+    assert {p.control for p, *_ in seen.policy} == {True, False}
+
+
+# ---------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_are_the_template(family: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_family(tmp_path, family)))
+    turns = turns_of(tokenizer, "Be brief.")
+    told = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A state.\nIt is."}], tokenize=False,
+        add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024")
+    assert told.removeprefix(tokenizer.bos_token or "") == f"{turns.head}A state.\nIt is.{turns.tail}"
+    prompt = policy_prompt("Task: t\nObservation: o", turns=turns, style="instruct")
+    assert prompt.startswith(turns.head) and prompt.endswith(f"{turns.tail}Action:")
+    assert prompt.count("Be brief.") == 1
+    assert turns.tail.endswith("<think>\n\n</think>\n\n") == (family == "qwen3")
+    end = "<|eot_id|>" if family == "llama" else "<|im_end|>"
+    assert end_of_turn(tokenizer) == {tokenizer.convert_tokens_to_ids(end)}
+
+
+def test_base_model_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    """Qwen's base models name another end-of-sequence token than their template ends turns with."""
+    from itp.runtime import load_causal_lm
+
+    folder = write_family(tmp_path, "qwen2")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_causal_lm(str(folder))
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]) == sorted(Engine(model, tokenizer).eos)
+
+
+class Refusing:
+    """A tokenizer whose template takes no system turn, or drops it."""
+
+    bos_token = bos_token_id = None
+    name_or_path = "refusing"
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, messages, **options):
+        from jinja2 import Environment
+        from jinja2.exceptions import TemplateError
+
+        def refuse(text: str) -> None:
+            raise TemplateError(text)
+
+        template = Environment().from_string(self.chat_template)
+        return template.render(messages=messages, raise_exception=refuse, **options)
+
+
+@pytest.mark.parametrize("template", [
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"])
+def test_system_turn_that_a_template_refuses(template: str) -> None:
+    assert turns_of(Refusing(template), "Be brief.") == Turns("[Be brief.\n\n", "]")
+
+
+def test_open_block_of_thought_is_closed() -> None:
+    template = "{% for m in messages %}U {{ m.content }}\n{% endfor %}A <think>\n"
+    assert turns_of(Refusing(template)).tail == "\nA <think>\n\n</think>\n\n"
+    assert turns_of(Refusing(template), thinking=True) == Turns("U ", "\nA <think>", True)
+
+
+@pytest.mark.parametrize("template", ["nothing", "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"])
+def test_unusable_template(template: str) -> None:
+    with pytest.raises(UserError, match="refusing: its chat template can't be used"):
+        turns_of(Refusing(template))
+
+
+def test_asked_as(tmp_path: Path) -> None:
+    folder = str(write_family(tmp_path, "qwen3"))
+    tokenizer = load_tokenizer(folder)
+    style, turns = asked_as(folder, tokenizer)
+    assert style == "instruct" and "You act in a household" in turns.head and not turns.thinks
+    assert asked_as(folder, tokenizer, chat=False) == ("instruct", PLAIN)
+    assert asked_as(folder) == ("instruct", PLAIN)  # a server puts its own template around
+    assert asked_as(folder, tokenizer, thinking=True)[1].thinks
+    with pytest.raises(UserError, match="--thinking"):
+        asked_as(folder, tokenizer, chat=False, thinking=True)
+    assert asked_as(folder, tokenizer, style="tuned") == ("tuned", PLAIN)
+    assert "simulator" in asked_as(folder, tokenizer, role="world_model")[1].head
+
+
+# ---------------------------------------------------------------- thinking
+
+
+class Replies:
+    """An LM that says what it is told to."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.prompts, self.params = text, [], []
+
+    async def generate(self, prompts, params):
+        from itp.lm.base import Generation
+
+        self.prompts += prompts
+        self.params.append(params)
+        return [Generation(self.text, 1, 1, 0, "stop")]
+
+
+THINKS = Turns("<user>", "<assistant>", thinks=True)
+
+
+@pytest.mark.parametrize("reply, action, parsed", [
+    ("<think>\nAction: eat the plate\n</think>\n\nAction: look\n", "look", True),
+    ("I could say Action: eat\nbut no</think>\nlook", "look", True),  # the block was opened by the prompt
+    ("<think>\nAction: eat the plate\n", "", False),  # never closed
+    ("<think>x</think>\n\n", "", False),
+])
+def test_thoughts_are_no_action(reply: str, action: str, parsed: bool) -> None:
+    lm = Replies(reply)
+    policy = Policy(lm, style="instruct", turns=THINKS, action_tokens=10, thinking_tokens=100)
+    state = State("t", "o")
+    choice = asyncio.run(policy.act(state, None, 0))
+    assert (choice.action, choice.parsed) == (action, parsed)
+    assert lm.prompts[0].endswith("<assistant>")  # no label: it thinks first
+    assert lm.params[0].max_new_tokens == 110 and lm.params[0].stop == ()
+    assert asyncio.run(policy.propose(state, 0)) == action
+    assert asyncio.run(policy.think_and_act(state, 0)).action == action
+
+
+def test_horizon_and_reflection_after_thinking() -> None:
+    policy = Policy(Replies("<think>9 steps?</think>\n\nHorizon: 2"), style="instruct", turns=THINKS)
+    assert asyncio.run(policy.horizon(State("t", "o"), 5, 0))[0] == 2
+    policy = dataclasses.replace(policy, lm=Replies("<think>hm</think>\nReflection: it fails.\nMore"))
+    assert asyncio.run(policy.reflect(State("t", "o"), "", 0)) == "it fails."
+
+
+def test_world_model_on_a_server_may_think() -> None:
+    model = WorldModel(Replies("<think>Let me see.</think>\n\nYou see a mug."), style="instruct")
+    assert asyncio.run(model.step([State("t", "o")], ["look"])) == ["You see a mug."]
+    assert without_thinking("plain") == "plain"
+
+
+# ---------------------------------------------------------------- dialogues as questions
+
+
+def test_dialogue_in_turns() -> None:
+    talk = [{"from": "human", "value": "Task: t\nObservation: o"}, {"from": "gpt", "value": "Action: a"},
+            {"from": "human", "value": "Observation: p"}, {"from": "gpt", "value": "Action: b", "weight": 0},
+            {"from": "human", "value": "Observation: q"}, {"from": "gpt", "value": "Action: c"}]
+    turns = Turns("<u>", "<a>")
+    state = State("t", "o")
+    assert dialogue_examples(talk, turns) == [
+        [(policy_prompt(state.render(), turns=turns), False), (" a\n", True)],
+        [(policy_prompt(state.after("a", "p").after("b", "q").render(), turns=turns), False), (" c\n", True)]]
+
+
+def test_sliding_window_is_a_limit(tmp_path: Path) -> None:
+    """Within the window sliding attention is full attention; beyond it the engine's would differ from the model's."""
+    from itp.lm.local import LocalLM
+
+    folder = write_family(tmp_path, "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert LocalLM.load(str(folder)).context_length == 64
