@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None =
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add ``--config`` and one ``--name`` for every flag of ``settings``."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win")
+    parser.add_argument("--config", metavar="FILE[:SECTION]",
+                        help="YAML file with any of these settings, or a section of one; flags win")
     types = typing.get_type_hints(settings)
     for field in flag_fields(settings):
         kind, meta = types[field.name], field.metadata
@@ -97,14 +99,16 @@ def _boolean(text: str) -> bool:
 def _read_yaml(path: str, settings: type) -> dict[str, Any]:
     import yaml
 
-    if not Path(path).is_file():
+    file, _, section = (path, "", "") if Path(path).is_file() else path.rpartition(":")
+    if not Path(file).is_file():
         raise UserError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold `name: value` lines")
+    values = _section(values, path, section)
     hints = typing.get_type_hints(settings)
     types = {f.name: hints[f.name] for f in flag_fields(settings)}
     choices = {f.name: f.metadata["choices"] for f in flag_fields(settings)}
@@ -113,10 +117,29 @@ def _read_yaml(path: str, settings: type) -> dict[str, Any]:
             near = difflib.get_close_matches(str(name), types, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise UserError(f"--config {path}: unknown setting {name!r}{hint}")
-        if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
+        if types[name] is float and _is_number(value):
             values[name] = float(value)
         elif type(value) is not types[name]:
             raise UserError(f"--config {path}: {name} must be {types[name].__name__}, not {value!r}")
         if choices[name] and value not in choices[name]:
             raise UserError(f"--config {path}: {name} must be one of {list(choices[name])}, not {value!r}")
     return values
+
+
+def _section(values: dict[str, Any], path: str, section: str) -> dict[str, Any]:
+    """The settings of one program, where a file has those of several under their names."""
+    sections = [str(name) for name, value in values.items() if isinstance(value, dict)]
+    if not section and sections:
+        raise UserError(f"--config {path}: holds sections; name one of {', '.join(sections)}, as {path}:{sections[0]}")
+    if section and section not in sections:
+        near = difflib.get_close_matches(section, sections, n=1)
+        raise UserError(f"--config {path}: no section {section!r}" + (f", did you mean {near[0]!r}?" if near else
+                        f"; it has {', '.join(sections) or 'none'}"))
+    return values[section] if section else values
+
+
+def _is_number(value: Any) -> bool:
+    """Also 2e-5, which YAML takes for a text (it wants 2.0e-5)."""
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value))
+    return isinstance(value, int) and not isinstance(value, bool)

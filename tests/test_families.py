@@ -100,7 +100,7 @@ class Seen:
                 settings = sft.SftSettings(train_jsonl="", policy_model_path=base, out_dir="", model_path=base,
                                            max_seq_len=9999, prompt_form=form)
                 task = WarmUpTask(settings, [sft.Step("", state, foresight, "look", 0)])
-                step, = task._tokens(tokenizer, trained_form(settings, tokenizer), dict.fromkeys(("examples",), 0))
+                step, = task._tokens(tokenizer, {"examples": 0})
                 control = tuple(step.prompt[:step.control + 1])
                 assert any(ids[:len(control)] == control for ids in self.ids)
                 compared.add(tuple(step.prompt))
@@ -144,8 +144,8 @@ def test_one_family_through_everything(family: str, form: str, tmp_path: Path, g
     with_heads = str(tmp_path / "warm_up/merged_full")
     rl_k.run(rl_k.RlSettings(
         policy_model_path=with_heads, wm_model_path=wm_path, out_dir=str(tmp_path / "rl"),
-        env_data_path=str(games_root), episodes_per_epoch=1, episodes_per_update=1, num_envs=1, env_processes=1, max_steps=2, wm_max_new_tokens=4,
-        eval_every=0, action_selection="constrained", max_seq_len=4000, **devices))
+        env_data_path=str(games_root), episodes_per_epoch=1, episodes_per_update=1, num_envs=1, env_processes=1,
+        max_steps=2, wm_max_new_tokens=4, eval_every=0, action_selection="constrained", max_seq_len=4000, **devices))
     learned = str(tmp_path / "rl/last")
     assert model_card(learned).get("turns") == model_card(policy_path).get("turns")
     for number, model in enumerate((learned, policy_path)):

@@ -13,13 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("runtime", "config", "games", "transitions", "text", "envs", "lm", "world_model", "imagination", "policy",
-          "rollout", "training")
+          "rollout", "training", "doctor")
 """The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
          "fast_downward", "openai", "scienceworld", "datasets"}
 PROGRAMS = ("foresight_eval", "foresight_eval.report", "world_model.collect", "world_model.fidelity",
             "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
-            "itp.training.train_adaptive_k", "world_model/base_tuning/finetune.py")
+            "itp.training.train_adaptive_k", "itp.doctor", "world_model.data_processing.convert",
+            "world_model.data_processing.fetch", "world_model/base_tuning/finetune.py")
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

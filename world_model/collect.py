@@ -37,8 +37,8 @@ from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
-    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
-    run_main, write_json,
+    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, run_main,
+    write_json,
 )
 from itp.text import dialogues
 from itp.transitions import Transition, read_appended, write_transitions

@@ -45,7 +45,6 @@ from itp.runtime import (
     claim_output,
     derive_seed,
     model_fingerprint,
-    prompt_style,
     resolve_device,
 )
 from itp.text.prompts import FORESIGHT_FORMATS

