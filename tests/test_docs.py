@@ -1,0 +1,123 @@
+"""Every command in README and docs/ is one that the programs take: the module, each flag and its value, and files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foresight_eval.settings import METHODS, AlfworldSettings
+from itp import doctor
+from itp.config import add_flags
+from itp.envs import alfworld_games
+from itp.training.base_lm import BaseLMSettings
+from itp.training.base_policy import BasePolicySettings
+from itp.training.label import LabelSettings
+from itp.training.rl_k import RlSettings
+from itp.training.sft import SftSettings
+from world_model import collect, fidelity
+from world_model.base_tuning.finetune import WorldModelSettings
+from world_model.data_processing import convert, fetch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+SETTINGS = {
+    "itp.doctor": doctor.Settings, "itp.envs.alfworld_games": alfworld_games.Settings,
+    "world_model.collect": collect.Settings, "world_model.fidelity": fidelity.Settings,
+    "world_model.data_processing.convert": convert.Settings, "world_model.data_processing.fetch": fetch.Settings,
+    "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
+    "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
+    "itp.training.train_adaptive_k label": LabelSettings, "itp.training.train_adaptive_k sft": SftSettings,
+    "itp.training.train_adaptive_k rl_k": RlSettings,
+}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command in a page's bash blocks, variables of the block filled in."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
+            words = shlex.split(line, comments=True)
+            for part in line.split("; ") if "=\"" in line else []:
+                name, _, value = part.strip().partition("=")
+                variables[name] = value.strip('"')
+            if words:
+                yield words
+
+
+def modules(page: Path) -> Iterator[tuple[str, list[str]]]:
+    for words in commands(page):
+        if "-m" in words:
+            at = words.index("-m")
+            module, rest = words[at + 1], words[at + 2:]
+            if module.endswith("train_adaptive_k") and rest:
+                module, rest = f"{module} {rest[0]}", rest[1:]
+            yield module, [word for word in rest if word not in ("...", "|", ">")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, arguments in modules(page):
+        if module in SETTINGS:
+            parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+            add_flags(parser, SETTINGS[module])
+            if "two" in arguments:  # the example's own method
+                assert arguments.pop(arguments.index("two")) and arguments.pop(arguments.index("--method"))
+            _, unknown = parser.parse_known_args(arguments)
+            assert not unknown, f"{page.name}: {module} doesn't take {unknown}"
+        else:
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or module in ("itp.training.train_adaptive_k",), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_files_and_links_exist(page: Path) -> None:
+    for words in commands(page):
+        for word in words:
+            if re.match(r"(scripts|configs|world_model)/", word) and "=" not in word:
+                assert (ROOT / word.split(":")[0]).exists(), f"{page.name}: {word}"
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(len(list(modules(page))) for page in PAGES) > 25
+    assert {"foresight", "sft", "react", "cot"} <= set(METHODS)
+
+
+def test_the_example_method_plays(tmp_path: Path, games_root: Path) -> None:
+    """The method of docs/extending.md, as it stands there, on a real game."""
+    import asyncio
+    import functools
+
+    from itp.envs.alfworld import AlfworldEnv
+    from itp.envs.pool import EnvPool
+    from itp.games import list_games
+    from itp.lm.local import LocalLM, Quorum
+    from itp.policy.agent import Policy
+    from itp.rollout import run_episodes
+    from tests.tiny import write_tiny_model
+
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+
+    async def play() -> list:
+        quorum = Quorum()
+        lm = LocalLM.load(str(write_tiny_model(tmp_path / "m")), quorum=quorum)
+        method = names["Two"](Policy(lm, temperature=1.0, action_tokens=4))
+        pool = EnvPool(functools.partial(AlfworldEnv), 1)
+        try:
+            return [e async for e in run_episodes(pool, method, list_games("alfworld", "seen", games_root)[:1],
+                                                  max_steps=2, seed=0, concurrency=1, quorum=quorum)]
+        finally:
+            await pool.close()
+            await lm.close()
+
+    episode, = asyncio.run(play())
+    assert len(episode.steps) == 2 and all(step.decision.logprob is not None for step in episode.steps)
