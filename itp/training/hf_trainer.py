@@ -123,8 +123,15 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
     return model
 
 
-def lora_config(settings: FinetuneSettings) -> peft.LoraConfig:
+def lora_config(settings: FinetuneSettings, model: PreTrainedModel) -> peft.LoraConfig:
+    """LoRA as the settings say.  Raises UserError for a target that ``model`` doesn't have."""
     targets = settings.lora_targets
+    if targets != "all-linear":
+        there = {name.rpartition(".")[2] for name, module in model.named_modules()
+                 if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()}
+        if unknown := sorted({*targets.split(",")} - there):
+            raise UserError(f"--lora_targets {','.join(unknown)}: {settings.model_path} has no such linear layers; it has "
+                            f"{', '.join(sorted(there))}")
     return peft.LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","), task_type="CAUSAL_LM")

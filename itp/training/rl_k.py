@@ -326,12 +326,14 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     import torch
 
     from itp.policy.heads import PolicyWithHeads
+    from itp.training import memory
     from itp.training.hf_trainer import choose_dtype
     from itp.training.rl_update import Learner
 
     torch.manual_seed(settings.seed)
     device, wm_device = (resolve_device(d) for d in processes.devices(settings.policy_device, settings.wm_device))
     dtype = choose_dtype(settings)
+    memory.report(settings, (device, wm_device), 4 if dtype == torch.float32 else 2)
     policy, tokenizer = PolicyWithHeads.from_pretrained(
         settings.policy_model_path, device=device,
         dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32") if settings.lora_r else "fp32")

@@ -39,7 +39,7 @@ class TextTask:
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
         """The module to train: with LoRA a frozen base in ``dtype`` and float32 adapters, else float32."""
         model = load_base(self.settings, dtype)
-        return peft.get_peft_model(model, lora_config(self.settings)) if self.settings.lora_r else model
+        return peft.get_peft_model(model, lora_config(self.settings, model)) if self.settings.lora_r else model
 
     def collator(self, pad_id: int, multiple: int = 1) -> Collator:
         return Collator(pad_id, multiple)

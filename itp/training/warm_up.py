@@ -163,7 +163,7 @@ class WarmUpTask(TextTask):
             if is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
                 raise UserError("--lora_r trains the row of <CTRL> with peft, which under ZeRO-3 needs a GPU; use a "
                                 "stage 2 configuration, or --lora_r 0")
-            policy.add_lora(lora_config(self.settings), tokenizer.convert_tokens_to_ids(CTRL))
+            policy.add_lora(lora_config(self.settings, policy.causal_lm), tokenizer.convert_tokens_to_ids(CTRL))
         module = WarmUp(policy, self.settings.beta_k)
         if options:
             module.hf_device_map = model.hf_device_map  # so that the Trainer leaves the layers where they are
