@@ -37,6 +37,7 @@ from itp.runtime import (
     write_json,
 )
 from itp.text.prompts import PLAIN, Turns
+from itp.training import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("itp.finetune")
 IGNORED = -100
 """The label of a token without loss: what PyTorch's cross entropy skips."""
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 
 
 @dataclass
@@ -83,6 +85,8 @@ class FinetuneSettings:
     eval_share: float = flag(0.05, at_least=0, below=1,
                              help="share of the examples that is held out, whole episodes where known")
     eval_every_epoch: bool = flag(True, help="held-out loss after every epoch, not only at the end")
+    report_to: str = flag("none", choices=TRACKERS, help="where metrics go besides the log")
+    push_to_hub: str = flag("", help="upload the complete model to this repository (user/name) of the hub, private")
     seed: int = flag(42, help="seed of the split, the order, LoRA's start and dropout")
 
     @property
@@ -98,7 +102,7 @@ def trained_form(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase)
 
 
 NOT_THE_RESULT = ("out_dir", "merge", "merged_dir", "save_every_steps", "save_total_limit", "logging_steps",
-                  "eval_every_epoch")
+                  "eval_every_epoch", "report_to", "push_to_hub")
 """Settings that may change between a run and its resumption."""
 
 
@@ -150,6 +154,10 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
     if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--q_lora needs bitsandbytes, which isn't installed; pip install bitsandbytes, or Q_LORA=false")
+    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+        raise UserError(f"--report_to {settings.report_to}: it isn't installed; pip install {settings.report_to}")
+    if settings.push_to_hub and not settings.merge and settings.lora_r:
+        raise UserError("--push_to_hub uploads the merged model, which --merge false leaves out; drop one of them")
 
 
 def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], ignore: tuple[str, ...] = ()) -> bool:
@@ -346,6 +354,10 @@ def train(settings: FinetuneSettings, task: TextTask) -> dict[str, Any] | None:
     metrics |= {"train_rows": len(train_rows), "held_out_rows": len(held_rows), "encoding": encoding.counts,
                 "tokens_per_row": statistics.fmean(len(row["input_ids"]) for row in encoding.rows),
                 "dtype": str(dtype).removeprefix("torch."), "world_size": args.world_size}
+    if settings.merged_path.is_dir():
+        hub.write_readme(settings.merged_path, settings, metrics)
+        if settings.push_to_hub:
+            hub.push(settings.merged_path, settings.push_to_hub)
     write_json(Path(settings.out_dir) / "metrics.json", metrics)
     log.info("metrics: %s", json.dumps(metrics))
     return metrics

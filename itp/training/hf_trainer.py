@@ -84,7 +84,7 @@ def training_arguments(settings: FinetuneSettings, dtype: torch.dtype, rows: int
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=settings.report_to,
         seed=settings.seed,
     )
     if args.device.type == "cuda":
@@ -130,8 +130,8 @@ def lora_config(settings: FinetuneSettings, model: PreTrainedModel) -> peft.Lora
         there = {name.rpartition(".")[2] for name, module in model.named_modules()
                  if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()}
         if unknown := sorted({*targets.split(",")} - there):
-            raise UserError(f"--lora_targets {','.join(unknown)}: {settings.model_path} has no such linear layers; it has "
-                            f"{', '.join(sorted(there))}")
+            raise UserError(f"--lora_targets {','.join(unknown)}: {settings.model_path} has no such linear layers; "
+                            f"it has {', '.join(sorted(there))}")
     return peft.LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","), task_type="CAUSAL_LM")

@@ -1,0 +1,55 @@
+"""What a trained model brings to the Hugging Face hub: a README with base, data, settings, metrics and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itp.runtime import MODEL_CARD, UserError, read_json, versions, write_atomic
+
+if TYPE_CHECKING:
+    from itp.training.finetune import FinetuneSettings
+
+log = logging.getLogger("itp.finetune")
+DATA_FLAGS = ("data_path", "train_json", "train_jsonl", "transitions")
+"""The flags of the programs that name training data."""
+
+
+def write_readme(folder: Path, settings: FinetuneSettings, metrics: Mapping[str, Any]) -> None:
+    """The model card of ``folder``, as the hub shows it."""
+    config = dataclasses.asdict(settings)
+    data = [Path(config[name]).name for name in DATA_FLAGS if config.get(name)]
+    base = settings.model_path
+    # The hub links a base model by its name there; a folder of this machine means nothing to others.
+    front = [f"base_model: {base}"] if not Path(base).exists() else []
+    card = read_json(folder / MODEL_CARD)
+    told = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    skip = ("out_dir", "merged_dir", "model_path", "policy_model_path", *DATA_FLAGS)
+    write_atomic(folder / "README.md", "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", *front,
+        "tags: [imagine-then-plan]", "---",
+        f"# {Path(settings.out_dir).name}", "",
+        f"Fine-tuned from `{Path(base).name if Path(base).exists() else base}` on {', '.join(data) or 'text'}.",
+        f"`{MODEL_CARD}` says how it is to be asked"
+        f"{' (turns of a chat)' if 'turns' in card else ' (plain text)'}.", "",
+        "## Metrics", "", *(f"- {name}: {value}" for name, value in told.items()), "",
+        "## Settings", "", "```json",
+        json.dumps({k: v for k, v in config.items() if k not in skip}, indent=2), "```", "",
+        "## Versions", "", *(f"- {name}: {version}" for name, version in versions().items()), ""]))
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload a model folder to ``repository`` (user/name), private unless it is there.  Raises UserError."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.create_repo(repository, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--push_to_hub {repository}: {type(error).__name__}; log in with `hf auth login`, check name "
+                        f"and network, and start the same command again (the model is whole in {folder})") from error
+    log.info("%s is on the hub as %s", folder, repository)

@@ -1,0 +1,66 @@
+"""What a trained model brings along, and uploading it with the hub stubbed at its edge."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+
+from itp.runtime import UserError
+from itp.training.base_policy import BasePolicySettings, read_dialogues
+from itp.training.finetune import check_settings, finetune
+from tests.tiny import write_tiny_model
+
+TALKS = """[{"id": "a", "conversations": [{"from": "human", "value": "Task: x"},
+                                         {"from": "gpt", "value": "Action: look"}]}]"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> BasePolicySettings:
+    (tmp_path / "talks.json").write_text(TALKS)
+    return BasePolicySettings(model_path=str(write_tiny_model(tmp_path / "base")), out_dir=str(tmp_path / "out"),
+                              train_json=str(tmp_path / "talks.json"), epochs=1.0, grad_accum=1, eval_share=0.0)
+
+
+def test_card_and_upload(settings: BasePolicySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: sent.append((name, options["private"])))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: sent.append(
+        sorted(p.name for p in Path(options["folder_path"]).iterdir())))
+    settings = dataclasses.replace(settings, push_to_hub="me/policy", report_to="tensorboard")
+    metrics = finetune(settings, read_dialogues(settings.train_json))
+    assert sent[0] == ("me/policy", True)
+    assert {"README.md", "itp_model.json", "model.safetensors"} <= set(sent[1])
+    assert not [name for name in sent[1] if name.endswith((".bin", ".pt"))]  # safetensors only
+    text = (settings.merged_path / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "transformers", "pipeline_tag": "text-generation",
+                                     "tags": ["imagine-then-plan"]}
+    assert "Fine-tuned from `base` on talks.json." in body and f"- train_loss: {metrics['train_loss']}" in body
+    assert '"lora_r": 8' in body and "- torch: " in body
+    assert str(Path(settings.out_dir).parent) not in text  # no path of this machine
+    assert list(Path(settings.out_dir).rglob("events.out.tfevents*"))
+
+
+def test_upload_that_fails_is_one_line(settings: BasePolicySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: str, **options: str) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    settings = dataclasses.replace(settings, push_to_hub="me/policy")
+    with pytest.raises(UserError, match="--push_to_hub me/policy: OSError; log in"):
+        finetune(settings, read_dialogues(settings.train_json))
+    assert (settings.merged_path / "config.json").is_file()
+    assert not (Path(settings.out_dir) / "metrics.json").exists()  # not finished: the same command tries again
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"report_to": "wandb"}, "--report_to wandb: it isn't installed"),
+    ({"push_to_hub": "me/x", "merge": False}, "--push_to_hub uploads the merged model"),
+])
+def test_refused_at_once(settings: BasePolicySettings, changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_settings(dataclasses.replace(settings, **changes))
