@@ -86,7 +86,7 @@ class Seen:
 
         patch.setattr(Engine, name, caught)
 
-    def check(self, form: str, base: str) -> int:
+    def check(self, form: str, base: str, base_policy_path: str) -> int:
         """Every prompt, made by the training code of its model, is among the caught ids.  How many were compared."""
         compared = set()
         for model, state, action in self.world:
@@ -97,8 +97,8 @@ class Seen:
         for policy, state, name, parts in self.policy:
             foresight, tokenizer = parts.get("foresight", ""), policy.lm.tokenizer
             if policy.control:
-                settings = sft.SftSettings(train_jsonl="", policy_model_path=base, out_dir="", model_path=base,
-                                           max_seq_len=9999, prompt_form=form)
+                settings = sft.SftSettings(train_jsonl="", policy_model_path="", out_dir="", max_seq_len=9999,
+                                           model_path=base_policy_path)
                 task = WarmUpTask(settings, [sft.Step("", state, foresight, "look", 0)])
                 step, = task._tokens(tokenizer, {"examples": 0})
                 control = tuple(step.prompt[:step.control + 1])
@@ -153,7 +153,7 @@ def test_one_family_through_everything(family: str, form: str, tmp_path: Path, g
             policy_model=model, wm_model=wm_path, output_path=str(tmp_path / f"eval{number}"), only_ids="0",
             env_data_root=str(games_root), split="train", max_steps=2, fixed_k=1, max_k=KMAX, act_tokens=4,
             foresight_tokens=4, device="cpu", env_processes=1, concurrency=1)))
-    assert seen.check(form, base) > 20
+    assert seen.check(form, base, policy_path) > 20
     assert {p.control for p, *_ in seen.policy} == {True, False}
 
 
