@@ -54,11 +54,12 @@ class WarmUp(torch.nn.Module):
         logits = out.logits.float()  # (M, V)
         nll = functional.cross_entropy(logits, target_ids, reduction="sum")
         k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="sum")
-        tokens, steps = (len(target_ids), len(k_labels)) if items is None else items
-        loss = nll / tokens + self.beta_k * k_nll / steps
+        tokens, steps = torch.tensor([len(target_ids), len(k_labels)]) if items is None else items
+        loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
         with torch.no_grad():
             missed = torch.zeros(len(k_labels), device=logits.device)
-            missed.index_add_(0, target_step, (logits.argmax(-1) != target_ids).float())
+            labelled = target_step >= 0
+            missed.index_add_(0, target_step[labelled], (logits.argmax(-1) != target_ids)[labelled].float())
             sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll, nll.new_tensor(len(k_labels)),
                                 (out.k_logits.argmax(-1) == k_labels).sum(), (missed == 0).sum()])
         return {"loss": loss, "sums": sums}
@@ -244,14 +245,20 @@ def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torc
 
 
 def make_row(steps: Sequence[Encoded]) -> Row:
-    """Steps as one row: ``controls`` and ``k_labels`` by step; ``targets``: (step, node, token that follows it)."""
-    tree, controls, targets = TokenTree(), [], []
-    for i, step in enumerate(steps):
-        nodes = tree.add(step.ids)
-        controls.append(nodes[step.control])
-        targets += [(i, node, token) for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
-    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": [s.step.k for s in steps],
-            "targets": targets}
+    """Steps as one row: ``controls`` and ``k_labels`` of the steps that have a label, ``targets`` of all.
+
+    A target is (number of the labelled step or -1, node, token that follows it).
+    """
+    tree, controls, k_labels, targets = TokenTree(), [], [], []
+    for step in steps:
+        nodes, number = tree.add(step.ids), -1
+        if step.step.k is not None:
+            number = len(controls)
+            controls.append(nodes[step.control])
+            k_labels.append(step.step.k)
+        targets += [(number, node, token)
+                    for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
+    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": k_labels, "targets": targets}
 
 
 class StepCollator:
@@ -274,13 +281,14 @@ class StepCollator:
         unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
         first = [width - len(tree) if self.left else 0 for tree in trees]
         before = list(itertools.accumulate((len(row["controls"]) for row in rows), initial=0))
-        targets = torch.tensor([(b, first[b] + node, token, before[b] + i)
+        targets = torch.tensor([(b, first[b] + node, token, before[b] + i if i >= 0 else -1)
                                 for b, row in enumerate(rows) for i, node, token in row["targets"]])
         self.tokens += sum(map(len, trees))
         self.slots += ids.numel()
         return {
             "input_ids": ids, **({} if unmasked else {"attention_mask": mask, "position_ids": positions}),
-            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]]),
-            "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]]),
+            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]],
+                                     dtype=torch.long).reshape(-1, 2),
+            "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]], dtype=torch.long),
             "target_pos": targets[:, :2], "target_ids": targets[:, 2], "target_step": targets[:, 3],
         }
