@@ -68,8 +68,9 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
                        concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    A game is taken from ``games`` when there is an environment for it.  The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the
-    order of the games changes what happens in it.  The first error of a method ends the run.
+    A game is taken from ``games`` when there is an environment for it.  The random choices of an episode derive
+    from (seed, game, step), so neither the concurrency nor the order of the games changes what happens in it.  The
+    first error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
