@@ -39,7 +39,7 @@ from itp.config import flag, parse_settings
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games
-from itp.lm.base import LM, GenParams, Usage, metered
+from itp.lm.base import LM, GenParams, metered
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import SELECTIONS, Policy
 from itp.rollout import Episode, run_episodes
@@ -184,7 +184,7 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
                     episodes.append(episode)
                 return sum(len(e.steps) for e in episodes)
 
-            found = await measured(part, how, "steps", lms, play, lambda: episodes, pool)
+            found = await measured(part, how, "steps", lms, play, pool)
             if pool.deaths:
                 raise UserError(f"{pool.deaths} environment processes died, which takes time; start again")
             found.actions = {e.game.game_id: [step.decision.action for step in e.steps] for e in episodes}
@@ -268,7 +268,7 @@ async def warm_up(pool: EnvPool, games: Sequence[Game], processes: int, concurre
 
 
 async def measured(part: str, how: str, unit: str, lms: dict[str, LM], work: Callable[[], Awaitable[int]],
-                   episodes: Callable[[], Sequence[Episode]] = tuple, pool: EnvPool | None = None) -> Pass:
+                   pool: EnvPool | None = None) -> Pass:
     """``work`` under the clock.  It returns how much it has done."""
     for lm in lms.values():
         await lm.generate(["Task:"], GenParams(max_new_tokens=4))  # too short for the prefix cache
@@ -278,10 +278,6 @@ async def measured(part: str, how: str, unit: str, lms: dict[str, LM], work: Cal
     with metered() as usage:
         amount = await work()
     seconds = time.monotonic() - start
-    for episode in episodes():  # the driver meters by step
-        for role, spent in episode.usage.items():
-            usage.setdefault(role, Usage())
-            usage[role] += spent
     busy = {role: lm.busy_s / seconds for role, lm in lms.items()}
     processes = len(pool.pids()) if pool else 1
     return Pass(
