@@ -16,6 +16,7 @@ from pathlib import Path
 from foresight_eval import report, results
 from foresight_eval.methods import NEED_WORLD_MODEL, build
 from foresight_eval.methods.settings import MethodSettings
+from foresight_eval.ranks import Ranks
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.pool import EnvPool
@@ -26,7 +27,9 @@ from itp.lm.openai import OpenAILM
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style
+from itp.runtime import (
+    UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style, rank_devices,
+)
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -39,16 +42,31 @@ DEEPSEEK_URL = "https://api.deepseek.com"
 
 
 async def evaluate(settings: AlfworldSettings) -> None:
-    """Play what is missing in ``settings.output_path``, then write and print the summary."""
+    """Play what is missing in ``settings.output_path``, then write and print the summary.
+
+    Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
+    """
+    ranks = Ranks()
     games = list_games("alfworld", settings.split, settings.env_data_root)
     chosen = choose_games(len(games), settings)
-    check(settings)
-    folder = claim(settings)
-    check_games(folder, games)
-    todo = {i: games[i] for i in chosen if not (folder / f"{i}.json").exists()}
-    log.info("%d games to play, %d finished before", len(todo), len(chosen) - len(todo))
-    if todo:
-        await play(settings, folder, todo)
+    folder = Path(settings.output_path)
+    if ranks.first:
+        check(settings)
+        if ranks.restarted:  # what --override was to delete is deleted
+            settings = dataclasses.replace(settings, override=False)
+        folder = claim(settings)
+        check_games(folder, games)
+    ranks.meet()
+    missing = [i for i in chosen if not is_finished(folder, i)]
+    if ranks.first:
+        log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
+    lost = await play(settings, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
+    everyones = await ranks.finished(len(lost))
+    if everyones:
+        raise UserError(f"{everyones} games lost their environment process again and again ({', '.join(lost[:3])}); "
+                        "start the same command again to play them")
+    if not ranks.first:
+        return
     report.write_summary(folder)
     print(report.table([folder]))
     print(f"results: {folder}")
@@ -135,22 +153,33 @@ def check_games(folder: Path, games: list[Game]) -> None:
                             "the split any more; choose another output path, or --override to start it anew")
 
 
-async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) -> None:
+def is_finished(folder: Path, index: int) -> bool:
+    return (folder / f"{index}.json").exists()
+
+
+async def play(settings: AlfworldSettings, folder: Path, games: dict[int, Game], missing: int,
+               ranks: Ranks) -> list[str]:
+    """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
     quorum = Quorum()
-    policy_lm = load_policy_lm(settings.policy_model, device=settings.policy_device or settings.device,
-                               dtype=settings.policy_dtype, quorum=quorum)
-    wm_lm = load_world_model(settings, quorum) if needs_world_model(settings) else None
+    local_wm = needs_world_model(settings) and settings.wm_backend == "local"
+    policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
+                                            settings.wm_device or settings.device, pairs=local_wm)
+    policy_lm = load_policy_lm(settings.policy_model, device=policy_device, dtype=settings.policy_dtype,
+                               quorum=quorum)
+    wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
     make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
-    pool = EnvPool(make_env, min(settings.env_processes, settings.concurrency, len(todo), os.cpu_count() or 1))
-    index = {game.game_id: i for i, game in todo.items()}
+    concurrency = min(settings.concurrency, -(-missing // ranks.count))  # so that the first doesn't take them all
+    pool = EnvPool(make_env, min(settings.env_processes, concurrency, max(1, (os.cpu_count() or 1) // ranks.here)))
+    index = {game.game_id: i for i, game in games.items()}
+    mine = (games[i] for i in ranks.share(list(games)) if not is_finished(folder, i))
     lost: list[str] = []
     start, steps = time.monotonic(), 0
     try:
-        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(len(todo), "game") as bar:
-            async for episode in run_episodes(pool, method, list(todo.values()), max_steps=settings.max_steps,
-                                              seed=settings.seed, concurrency=settings.concurrency, quorum=quorum):
+        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(missing, "game") as bar:
+            async for episode in run_episodes(pool, method, mine, max_steps=settings.max_steps, seed=settings.seed,
+                                              concurrency=concurrency, quorum=quorum):
                 bar.update()
                 if episode.reason == "env_died":
                     lost.append(episode.game.game_id)
@@ -167,15 +196,13 @@ async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) 
             await wm_lm.close()
     log.info("%d steps in %.1f s: %.1f steps/s", steps, time.monotonic() - start,
              steps / (time.monotonic() - start))
-    if lost:
-        raise UserError(f"{len(lost)} games lost their environment process again and again ({', '.join(lost[:3])}); "
-                        "start the same command again to play them")
+    return lost
 
 
-def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
+def load_world_model(settings: AlfworldSettings, device: str, quorum: Quorum) -> LM:
     if settings.wm_backend == "local":
-        return LocalLM.load(settings.wm_model, device=settings.wm_device or settings.device, dtype=settings.wm_dtype,
-                            quorum=quorum, role="world_model")
+        return LocalLM.load(settings.wm_model, device=device, dtype=settings.wm_dtype, quorum=quorum,
+                            role="world_model")
     url = settings.wm_api_base_url or DEEPSEEK_URL
     return OpenAILM(settings.wm_api_model, url, settings.wm_api_key_env, role="world_model",
                     api="chat" if settings.wm_backend == "deepseek_api" else "completions",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from itp.envs.pool import EnvDied, EnvPool
@@ -64,20 +64,25 @@ class Episode:
         return total
 
 
-async def run_episodes(pool: EnvPool, method: Method, games: Sequence[Game], *, max_steps: int, seed: int,
+async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
                        concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the
-    order of the games changes what happens in it.  The first error of a method ends the run.
+    A game is taken from ``games`` when there is an environment for it.  The random choices of an episode derive
+    from (seed, game, step), so neither the concurrency nor the order of the games changes what happens in it.  The
+    first error of a method ends the run.
     """
     todo = iter(games)
-    finished: asyncio.Queue[Episode] = asyncio.Queue()
+    finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
 
     async def worker() -> None:
+        game = next(todo, None)
+        if game is None:
+            return
         async with pool.session() as env:
-            for game in todo:
-                await finished.put(await play(env, method, game, max_steps=max_steps, seed=seed))
+            while game is not None:
+                finished.put_nowait(await play(env, method, game, max_steps=max_steps, seed=seed))
+                game = next(todo, None)
 
     async def counted() -> None:
         if quorum is not None:
@@ -88,28 +93,17 @@ async def run_episodes(pool: EnvPool, method: Method, games: Sequence[Game], *, 
             if quorum is not None:
                 quorum.add(live=-1)
 
-    workers = [asyncio.create_task(counted()) for _ in range(min(concurrency, len(games)))]
+    workers = [asyncio.create_task(counted()) for _ in range(concurrency)]
+    everyone = asyncio.gather(*workers)
+    everyone.add_done_callback(lambda _: finished.put_nowait(None))
     try:
-        for _ in games:
-            yield await _next_or_error(finished, workers)
+        while (episode := await finished.get()) is not None:
+            yield episode
+        everyone.result()  # raises what a worker raised
     finally:
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-
-
-async def _next_or_error(finished: asyncio.Queue[Episode], workers: Sequence[asyncio.Task]) -> Episode:
-    """The next finished episode, or the error of a worker."""
-    getter = asyncio.ensure_future(finished.get())
-    try:
-        waiting = {getter, *(w for w in workers if not w.done())}
-        while not getter.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {getter}:
-                task.result()  # raises what the worker raised
-        return getter.result()
-    finally:
-        getter.cancel()
 
 
 async def play(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:

@@ -95,6 +95,8 @@ class EnvPool:
         self.make_env = pickle.dumps(make_env)
         self.deaths = 0
         """Processes that died or were killed for not answering, so far."""
+        self.busy_s = 0.0
+        """Seconds in which a process had something to do, summed over the processes."""
         self._slots = [_Slot(self) for _ in range(processes)]
         self._closed = False
 
@@ -175,6 +177,7 @@ class _Worker(asyncio.Protocol):
         self._waiting: collections.deque[tuple[asyncio.Future, float]] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
+        self._busy_since = 0.0
         self._closing = False
         self.dead = ""
         """Why the process is gone; empty while it lives."""
@@ -210,6 +213,7 @@ class _Worker(asyncio.Protocol):
         answer = self._loop.create_future()
         self._waiting.append((answer, timeout))
         if len(self._waiting) == 1:
+            self._busy_since = self._loop.time()
             self._start_timer()
         return answer
 
@@ -237,6 +241,8 @@ class _Worker(asyncio.Protocol):
             ok, value = pickle.loads(self._buffer[_LENGTH.size:end])
             del self._buffer[:end]
             answer, _ = self._waiting.popleft()
+            if not self._waiting:
+                self._pool.busy_s += self._loop.time() - self._busy_since
             self._start_timer()
             if answer.cancelled():
                 continue

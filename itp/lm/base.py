@@ -132,13 +132,20 @@ _meter: ContextVar[dict[str, Usage]] = ContextVar("meter")
 
 @contextmanager
 def metered() -> Iterator[dict[str, Usage]]:
-    """Count what this task, and the tasks it starts, ask of each model: role -> Usage."""
+    """Count what this task, and the tasks it starts, ask of each model: role -> Usage.
+
+    What a meter inside another one has counted is added to the outer one when the inner one ends.
+    """
     usage: dict[str, Usage] = {}
+    outer = _meter.get(None)
     token = _meter.set(usage)
     try:
         yield usage
     finally:
         _meter.reset(token)
+        for role, spent in usage.items() if outer is not None else ():
+            outer.setdefault(role, Usage())
+            outer[role] += spent
 
 
 def record(role: str, answers: Sequence[Generation | TokenLogprobs | Control]) -> None:

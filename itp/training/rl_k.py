@@ -45,6 +45,7 @@ from itp.runtime import (
     derive_seed,
     model_fingerprint,
     prompt_style,
+    rank_devices,
     resolve_device,
 )
 from itp.text.prompts import FORESIGHT_FORMATS
@@ -330,7 +331,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     from itp.training.rl_update import Learner
 
     torch.manual_seed(settings.seed)
-    device, wm_device = (resolve_device(d) for d in processes.devices(settings.policy_device, settings.wm_device))
+    device, wm_device = (resolve_device(d) for d in rank_devices(settings.policy_device, settings.wm_device))
     dtype = choose_dtype(settings)
     policy, tokenizer = PolicyWithHeads.from_pretrained(
         settings.policy_model_path, device=device,
