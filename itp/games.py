@@ -1,7 +1,7 @@
 """Games and the lists of them, per environment and split.  Imports no engine.
 
-ScienceWorld's games are in its engine: :mod:`itp.envs.scienceworld_games` lists them.  ALFWorld games lie in the published layout, whether downloaded (``alfworld-download``) or made by
-:mod:`itp.envs.alfworld_games`::
+ScienceWorld's games are in its engine: :mod:`itp.envs.scienceworld_games` lists them.  ALFWorld games lie in the
+published layout, whether downloaded (``alfworld-download``) or made by :mod:`itp.envs.alfworld_games`::
 
     ROOT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-..-<scene>/trial_*/game.tw-pddl
 """

