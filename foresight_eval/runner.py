@@ -21,7 +21,7 @@ from itp.games import Game
 from itp.lm.base import LM
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
-from itp.policy.agent import Policy
+from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
 from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style
@@ -188,8 +188,8 @@ def make_policy(settings: EvalSettings, lm: LM) -> Policy:
                   selection=settings.action_selection, keep_steps=settings.history_keep_steps,
                   history=bool(settings.use_history), control=has_heads(settings.policy_model),
                   temperature=settings.temperature, top_p=settings.top_p,
-                  action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
-                  decision_tokens=settings.decision_tokens)
+                  imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
+                  text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens)
 
 
 def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:

@@ -38,7 +38,7 @@ from itp.games import ENVIRONMENTS, K_MAX
 from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
 from itp.lm.local import LocalLM, Quorum
-from itp.policy.agent import Policy
+from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.runtime import (
     DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, prompt_style,
     write_atomic, write_json,
@@ -378,7 +378,8 @@ def load_labeller(settings: LabelSettings, candidates: tuple[int, ...], quorum: 
                          max_batch_rows=settings.wm_batch_size, **cache)
     policy = Policy(policy_lm, env=settings.env, style=prompt_style(policy_path),
                     keep_steps=settings.history_keep_steps, control=has_heads(policy_path),
-                    temperature=settings.temperature, top_p=settings.top_p)
+                    temperature=settings.temperature, top_p=settings.top_p,
+                    imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env])
     world_model = WorldModel(wm_lm, style=prompt_style(wm_path), env=settings.env,
                              max_new_tokens=settings.wm_max_new_tokens,
                              keep_steps=settings.history_keep_steps)

@@ -34,6 +34,7 @@ from itp.envs.pool import EnvPool
 from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
 from itp.games import Game, resolve_split
 from itp.lm.local import LocalLM, Quorum
+from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
     DTYPES,
@@ -106,11 +107,12 @@ class RlSettings(EnvFlags):
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
                                  choices=("generate", "constrained"))
-    action_max_new_tokens: int = flag(16, at_least=1, help="tokens of an action at most")
+    action_max_new_tokens: int = flag(-1, at_least=1, help="tokens of an action at most (-1: 16, ScienceWorld 48)")
     action_temperature: float = flag(0.7, above=0, help="temperature of executed and imagined actions")
     action_top_p: float = flag(0.9, help="nucleus of executed and imagined actions (not of constrained ones)")
     action_do_sample: int = flag(1, help="0: actions are greedy, and only K is learned", choices=(0, 1))
-    imagine_action_max_new_tokens: int = flag(12, at_least=1, help="tokens of an imagined action at most")
+    imagine_action_max_new_tokens: int = flag(-1, at_least=1,
+                                              help="tokens of an imagined action at most (-1: 12, ScienceWorld 48)")
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens of a prompt and its action at most; the oldest history goes first")
     history_keep_steps: int = flag(6, at_least=0, help="steps of history in a prompt (0: all)")
@@ -132,6 +134,12 @@ class RlSettings(EnvFlags):
     save_every: int = flag(10, at_least=1, help="updates between checkpoints")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left in out_dir")
+
+    def __post_init__(self) -> None:
+        if self.action_max_new_tokens == -1:
+            self.action_max_new_tokens = {"alfworld": 16, "scienceworld": 48}[self.env]
+        if self.imagine_action_max_new_tokens == -1:
+            self.imagine_action_max_new_tokens = IMAGINED_ACTION_TOKENS[self.env]
 
     @property
     def total_episodes(self) -> int:
