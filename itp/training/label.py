@@ -59,7 +59,7 @@ class LabelSettings:
     wm_model_path: str = flag(help="the world model")
     out_labeled_jsonl: str = flag(help="where to write; the same command again goes on with what is missing")
     env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
-    kmax: int = flag(-1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
+    kmax: int = flag(-1, at_least=0, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
                               "ScienceWorld)")
     lambda_k: float = flag(0.2, help="price λ_K of one imagined step, in nats")
     k_candidates: str = flag("", help="the k to try, such as 0,2,5 (empty: all up to kmax); 0 is always tried")

@@ -45,7 +45,7 @@ class SftSettings(FinetuneSettings):
     policy_model_path: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub")
     model_path: str = ""
     env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
-    kmax: int = flag(-1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
+    kmax: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
                               "ScienceWorld)")
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
     foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
