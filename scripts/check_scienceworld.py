@@ -4,9 +4,9 @@
 
 A third of the episodes acts at random among the valid actions, wrong focus included (``negative_score``), a third
 has few moves (``out_of_moves``), and a third follows the simulator's gold path (``complete``), where its task is a
-short one; one random action in ten is nonsense.  Each engine runs in a JVM of its own, both with equal hash codes, without which the simulator's text
-differs from one run to the next.  Ends with the times of a step in this run: the package's step() lists all valid
-actions, ours doesn't.
+short one; one random action in ten is nonsense.  Each engine runs in a JVM of its own, both with equal hash codes,
+without which the simulator's text differs from one run to the next.  Ends with the times of a step in this run: the
+package's step() lists all valid actions, ours doesn't.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def main() -> None:
     print(f"{settings.episodes} episodes, {len(seconds['ours'])} steps: observations, scores, moves and ends equal "
           f"({', '.join(f'{n} {ending}' for ending, n in sorted(endings.items()))})")
     print(f"step: package {means['package']:.1f} ms, ours {means['ours']:.1f} ms, "
-          f"{means['package'] / means['ours']:.1f} times faster (medians {1e3 * statistics.median(seconds['package']):.1f} and "
-          f"{1e3 * statistics.median(seconds['ours']):.1f})")
+          f"{means['package'] / means['ours']:.1f} times faster (medians "
+          f"{1e3 * statistics.median(seconds['package']):.1f} and {1e3 * statistics.median(seconds['ours']):.1f})")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,11 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
         score = (answer == t.next_state, token_f1(answer, t.next_state))
         for name in (kind(state, t.action, t.next_state), "all"):
             scores[name].append(score)
+    names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
     return {
         name: {"exact_match": sum(s[0] for s in rows) / len(rows), "token_f1": sum(s[1] for s in rows) / len(rows),
                "n": len(rows)}
-        for name in (*(sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS), "all") if (rows := scores[name])
+        for name in (*names, "all") if (rows := scores[name])
     }
 
 
