@@ -27,7 +27,7 @@ from itp.runtime import UserError, derive_seed, run_main
 
 NONSENSE = ("", "fly", "open", "focus on nothing", "go to the moon", "7")
 KINDS = ("random", "few moves", "gold")
-PLENTY, FEW, SHORT = 400, 6, 30
+PLENTY, FEW, SHORT = 400, 3, 30
 
 
 @dataclass
