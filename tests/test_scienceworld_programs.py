@@ -47,12 +47,12 @@ def test_evaluation_writes_scores_and_chooses_among_hundreds_of_actions(models: 
                                                                         capsys: pytest.CaptureFixture) -> None:
     policy, world_model = models
     asyncio.run(evaluate(SciworldSettings(
-        policy_model=policy, wm_model=world_model, output_path=str(tmp_path), pairs="find-plant:300,find-plant:301",
+        policy_model=policy, wm_model=world_model, output_path=str(tmp_path), pairs="find-plant:298,find-plant:299",
         max_steps_override=2, k_policy="random", min_k=1, foresight_tokens=8, act_tokens=8, prompt_style="tuned",
         wm_prompt_style="tuned", action_selection="constrained", policy_device="cpu", wm_device="cpu", concurrency=2,
         env_processes=1)))
     records = read_episodes(tmp_path)
-    assert [r["meta"]["variation_idx"] for r in records.values()] == [300, 301]
+    assert [r["meta"]["variation_idx"] for r in records.values()] == [298, 299]
     for index, record in records.items():
         meta, steps = record["meta"], record["foresight_steps"]
         assert (meta["episode_index"], meta["task_id"], meta["simplification"]) == (index, "find-plant", "easy")
