@@ -7,7 +7,6 @@ another configuration on the same folder is refused.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import time
@@ -17,14 +16,13 @@ from foresight_eval import report, results
 from foresight_eval.methods import NEED_WORLD_MODEL, build
 from foresight_eval.methods.settings import MethodSettings
 from foresight_eval.ranks import Ranks
-from foresight_eval.settings import AlfworldSettings
-from itp.envs.alfworld import AlfworldEnv
+from foresight_eval.settings import EvalSettings
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games
+from itp.games import Game
 from itp.lm.base import LM
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
-from itp.policy.agent import Policy
+from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
 from itp.runtime import (
@@ -41,13 +39,13 @@ NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "onl
 DEEPSEEK_URL = "https://api.deepseek.com"
 
 
-async def evaluate(settings: AlfworldSettings) -> None:
+async def evaluate(settings: EvalSettings) -> None:
     """Play what is missing in ``settings.output_path``, then write and print the summary.
 
     Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
     """
     ranks = Ranks()
-    games = list_games("alfworld", settings.split, settings.env_data_root)
+    games = settings.games()
     chosen = choose_games(len(games), settings)
     folder = Path(settings.output_path)
     if ranks.first:
@@ -72,7 +70,7 @@ async def evaluate(settings: AlfworldSettings) -> None:
     print(f"results: {folder}")
 
 
-def choose_games(n: int, settings: AlfworldSettings) -> list[int]:
+def choose_games(n: int, settings: EvalSettings) -> list[int]:
     """The indices of the games that this run is to play."""
     chosen = list(range(n))
     if settings.only_ids:
@@ -91,7 +89,7 @@ def choose_games(n: int, settings: AlfworldSettings) -> list[int]:
     return chosen
 
 
-def check(settings: AlfworldSettings) -> None:
+def check(settings: EvalSettings) -> None:
     """Refuse, before any model is loaded, what can't work."""
     if needs_world_model(settings) and settings.wm_backend == "local" and not settings.wm_model:
         raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
@@ -101,6 +99,8 @@ def check(settings: AlfworldSettings) -> None:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
+    if settings.min_k > max_k(settings):
+        raise UserError(f"--min_k {settings.min_k}: more than K_max, which is {max_k(settings)}; give less")
     if settings.method in ("react", "cot") and settings.action_selection != "generate":
         raise UserError(f"--method {settings.method} writes thought and action in one reply: "
                         "use --action_selection generate")
@@ -110,7 +110,7 @@ def check(settings: AlfworldSettings) -> None:
     check_horizon(settings)
 
 
-def check_horizon(settings: AlfworldSettings) -> None:
+def check_horizon(settings: EvalSettings) -> None:
     """Refuse a K that the K-head can't choose; warn of one that the policy has never been trained to read."""
     path, heads = settings.policy_model, has_heads(settings.policy_model)
     if settings.k_policy == "head" and not heads:
@@ -128,11 +128,11 @@ def check_horizon(settings: AlfworldSettings) -> None:
                 path, trained)
 
 
-def needs_world_model(settings: AlfworldSettings) -> bool:
+def needs_world_model(settings: EvalSettings) -> bool:
     return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
 
 
-def claim(settings: AlfworldSettings) -> Path:
+def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     config = dataclasses.asdict(settings)
     config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
@@ -157,7 +157,7 @@ def is_finished(folder: Path, index: int) -> bool:
     return (folder / f"{index}.json").exists()
 
 
-async def play(settings: AlfworldSettings, folder: Path, games: dict[int, Game], missing: int,
+async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], missing: int,
                ranks: Ranks) -> list[str]:
     """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
     quorum = Quorum()
@@ -169,7 +169,7 @@ async def play(settings: AlfworldSettings, folder: Path, games: dict[int, Game],
     wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
-    make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
+    make_env = settings.make_env(method.want_admissible)
     concurrency = min(settings.concurrency, -(-missing // ranks.count))  # so that the first doesn't take them all
     pool = EnvPool(make_env, min(settings.env_processes, concurrency, max(1, (os.cpu_count() or 1) // ranks.here)))
     index = {game.game_id: i for i, game in games.items()}
@@ -199,7 +199,7 @@ async def play(settings: AlfworldSettings, folder: Path, games: dict[int, Game],
     return lost
 
 
-def load_world_model(settings: AlfworldSettings, device: str, quorum: Quorum) -> LM:
+def load_world_model(settings: EvalSettings, device: str, quorum: Quorum) -> LM:
     if settings.wm_backend == "local":
         return LocalLM.load(settings.wm_model, device=device, dtype=settings.wm_dtype, quorum=quorum,
                             role="world_model")
@@ -210,21 +210,22 @@ def load_world_model(settings: AlfworldSettings, device: str, quorum: Quorum) ->
                     max_retries=settings.wm_api_max_retries)
 
 
-def make_policy(settings: AlfworldSettings, lm: LM) -> Policy:
-    return Policy(lm, style=_style(settings.prompt_style, settings.policy_model), selection=settings.action_selection,
-                  keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
-                  control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
-                  action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
-                  decision_tokens=settings.decision_tokens)
+def make_policy(settings: EvalSettings, lm: LM) -> Policy:
+    return Policy(lm, env=settings.env, style=_style(settings.prompt_style, settings.policy_model),
+                  selection=settings.action_selection, keep_steps=settings.history_keep_steps,
+                  history=bool(settings.use_history), control=has_heads(settings.policy_model),
+                  temperature=settings.temperature, top_p=settings.top_p,
+                  imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
+                  text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens)
 
 
-def make_world_model(settings: AlfworldSettings, lm: LM) -> WorldModel:
+def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:
     style = _style(settings.wm_prompt_style, settings.wm_model if settings.wm_backend == "local" else "")
-    return WorldModel(lm, style=style, max_new_tokens=settings.foresight_tokens,
+    return WorldModel(lm, style=style, env=settings.env, max_new_tokens=settings.foresight_tokens,
                       keep_steps=settings.history_keep_steps)
 
 
-def method_settings(settings: AlfworldSettings) -> MethodSettings:
+def method_settings(settings: EvalSettings) -> MethodSettings:
     fixed = 0 if settings.disable_wm else settings.fixed_k
     k_policy = settings.k_policy
     if fixed >= 0:
@@ -232,15 +233,15 @@ def method_settings(settings: AlfworldSettings) -> MethodSettings:
     elif k_policy == "auto":
         k_policy = "head" if has_heads(settings.policy_model) else "prompt"
     tuned = _style(settings.prompt_style, settings.policy_model) == "tuned"
-    return MethodSettings(max_k(settings), k_policy, settings.k_sample, fixed, settings.foresight_format,
-                          reflect=not tuned)
+    return MethodSettings(max_k(settings), settings.min_k, k_policy, settings.k_sample, fixed,
+                          settings.foresight_format, reflect=not tuned)
 
 
-def max_k(settings: AlfworldSettings) -> int:
-    """K_max: the flag's, else the K-head's, else 2."""
+def max_k(settings: EvalSettings) -> int:
+    """K_max: the flag's, else the K-head's, else the environment's."""
     if settings.max_k >= 0:
         return settings.max_k
-    return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else 2
+    return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else settings.max_k_without_head
 
 
 def _style(flag: str, model: str) -> str:

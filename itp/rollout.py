@@ -11,8 +11,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from itp.envs.pool import EnvDied, EnvPool
+from itp.envs.base import EnvDied
+from itp.envs.pool import EnvPool
 from itp.games import Game
 from itp.lm.base import Usage, metered
 from itp.lm.local import Quorum
@@ -40,11 +42,16 @@ class Step:
     usage: dict[str, Usage] = field(default_factory=dict)
     seconds: float = 0.0
     """From observation to action: what the decision took."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What else the engine reported."""
 
 
 @dataclass
 class Episode:
-    """A finished episode.  ``reason``: success, step_limit, engine_end or env_died."""
+    """A finished episode.
+
+    ``reason``: success, step_limit, env_died, or how the engine ended it (engine_end where there is one way only).
+    """
 
     game: Game
     steps: list[Step] = field(default_factory=list)
@@ -68,9 +75,11 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
                        concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    A game is taken from ``games`` when there is an environment for it.  The random choices of an episode derive
-    from (seed, game, step), so neither the concurrency nor the order of the games changes what happens in it.  The
-    first error of a method ends the run.
+    A game is taken from ``games`` when there is an environment for it.  An episode has ``max_steps`` steps at
+    most, or as many as its game's protocol says.
+
+    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
+    the games changes what happens in it.  The first error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -123,7 +132,7 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
     observation = await env.reset(game)
     state = State(observation.task, observation.text)
     episode = Episode(game)
-    for step in range(max_steps):
+    for step in range(game.max_steps or max_steps):
         view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
                     tuple(s.decision for s in episode.steps))
         start = time.perf_counter()
@@ -133,10 +142,10 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
         result = await env.step(decision.action)
         observation = result.obs
         episode.steps.append(Step(state, decision, observation.text, result.reward, result.score, result.done,
-                                  result.invalid, usage, seconds))
+                                  result.invalid, usage, seconds, result.info))
         state = state.after(decision.action, observation.text)
         episode.score, episode.success = result.score, result.success
         if result.done:
-            episode.reason = "success" if result.success else "engine_end"
+            episode.reason = "success" if result.success else result.info.get("ending", "engine_end")
             break
     return episode

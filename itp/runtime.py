@@ -94,7 +94,8 @@ def read_json(path: str | Path) -> Any:
 def versions() -> dict[str, str]:
     """The versions that a result depends on, and the git revision of this code where it has one."""
     found = {"python": platform.python_version()}
-    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "openai"):
+    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "scienceworld",
+                    "openai"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

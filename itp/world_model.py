@@ -16,9 +16,11 @@ from itp.text.state import State, dedent
 class WorldModel:
     """``style`` is the prompt's (tuned or instruct); ``keep_steps`` the history it is shown (0: all)."""
 
-    def __init__(self, lm: LM, *, style: str = "tuned", max_new_tokens: int = 192, keep_steps: int = 0) -> None:
+    def __init__(self, lm: LM, *, style: str = "tuned", env: str = "alfworld", max_new_tokens: int = 192,
+                 keep_steps: int = 0) -> None:
         self.lm = lm
         self.style = style
+        self.env = env
         self.keep_steps = keep_steps
         # A model that wasn't taught to stop goes on with the next action.
         self.params = GenParams(max_new_tokens=max_new_tokens, stop=("\nAction:", "\nTask:"))
@@ -26,7 +28,8 @@ class WorldModel:
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         """The predicted observations after ``actions`` in ``states`` (same length)."""
         asked = [
-            prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style)
+            prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style,
+                                       env=self.env)
             for state, action in zip(states, actions, strict=True)
         ]
         return [dedent(g.text).strip() for g in await self.lm.generate(asked, self.params)]

@@ -10,6 +10,7 @@ class MethodSettings:
     """The methods' part of the command line (``k_policy``: head, prompt, fixed or random)."""
 
     max_k: int = 2
+    min_k: int = 0
     k_policy: str = "prompt"
     k_sample: bool = False
     fixed_k: int = -1

@@ -11,7 +11,7 @@ A process holds one environment for each session that lives in it and serves req
 which they come; environments are handed from a finished session to the next.  A process that dies, or
 doesn't answer in time, is killed and replaced: its sessions get :class:`EnvDied` from the call that they
 are in or from their next ``step``, and go on with ``reset``.  What an environment raises (a UserError for
-a bad game file) travels to the caller as itself and kills nothing.
+a bad game file, EnvDied where only its own engine died) travels to the caller as itself and kills nothing.
 
 The processes are fresh interpreters that import what ``make_env`` needs and nothing else (no torch, and
 not the program's main module).  They run with ``OMP_NUM_THREADS=1``, because there are several, and with
@@ -39,7 +39,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from itp.envs.base import Observation, StepResult, TextEnv
+from itp.envs.base import EnvDied, Observation, StepResult, TextEnv
 from itp.games import Game
 from itp.runtime import UserError
 
@@ -50,10 +50,6 @@ CLOSE_GRACE = 3.0
 START_TIMEOUT = 120.0
 
 _LENGTH = struct.Struct("!I")
-
-
-class EnvDied(Exception):
-    """The process of this environment is gone, and with it the episode; ``reset`` works again."""
 
 
 class EnvHandle:

@@ -19,6 +19,10 @@ SELECTIONS = ("generate", "constrained", "score")
 probabilities, never invalid); or the admissible action with the highest log-probability."""
 
 
+IMAGINED_ACTION_TOKENS = {"alfworld": 12, "scienceworld": 48}
+"""Tokens of an imagined action at most.  ScienceWorld's longest name two things and where they are."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """An action and where it comes from.  ``parsed`` is False where the reply held no action."""

@@ -40,6 +40,13 @@ INSTRUCTION = {
         "inventory, look. Objects and places have a name and a number, such as apple 1. "
         "If a command can't be carried out, the answer is: Nothing happens."
     ),
+    "scienceworld": (
+        "You do science experiments in a house with a workshop, a greenhouse and a foundry, one text command at a "
+        "time. Commands: go to X, teleport to X, look around, look at X, look in X, open X, close X, pick up X, "
+        "put down X, move X to Y, pour X into Y, dunk X into Y, mix X, focus on X, use X on Y, activate X, "
+        "deactivate X, connect X to Y, disconnect X, read X, eat X, flush X, inventory, wait, wait1. Focus only on "
+        "what the task asks for: a wrong focus fails it."
+    ),
 }
 
 _ASK = {
@@ -52,9 +59,10 @@ _ASK = {
 }
 
 _WORLD = (
-    "You are the simulator of a household text game. Given the game so far and the player's next command, reply "
+    "You are the simulator of a {kind} text game. Given the game so far and the player's next command, reply "
     "with the game's answer to that command, in the game's own words, and nothing else."
 )
+_KIND = {"alfworld": "household", "scienceworld": "science laboratory"}
 
 
 FORESIGHT_FORMATS = ("full", "last_obs")
@@ -99,10 +107,10 @@ def action_target(action: str) -> str:
     return f" {indent(action)}{END}"
 
 
-def world_model_prompt(state: str, action: str, *, style: str = "tuned") -> str:
+def world_model_prompt(state: str, action: str, *, style: str = "tuned", env: str = "alfworld") -> str:
     """The world model's prompt for p_φ(s'|s, a), the same in training and inference."""
     text = f"{state}\nAction: {indent(action)}\nObservation:"
-    return text if style == "tuned" else f"{_WORLD}\n\n{text}"
+    return text if style == "tuned" else f"{_WORLD.format(kind=_KIND[env])}\n\n{text}"
 
 
 def world_model_target(next_state: str) -> str:

@@ -6,7 +6,8 @@ r"""A base LM from nothing: a tokenizer and a small causal LM trained on transcr
 It stands in for a downloaded model where there is none: the result, ``OUT_DIR/merged_full``, is an ordinary
 Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later step treats like any other.
 
-The tokenizer is made for small models and short sequences.  Its vocabulary is the words of the
+The tokenizer is made for small models and short sequences.  ``--env scienceworld`` learns one from the transcripts
+(:mod:`itp.training.learned_tokenizer`).  ALFWorld's is made by hand.  Its vocabulary is the words of the
 transcripts; a thing or place with its number (``cabinet 1``) is one token, which starts out as the sum of the
 two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The
 articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are dropped on the way in and put back on the
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
+from itp.games import ENVIRONMENTS
 from itp.runtime import run_main
 from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import dialogue_segments
 from itp.training.finetune import Example, FinetuneSettings, claim_run, finetune
+from itp.training.learned_tokenizer import learn_tokenizer
 from itp.transitions import Transition, read_transitions
 
 PHRASES = (
@@ -47,6 +50,7 @@ LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thoug
 
 @dataclass
 class BaseLMSettings(FinetuneSettings):
+    env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
     transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas")
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
@@ -92,9 +96,10 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    texts = {text for episode in episodes for text, _ in transcript(episode).segments}
+    texts = sorted({text for episode in episodes for text, _ in transcript(episode).segments})
+    made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(sorted(texts)), pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
         clean_up_tokenization_spaces=False)
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(LlamaConfig(

@@ -36,7 +36,7 @@ class Fitting:
         fits = self._within(model.lm, model.params.max_new_tokens)
         for state, action in zip(states, actions, strict=True):
             cuts.append(cut(state, lambda s, a=action: prompts.world_model_prompt(
-                s.last(model.keep_steps).render(), a, style=model.style), fits))
+                s.last(model.keep_steps).render(), a, style=model.style, env=model.env), fits))
         return await model.step(cuts, actions)
 
     def for_acting(self, state: State, foresight: str = "") -> State:

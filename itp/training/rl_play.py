@@ -92,7 +92,8 @@ class Player:
 
     def __init__(self, settings: RlSettings, lm: LocalLM, world_model: WorldModel | None, quorum: Quorum) -> None:
         self.settings, self.lm, self.world_model, self.quorum = settings, lm, world_model, quorum
-        self.greedy = Policy(lm, style=prompt_style(settings.policy_model_path), selection=settings.action_selection,
+        self.greedy = Policy(lm, env=settings.env, style=prompt_style(settings.policy_model_path),
+                             selection=settings.action_selection,
                              keep_steps=settings.history_keep_steps, control=True,
                              action_tokens=settings.action_max_new_tokens,
                              imagined_action_tokens=settings.imagine_action_max_new_tokens)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag
+from itp.games import ENVIRONMENTS, K_MAX
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import UserError
 from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
@@ -43,7 +44,9 @@ class SftSettings(FinetuneSettings):
     train_jsonl: str = flag(help="labelled steps, as stage 1 (label) writes them")
     policy_model_path: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub")
     model_path: str = ""
-    kmax: int = flag(5, at_least=1, help="K_max, the most steps to look ahead")
+    env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
+    kmax: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
+                              "ScienceWorld)")
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
     foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
                                  help="what of the imagined trajectory the policy reads")
@@ -58,6 +61,9 @@ class SftSettings(FinetuneSettings):
     device_map: str = flag("", choices=("", "auto", "balanced", "sequential"),
                            help="spread the layers of a large model over the GPUs of one process; empty: every "
                                 "process has the whole model")
+
+    def __post_init__(self) -> None:
+        self.kmax = K_MAX[self.env] if self.kmax == -1 else self.kmax
 
 
 @dataclass(frozen=True)
