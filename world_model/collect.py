@@ -63,8 +63,8 @@ class Settings:
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
-    reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put into words: "
-                                            "thoughts, reflections, yes and no (--actor expert)")
+    reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
+                                                        "into words: thoughts, reflections, yes and no")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=DTYPES)
     policy_device: str = flag("cuda", help="device of either policy")
@@ -106,7 +106,8 @@ def main() -> None:
         done = _finished(episodes_file)
     episodes = [done[game.game_id] for game in games]
     rows = write_transitions(out / "transitions.jsonl", (t for episode in episodes for t in episode))
-    talks = [talk for game, episode in zip(games, episodes, strict=True) for talk in _dialogues(settings, game, episode)]
+    talks = [talk for game, episode in zip(games, episodes, strict=True)
+             for talk in _dialogues(settings, game, episode)]
     write_json(out / "dialogues.json", talks)
     won = sum(episode[-1].success for episode in episodes)
     steps = rows / len(episodes)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asking
 from itp.lm.encoding import Encoder
 from itp.runtime import UserError, derive_seed
 
@@ -163,10 +163,10 @@ class LocalLM:
             self._worker = loop.create_task(self._serve())
         self.quorum.add(waiting=1)
         try:
-            answers = list(await asyncio.gather(*(job.answer for job in jobs)))
+            with asking(self.role) as answers:
+                answers += await asyncio.gather(*(job.answer for job in jobs))
         finally:
             self.quorum.add(waiting=-1)
-        record(self.role, answers)
         return answers
 
     async def _serve(self) -> None:

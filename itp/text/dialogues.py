@@ -85,7 +85,7 @@ def _action(episode: Sequence[Transition], step: int) -> str:
 
 
 def _dialogue(episode: Sequence[Transition], step: int, name: str, said: Sequence[str], tried: str = "") -> Dialogue:
-    """The episode up to ``step`` as context, ``tried`` in the mind, and what is to be said then: only that is learned."""
+    """The episode up to ``step`` as context, ``tried`` in the mind, and what is said then: only that is learned."""
     turns = _unlearned(_turns(episode, step))
     turns[-1] = {"from": "human", "value": turns[-1]["value"] + tried}
     turns += [{"from": "gpt", "value": value} for value in said]
