@@ -107,7 +107,6 @@ def test_costs_are_in_the_summary(base: AlfworldSettings, tmp_path: Path) -> Non
     ({"method": "rap", "wm_model": ""}, "--method rap needs --wm_model"),
     ({"method": "mpc", "disable_wm": 1}, "nothing without its world model"),
     ({"method": "tot", "max_k": 0}, "--max_k"),
-    ({"method": "rap", "rap_num_rollouts": 0}, "--rap_num_rollouts 0: must be at least 1"),
     ({"method": "cot", "action_selection": "constrained"}, "--action_selection generate"),
 ])
 def test_what_a_method_needs_is_checked_first(base: AlfworldSettings, tmp_path: Path, changes: dict,
