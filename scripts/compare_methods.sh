@@ -13,7 +13,8 @@ run=$(cd -- "${1:-$repo/runs/quickstart}" && pwd)
 shift || true
 : "${POLICY:=$run/policy/merged_full}" "${WORLD_MODEL:=$run/world_model/merged_full}" "${DATA:=$run/data}"
 : "${OUT:=$run/methods}" "${MAX_K:=2}" "${CPUS:=$(nproc)}"
-: "${METHODS:=sft cot react self_refine multi_attempt k_candidates foresight foresight-k$MAX_K mpc tot rafa mcts rap implement}"
+all="sft cot react self_refine multi_attempt k_candidates foresight foresight-k$MAX_K mpc tot rafa mcts rap implement"
+: "${METHODS:=$all}"
 mkdir -p "$OUT"
 POLICY=$(realpath "$POLICY") WORLD_MODEL=$(realpath "$WORLD_MODEL") DATA=$(realpath "$DATA") OUT=$(realpath "$OUT")
 cd "$repo"
@@ -32,6 +33,10 @@ for name in $METHODS; do
     --rap_d_actions 4 --rap_depth_limit 3 --rap_num_rollouts 8 --env_processes "$CPUS" \
     --output_path "$OUT/$name" "${own[@]}" "$@"
 done
-printf '\nSuccess in percent; calls of both models a decision; p50: seconds of a decision, while episodes share the models\n\n'
+cat <<EOF
+
+Success in percent; calls of both models a decision; p50: seconds of a decision, while episodes share the models.
+
+EOF
 # shellcheck disable=SC2086
 (cd "$OUT" && PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH} python -m foresight_eval.report $METHODS)

@@ -7,6 +7,7 @@ depends on the prompt, the parameters and their ``seed`` alone.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
@@ -157,6 +158,11 @@ def metered() -> Iterator[dict[str, Usage]]:
         for role, spent in meter.usage.items() if outer is not None else ():
             outer.usage.setdefault(role, Usage())
             outer.usage[role] += spent
+
+
+def asker() -> int:
+    """Identifies for whom the current task asks: for the step that it is metered with, else for itself alone."""
+    return id(_meter.get(None) or asyncio.current_task())
 
 
 @contextmanager
