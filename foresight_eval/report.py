@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from foresight_eval.cost import summarize_cost
 from foresight_eval.results import read_episodes
 from itp.games import ALFWORLD_TASK_TYPES
 from itp.runtime import UserError, read_json, run_main, write_atomic, write_json
@@ -88,21 +89,9 @@ def summarize(folder: Path) -> dict[str, Any]:
         "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
         "mean_k": _mean([step["k"] for step in steps]),
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
-        "cost": _cost(metas),
+        "cost": summarize_cost(folder, list(records.values())),
         "restarts": sum(meta["restarts"] for meta in metas),
     }
-
-
-def _cost(metas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean calls and tokens an episode, by model and together."""
-    cost: dict[str, Any] = {}
-    for role in sorted({role for meta in metas for role in meta["usage"]}):
-        usages = [meta["usage"].get(role, {}) for meta in metas]
-        cost[role] = {f"{name}_per_episode": _mean([usage.get(name, 0) for usage in usages])
-                      for name in ("calls", "prompt_tokens", "completion_tokens")}
-    cost["tokens_per_episode"] = sum(
-        role["prompt_tokens_per_episode"] + role["completion_tokens_per_episode"] for role in cost.values())
-    return cost
 
 
 def _mean(values: list[float]) -> float | None:
@@ -170,7 +159,7 @@ def table(folders: list[Path]) -> str:
     scored = any(summary["scores"] for summary in summaries)
     columns = [] if scored else list(BUCKETS)
     rows = [["", *columns, "All", "95 %", *(["score", "95 %"] if scored else []), "n", "invalid", "mean k",
-             "tokens/ep", "NB"]]
+             "calls/step", "tokens/ep", "NB", "p50 s"]]
     for folder, summary, budget in zip(folders, summaries, budgets(folders), strict=True):
         overall = summary["overall"]
         low, high = overall["interval"]
@@ -183,8 +172,10 @@ def table(folders: list[Path]) -> str:
             str(overall["n"]),
             _percent(summary["invalid_action_rate"]),
             f"{summary['mean_k']:.2f}",
+            f"{_calls_per_step(summary['cost']):.1f}",
             f"{summary['cost']['tokens_per_episode']:.0f}",
             "-" if budget is None else f"{budget:.2f}",
+            f"{summary['cost']['decision_seconds']['p50']:.2f}",
         ])
     return _aligned(rows) + ("\n\n" + task_table(folders, summaries) if scored else "")
 
@@ -211,6 +202,11 @@ def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return "\n".join("  ".join(row) for row in cells)
+
+
+def _calls_per_step(cost: dict[str, Any]) -> float:
+    """Of both models together."""
+    return sum(cost[role]["calls_per_step"] for role in ("policy", "world_model") if role in cost)
 
 
 def _percent(rate: float | None) -> str:

@@ -88,10 +88,12 @@ def _step_record(index: int, t: int, step: Step) -> dict[str, Any]:
         "action": decision.action,
         "policy_raw_output": decision.raw,
         "action_logprob": decision.logprob,
+        "considered": [{"action": a, "value": value, "tries": n} for a, value, n in decision.considered],
         "obs_next": step.observation,
         "done": step.done,
         "invalid": step.invalid,
         **({"score": step.score, "raw_score": step.info["raw_score"], "completed": step.info["completed"]}
            if "raw_score" in step.info else {}),
+        "usage": {role: dataclasses.asdict(usage) for role, usage in sorted(step.usage.items())},
         "info": {"reward": step.reward, "score": step.score, "seconds": round(step.seconds, 4)},
     }

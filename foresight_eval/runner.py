@@ -12,9 +12,11 @@ import os
 import time
 from pathlib import Path
 
-from foresight_eval import report, results
-from foresight_eval.methods import NEED_WORLD_MODEL, build
-from foresight_eval.methods.settings import MethodSettings
+from foresight_eval import cost, report, results
+from foresight_eval.methods import build
+from foresight_eval.methods.settings import (
+    LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+)
 from foresight_eval.ranks import Ranks
 from foresight_eval.settings import EvalSettings
 from itp.envs.pool import EnvPool
@@ -28,6 +30,7 @@ from itp.rollout import run_episodes
 from itp.runtime import (
     UserError, check_model_path, claim_output, model_fingerprint, progress_bar, prompt_style, rank_devices,
 )
+from itp.text.prompts import NO, YES
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -101,9 +104,7 @@ def check(settings: EvalSettings) -> None:
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
     if settings.min_k > max_k(settings):
         raise UserError(f"--min_k {settings.min_k}: more than K_max, which is {max_k(settings)}; give less")
-    if settings.method in ("react", "cot") and settings.action_selection != "generate":
-        raise UserError(f"--method {settings.method} writes thought and action in one reply: "
-                        "use --action_selection generate")
+    check_method(settings)
     check_model_path(settings.policy_model)
     if needs_world_model(settings) and settings.wm_backend == "local":
         check_model_path(settings.wm_model)
@@ -116,7 +117,7 @@ def check_horizon(settings: EvalSettings) -> None:
     if settings.k_policy == "head" and not heads:
         raise UserError(f"--k_policy head: {path} has no K-head; train one with "
                         "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-    if not heads or settings.method not in NEED_WORLD_MODEL:
+    if not heads or settings.method != "foresight":
         return
     chosen, trained = method_settings(settings), kmax_of(path)
     name, k = ("fixed_k", chosen.fixed_k) if chosen.k_policy == "fixed" else ("max_k", chosen.max_k)
@@ -126,6 +127,26 @@ def check_horizon(settings: EvalSettings) -> None:
         raise UserError(f"--{name} {k}: the K-head of {path} was trained with K_max {trained}; give at most that")
     log.warning("--%s %d: %s was trained with K_max %d, and longer imagined trajectories are new to it", name, k,
                 path, trained)
+
+
+def check_method(settings: EvalSettings) -> None:
+    """Refuse flags that contradict the method."""
+    method = settings.method
+    if method in WRITE_THOUGHTS and settings.action_selection != "generate":
+        raise UserError(f"--method {method} writes thought and action in one reply: use --action_selection generate")
+    if method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
+        raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
+                        "--method foresight")
+    if method in LOOK_AHEAD and max_k(settings) < 1:
+        raise UserError(f"--method {method} looks --max_k steps ahead: give at least 1")
+
+
+def check_answers(settings: EvalSettings, policy_lm: LocalLM) -> None:
+    """Refuse a policy that can't say what the method asks it for."""
+    if settings.method in NEED_YES_OR_NO and policy_lm.encode(YES) == policy_lm.encode(NO):
+        raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
+                        f"{settings.policy_model} knows neither word; train it on dialogues that have them "
+                        "(world_model.collect --reasoning_share)")
 
 
 def needs_world_model(settings: EvalSettings) -> bool:
@@ -142,6 +163,7 @@ def claim(settings: EvalSettings) -> Path:
         folder = Path(settings.output_path)
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
+        (folder / cost.TIMING).unlink(missing_ok=True)
     return claim_output(settings.output_path, config, override=settings.override, ignore=NO_INFLUENCE)
 
 
@@ -166,6 +188,7 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
                                             settings.wm_device or settings.device, pairs=local_wm)
     policy_lm = load_policy_lm(settings.policy_model, device=policy_device, dtype=settings.policy_dtype,
                                quorum=quorum)
+    check_answers(settings, policy_lm)
     wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
@@ -175,7 +198,7 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
     index = {game.game_id: i for i, game in games.items()}
     mine = (games[i] for i in ranks.share(list(games)) if not is_finished(folder, i))
     lost: list[str] = []
-    start, steps = time.monotonic(), 0
+    start, episodes, steps = time.monotonic(), 0, 0
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(missing, "game") as bar:
             async for episode in run_episodes(pool, method, mine, max_steps=settings.max_steps, seed=settings.seed,
@@ -188,14 +211,15 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
                 results.write_episode(folder, i, episode)
                 log_file.write(report.log_line(i, results.episode_record(i, episode)["meta"]) + "\n")
                 log_file.flush()
-                steps += len(episode.steps)
+                episodes, steps = episodes + 1, steps + len(episode.steps)
     finally:
+        seconds = time.monotonic() - start
+        cost.record_session(folder, episodes=episodes, steps=steps, seconds=seconds, processes=ranks.count)
         await pool.close()
         await policy_lm.close()
         if wm_lm:
             await wm_lm.close()
-    log.info("%d steps in %.1f s: %.1f steps/s", steps, time.monotonic() - start,
-             steps / (time.monotonic() - start))
+    log.info("%d steps in %.1f s: %.1f steps/s", steps, seconds, steps / seconds)
     return lost
 
 
@@ -211,18 +235,22 @@ def load_world_model(settings: EvalSettings, device: str, quorum: Quorum) -> LM:
 
 
 def make_policy(settings: EvalSettings, lm: LM) -> Policy:
-    return Policy(lm, env=settings.env, style=_style(settings.prompt_style, settings.policy_model),
-                  selection=settings.action_selection, keep_steps=settings.history_keep_steps,
-                  history=bool(settings.use_history), control=has_heads(settings.policy_model),
-                  temperature=settings.temperature, top_p=settings.top_p,
-                  imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
-                  text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens)
+    policy = Policy(lm, env=settings.env, style=_style(settings.prompt_style, settings.policy_model),
+                    selection=settings.action_selection, keep_steps=settings.history_keep_steps,
+                    history=bool(settings.use_history), control=has_heads(settings.policy_model),
+                    temperature=settings.temperature, top_p=settings.top_p,
+                    imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
+                    text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens)
+    if settings.method in TREE_SEARCH:
+        tokens = settings.rap_action_gen_tokens
+        policy = dataclasses.replace(policy, action_tokens=tokens, imagined_action_tokens=tokens)
+    return policy
 
 
 def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:
     style = _style(settings.wm_prompt_style, settings.wm_model if settings.wm_backend == "local" else "")
-    return WorldModel(lm, style=style, env=settings.env, max_new_tokens=settings.foresight_tokens,
-                      keep_steps=settings.history_keep_steps)
+    tokens = settings.rap_wm_pred_tokens if settings.method in TREE_SEARCH else settings.foresight_tokens
+    return WorldModel(lm, style=style, env=settings.env, max_new_tokens=tokens, keep_steps=settings.history_keep_steps)
 
 
 def method_settings(settings: EvalSettings) -> MethodSettings:
@@ -233,8 +261,9 @@ def method_settings(settings: EvalSettings) -> MethodSettings:
     elif k_policy == "auto":
         k_policy = "head" if has_heads(settings.policy_model) else "prompt"
     tuned = _style(settings.prompt_style, settings.policy_model) == "tuned"
-    return MethodSettings(max_k(settings), settings.min_k, k_policy, settings.k_sample, fixed,
-                          settings.foresight_format, reflect=not tuned)
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings) if f.name != "reflect"}
+    return MethodSettings(**given | {"max_k": max_k(settings), "k_policy": k_policy, "fixed_k": fixed},
+                          reflect=not tuned)
 
 
 def max_k(settings: EvalSettings) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from foresight_eval.methods.settings import METHODS
 from itp.config import flag
 from itp.envs.base import TextEnv
 from itp.envs.scienceworld_games import ScienceworldFlags, list_games
@@ -15,7 +16,6 @@ from itp.policy.agent import SELECTIONS
 from itp.runtime import DTYPES
 from itp.text.prompts import FORESIGHT_FORMATS
 
-METHODS = ("foresight", "sft", "react", "cot")
 STYLES = ("auto", "tuned", "instruct")
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
@@ -55,6 +55,20 @@ class EvalSettings:
     history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
     temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates and multi_attempt propose")
+    beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
+    rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
+    belief_samples: int = flag(10, at_least=1, help="outcomes that implement draws from the world model for an action")
+    rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
+    rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
+    rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
+    rap_uct_w: float = flag(1.4, at_least=0, help="rap, mcts: weight of exploration")
+    rap_rw_action_logp: float = flag(0.2, help="rap: weight of the action's mean log-probability in the reward")
+    rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
+    rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
+    rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts: new tokens of a proposed action at most")
+    rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
+    rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
     concurrency: int = flag(16, at_least=1, help="episodes at a time")
     env_processes: int = flag(2, at_least=1, help="processes that run the environments")
     method: str = flag("foresight", help="how to act", choices=METHODS)

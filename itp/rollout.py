@@ -134,7 +134,7 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
     episode = Episode(game)
     for step in range(game.max_steps or max_steps):
         view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
-                    tuple(s.decision for s in episode.steps))
+                    tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps))
         start = time.perf_counter()
         with metered() as usage:
             decision = await method.act(view)

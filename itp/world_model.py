@@ -7,6 +7,7 @@ answers with the next observation; the next state follows from it (:meth:`itp.te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from itp.lm.base import LM, GenParams
 from itp.text import prompts
@@ -27,9 +28,14 @@ class WorldModel:
 
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         """The predicted observations after ``actions`` in ``states`` (same length)."""
-        asked = [
-            prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style,
-                                       env=self.env)
-            for state, action in zip(states, actions, strict=True)
-        ]
+        asked = [self._prompt(state, action) for state, action in zip(states, actions, strict=True)]
         return [dedent(g.text).strip() for g in await self.lm.generate(asked, self.params)]
+
+    async def sample(self, state: State, action: str, n: int, seed: int, temperature: float = 1.0) -> list[str]:
+        """``n`` observations drawn from p_φ(·|s, a) at ``temperature``."""
+        params = replace(self.params, temperature=temperature, seed=seed)
+        return [dedent(g.text).strip() for g in await self.lm.generate([self._prompt(state, action)] * n, params)]
+
+    def _prompt(self, state: State, action: str) -> str:
+        return prompts.world_model_prompt(state.last(self.keep_steps).render(), action, style=self.style,
+                                          env=self.env)

@@ -40,6 +40,7 @@ from itp.runtime import (
 )
 from itp.text import dialogues
 from itp.transitions import Transition, read_appended, write_transitions
+from world_model.reasoning import reasoning_dialogues
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Settings(EnvFlags):
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
+    reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
+                                                        "into words: thoughts, reflections, yes and no")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=DTYPES)
     policy_device: str = flag("cuda", help="device of either policy")
@@ -82,6 +85,8 @@ def main() -> None:
     policies = {role: folder for role, folder in policies.items() if folder}
     for folder in policies.values():
         check_model_path(folder)
+    if settings.reasoning_share and settings.actor != "expert":
+        raise UserError(f"--reasoning_share: only --actor expert knows why it acts, not {settings.actor}")
     out = Path(settings.out_dir)
     episodes_file = out / "episodes.jsonl"
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
@@ -101,7 +106,8 @@ def main() -> None:
     if not episodes:
         raise UserError(f"{out}: none of {len(games)} episodes is worth keeping; give other games, or less --noise")
     rows = write_transitions(out / "transitions.jsonl", (t for episode in episodes for t in episode))
-    talks = [talk for episode in episodes for talk in _dialogues(settings, episode)]
+    talks = [talk for game, episode in zip(games, episodes, strict=True)
+             for talk in _dialogues(settings, game, episode)]
     write_json(out / "dialogues.json", talks)
     won = sum(episode[-1].success for episode in episodes)
     steps = rows / len(episodes)
@@ -173,8 +179,8 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
     ]
 
 
-def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.Dialogue]:
-    """The dialogues of one episode: the whole of it, and for some a foresight and a horizon dialogue."""
+def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
+    """The dialogues of one episode: the whole of it, and for some a foresight, a horizon and reasoning dialogues."""
     if settings.actor == "random" or all(t.action != t.expert_action for t in episode):
         return []  # nothing in it is worth imitating
     talks = [dialogues.episode_dialogue(episode)]
@@ -183,6 +189,9 @@ def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.
     if settings.foresight_k and draw.random() < settings.foresight_share:
         talks += [dialogues.foresight_dialogue(episode, step, k),
                   dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+    draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
+    if draw.random() < settings.reasoning_share:
+        talks += reasoning_dialogues(game, episode, draw, settings.foresight_k)
     return talks
 
 

@@ -49,11 +49,16 @@ INSTRUCTION = {
     ),
 }
 
+YES, NO = " yes\n", " no\n"
+"""The two answers to ``Helps:``."""
+
 _ASK = {
     "Action": "Reply with the next command only.",
     "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
     "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
                   "closer, and what is to be done instead if it doesn't?",
+    "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
+             "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
                "where its consequences matter. Reply with one number from 0 to {max_k}.",
 }
@@ -77,12 +82,17 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
     """
     if keep == "last_obs" and steps:
         return f"\nThen: {indent(steps[-1][1])}"
-    return "".join(f"\nIf: {indent(action)}\nThen: {indent(observation)}" for action, observation in steps)
+    return "".join(f"{proposal_text(action)}\nThen: {indent(observation)}" for action, observation in steps)
+
+
+def proposal_text(action: str) -> str:
+    """An action that might be taken and whose outcome isn't imagined."""
+    return f"\nIf: {indent(action)}"
 
 
 def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "", control: bool = False,
                   style: str = "tuned", env: str = "alfworld", max_k: int = 0) -> str:
-    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon).
+    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps).
 
     ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
     ``"\\nReflection: ..."`` that come between it and the label.  ``control``: for a policy with heads.
@@ -118,7 +128,7 @@ def world_model_target(next_state: str) -> str:
     return f" {indent(next_state)}"
 
 
-_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon):")
+_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 
 
 def dialogue_segments(conversations: Sequence[dict]) -> list[tuple[str, bool]]:

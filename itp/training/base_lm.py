@@ -28,10 +28,10 @@ from itp.config import flag, parse_settings
 from itp.games import ENVIRONMENTS
 from itp.runtime import run_main
 from itp.text.dialogues import episode_dialogue
-from itp.text.prompts import dialogue_segments
+from itp.text.prompts import NO, YES, dialogue_segments
 from itp.training.finetune import Example, FinetuneSettings, claim_run, finetune
 from itp.training.learned_tokenizer import learn_tokenizer
-from itp.transitions import Transition, read_transitions
+from itp.transitions import Transition, read_rows, read_transitions
 
 PHRASES = (
     "You are in the middle of a room. Looking quickly around you, you see", "You arrive at", "You pick up the",
@@ -45,13 +45,14 @@ PHRASES = (
 MANY = ("cabinet", "drawer", "shelf")
 """Places that a room may have dozens of."""
 
-LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:")
+LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:", "Helps:")
 
 
 @dataclass
 class BaseLMSettings(FinetuneSettings):
     env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
     transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas")
+    words_of: str = flag("", help="dialogues.json whose words the tokenizer is to know too")
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(4, help="attention heads")
@@ -71,10 +72,12 @@ def main() -> None:
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
     settings = dataclasses.replace(settings, model_path=str(initial))
-    if claim_run(settings, files, ignore=("transitions", "model")):
+    words_of = [settings.words_of] if settings.words_of else []
+    words = {turn["value"] for path in words_of for _, row in read_rows(path) for turn in row["conversations"]}
+    if claim_run(settings, [*files, *words_of], ignore=("transitions", "words_of", "model")):
         return
     if not (initial / "config.json").exists():
-        write_initial(settings, episodes, initial)
+        write_initial(settings, episodes, initial, words)
     finetune(settings, [transcript(episode) for episode in episodes])
 
 
@@ -91,12 +94,13 @@ def transcript(episode: Sequence[Transition]) -> Example:
     return Example(segments, keep_first=True, group=episode[0].episode_id)
 
 
-def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transition]], folder: Path) -> None:
-    """Tokenizer and random weights, as a model folder."""
+def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transition]], folder: Path,
+                  words: Iterable[str] = ()) -> None:
+    """Tokenizer and random weights, as a model folder.  ``words``: more texts whose words the tokenizer knows."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    texts = sorted({text for episode in episodes for text, _ in transcript(episode).segments})
+    texts = sorted({YES, NO, *words, *(text for episode in episodes for text, _ in transcript(episode).segments)})
     made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
