@@ -40,6 +40,13 @@ def foresight_dialogue(episode: Sequence[Transition], step: int, k: int) -> Dial
     return _dialogue(episode, step, f"foresight-{step}-{k}", [_action(episode, step)], tried=foresight_text(ahead))
 
 
+def correction_dialogue(episode: Sequence[Transition], step: int) -> Dialogue:
+    """The episode up to ``step``, where something else than the expert's action was executed, and that action."""
+    turns = _unlearned(_turns(episode, step))
+    turns.append({"from": "gpt", "value": f"Action: {episode[step].expert_action}"})
+    return {"id": f"{episode[0].episode_id}/correction-{step}", "conversations": turns}
+
+
 def horizon_dialogue(episode: Sequence[Transition], step: int, max_k: int) -> Dialogue:
     """The episode up to ``step`` and how far it is worth looking from there."""
     return _dialogue(episode, step, f"horizon-{step}", [f"Horizon: {horizon(episode, step, max_k)}"])
