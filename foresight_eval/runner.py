@@ -7,27 +7,31 @@ another configuration on the same folder is refused.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import time
 from pathlib import Path
 
-from foresight_eval import report, results
-from foresight_eval.methods import NEED_WORLD_MODEL, build
-from foresight_eval.methods.settings import MethodSettings
-from foresight_eval.settings import AlfworldSettings
-from itp.envs.alfworld import AlfworldEnv
+from foresight_eval import cost, report, results
+from foresight_eval.methods import build
+from foresight_eval.methods.settings import (
+    LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+)
+from foresight_eval.ranks import Ranks
+from foresight_eval.settings import EvalSettings
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games
+from itp.games import Game
 from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
-from itp.policy.agent import Policy
+from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.rollout import run_episodes
-from itp.runtime import UserError, check_model_path, claim_output, model_fingerprint, progress_bar
+from itp.runtime import (
+    UserError, check_model_path, claim_output, model_fingerprint, progress_bar, rank_devices,
+)
+from itp.text.prompts import NO, YES
 from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
@@ -39,23 +43,38 @@ NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "onl
 DEEPSEEK_URL = "https://api.deepseek.com"
 
 
-async def evaluate(settings: AlfworldSettings) -> None:
-    """Play what is missing in ``settings.output_path``, then write and print the summary."""
-    games = list_games("alfworld", settings.split, settings.env_data_root)
+async def evaluate(settings: EvalSettings) -> None:
+    """Play what is missing in ``settings.output_path``, then write and print the summary.
+
+    Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
+    """
+    ranks = Ranks()
+    games = settings.games()
     chosen = choose_games(len(games), settings)
-    check(settings)
-    folder = claim(settings)
-    check_games(folder, games)
-    todo = {i: games[i] for i in chosen if not (folder / f"{i}.json").exists()}
-    log.info("%d games to play, %d finished before", len(todo), len(chosen) - len(todo))
-    if todo:
-        await play(settings, folder, todo)
+    folder = Path(settings.output_path)
+    if ranks.first:
+        check(settings)
+        if ranks.restarted:  # what --override was to delete is deleted
+            settings = dataclasses.replace(settings, override=False)
+        folder = claim(settings)
+        check_games(folder, games)
+    ranks.meet()
+    missing = [i for i in chosen if not is_finished(folder, i)]
+    if ranks.first:
+        log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
+    lost = await play(settings, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
+    everyones = await ranks.finished(len(lost))
+    if everyones:
+        raise UserError(f"{everyones} games lost their environment process again and again ({', '.join(lost[:3])}); "
+                        "start the same command again to play them")
+    if not ranks.first:
+        return
     report.write_summary(folder)
     print(report.table([folder]))
     print(f"results: {folder}")
 
 
-def choose_games(n: int, settings: AlfworldSettings) -> list[int]:
+def choose_games(n: int, settings: EvalSettings) -> list[int]:
     """The indices of the games that this run is to play."""
     chosen = list(range(n))
     if settings.only_ids:
@@ -74,7 +93,7 @@ def choose_games(n: int, settings: AlfworldSettings) -> list[int]:
     return chosen
 
 
-def check(settings: AlfworldSettings) -> None:
+def check(settings: EvalSettings) -> None:
     """Refuse, before any model is loaded, what can't work."""
     if needs_world_model(settings) and settings.wm_backend == "local" and not settings.wm_model:
         raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
@@ -84,24 +103,22 @@ def check(settings: AlfworldSettings) -> None:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
-    if settings.thinking and settings.action_selection != "generate":
-        raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
-    if settings.method in ("react", "cot") and settings.action_selection != "generate":
-        raise UserError(f"--method {settings.method} writes thought and action in one reply: "
-                        "use --action_selection generate")
+    if settings.min_k > max_k(settings):
+        raise UserError(f"--min_k {settings.min_k}: more than K_max, which is {max_k(settings)}; give less")
+    check_method(settings)
     check_model_path(settings.policy_model)
     if needs_world_model(settings) and settings.wm_backend == "local":
         check_model_path(settings.wm_model)
     check_horizon(settings)
 
 
-def check_horizon(settings: AlfworldSettings) -> None:
+def check_horizon(settings: EvalSettings) -> None:
     """Refuse a K that the K-head can't choose; warn of one that the policy has never been trained to read."""
     path, heads = settings.policy_model, has_heads(settings.policy_model)
     if settings.k_policy == "head" and not heads:
         raise UserError(f"--k_policy head: {path} has no K-head; train one with "
                         "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-    if not heads or settings.method not in NEED_WORLD_MODEL:
+    if not heads or settings.method != "foresight":
         return
     chosen, trained = method_settings(settings), kmax_of(path)
     name, k = ("fixed_k", chosen.fixed_k) if chosen.k_policy == "fixed" else ("max_k", chosen.max_k)
@@ -113,11 +130,36 @@ def check_horizon(settings: AlfworldSettings) -> None:
                 path, trained)
 
 
-def needs_world_model(settings: AlfworldSettings) -> bool:
+def check_method(settings: EvalSettings) -> None:
+    """Refuse flags that contradict the method."""
+    method = settings.method
+    if method in WRITE_THOUGHTS and settings.action_selection != "generate":
+        raise UserError(f"--method {method} writes thought and action in one reply: use --action_selection generate")
+    if settings.thinking and settings.action_selection != "generate":
+        raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
+    if settings.thinking and method in NEED_YES_OR_NO:
+        raise UserError(f"--thinking: --method {method} reads how sure the policy is of yes where its answer begins, "
+                        "so it can't think first; leave the flag out")
+    if method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
+        raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
+                        "--method foresight")
+    if method in LOOK_AHEAD and max_k(settings) < 1:
+        raise UserError(f"--method {method} looks --max_k steps ahead: give at least 1")
+
+
+def check_answers(settings: EvalSettings, policy_lm: LocalLM) -> None:
+    """Refuse a policy that can't say what the method asks it for."""
+    if settings.method in NEED_YES_OR_NO and policy_lm.encode(YES) == policy_lm.encode(NO):
+        raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
+                        f"{settings.policy_model} knows neither word; train it on dialogues that have them "
+                        "(world_model.collect --reasoning_share)")
+
+
+def needs_world_model(settings: EvalSettings) -> bool:
     return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
 
 
-def claim(settings: AlfworldSettings) -> Path:
+def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     config = dataclasses.asdict(settings)
     config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
@@ -127,6 +169,7 @@ def claim(settings: AlfworldSettings) -> Path:
         folder = Path(settings.output_path)
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
+        (folder / cost.TIMING).unlink(missing_ok=True)
     return claim_output(settings.output_path, config, override=settings.override, ignore=NO_INFLUENCE)
 
 
@@ -138,22 +181,34 @@ def check_games(folder: Path, games: list[Game]) -> None:
                             "the split any more; choose another output path, or --override to start it anew")
 
 
-async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) -> None:
+def is_finished(folder: Path, index: int) -> bool:
+    return (folder / f"{index}.json").exists()
+
+
+async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], missing: int,
+               ranks: Ranks) -> list[str]:
+    """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
     quorum = Quorum()
-    policy_lm = load_policy_lm(settings.policy_model, device=settings.policy_device or settings.device,
-                               dtype=settings.policy_dtype, quorum=quorum)
-    wm_lm = load_world_model(settings, quorum) if needs_world_model(settings) else None
+    local_wm = needs_world_model(settings) and settings.wm_backend == "local"
+    policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
+                                            settings.wm_device or settings.device, pairs=local_wm)
+    policy_lm = load_policy_lm(settings.policy_model, device=policy_device, dtype=settings.policy_dtype,
+                               quorum=quorum)
+    check_answers(settings, policy_lm)
+    wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
-    make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
-    pool = EnvPool(make_env, min(settings.env_processes, settings.concurrency, len(todo), os.cpu_count() or 1))
-    index = {game.game_id: i for i, game in todo.items()}
+    make_env = settings.make_env(method.want_admissible)
+    concurrency = min(settings.concurrency, -(-missing // ranks.count))  # so that the first doesn't take them all
+    pool = EnvPool(make_env, min(settings.env_processes, concurrency, max(1, (os.cpu_count() or 1) // ranks.here)))
+    index = {game.game_id: i for i, game in games.items()}
+    mine = (games[i] for i in ranks.share(list(games)) if not is_finished(folder, i))
     lost: list[str] = []
-    start, steps = time.monotonic(), 0
+    start, episodes, steps = time.monotonic(), 0, 0
     try:
-        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(len(todo), "game") as bar:
-            async for episode in run_episodes(pool, method, list(todo.values()), max_steps=settings.max_steps,
-                                              seed=settings.seed, concurrency=settings.concurrency, quorum=quorum):
+        with open(folder / "log.txt", "a", encoding="utf-8") as log_file, progress_bar(missing, "game") as bar:
+            async for episode in run_episodes(pool, method, mine, max_steps=settings.max_steps, seed=settings.seed,
+                                              concurrency=concurrency, quorum=quorum):
                 bar.update()
                 if episode.reason == "env_died":
                     lost.append(episode.game.game_id)
@@ -162,23 +217,22 @@ async def play(settings: AlfworldSettings, folder: Path, todo: dict[int, Game]) 
                 results.write_episode(folder, i, episode)
                 log_file.write(report.log_line(i, results.episode_record(i, episode)["meta"]) + "\n")
                 log_file.flush()
-                steps += len(episode.steps)
+                episodes, steps = episodes + 1, steps + len(episode.steps)
     finally:
+        seconds = time.monotonic() - start
+        cost.record_session(folder, episodes=episodes, steps=steps, seconds=seconds, processes=ranks.count)
         await pool.close()
         await policy_lm.close()
         if wm_lm:
             await wm_lm.close()
-    log.info("%d steps in %.1f s: %.1f steps/s", steps, time.monotonic() - start,
-             steps / (time.monotonic() - start))
-    if lost:
-        raise UserError(f"{len(lost)} games lost their environment process again and again ({', '.join(lost[:3])}); "
-                        "start the same command again to play them")
+    log.info("%d steps in %.1f s: %.1f steps/s", steps, seconds, steps / seconds)
+    return lost
 
 
-def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
+def load_world_model(settings: EvalSettings, device: str, quorum: Quorum) -> LM:
     if settings.wm_backend == "local":
-        return LocalLM.load(settings.wm_model, device=settings.wm_device or settings.device, dtype=settings.wm_dtype,
-                            quorum=quorum, role="world_model")
+        return LocalLM.load(settings.wm_model, device=device, dtype=settings.wm_dtype, quorum=quorum,
+                            role="world_model")
     url = settings.wm_api_base_url or DEEPSEEK_URL
     return OpenAILM(settings.wm_api_model, url, settings.wm_api_key_env, role="world_model",
                     api="chat" if settings.wm_backend == "deepseek_api" else "completions",
@@ -186,26 +240,32 @@ def load_world_model(settings: AlfworldSettings, quorum: Quorum) -> LM:
                     max_retries=settings.wm_api_max_retries)
 
 
-def make_policy(settings: AlfworldSettings, lm: LocalLM) -> Policy:
-    style, turns = asked_as(settings.policy_model, lm.tokenizer, style=settings.prompt_style,
+def make_policy(settings: EvalSettings, lm: LocalLM) -> Policy:
+    style, turns = asked_as(settings.policy_model, lm.tokenizer, env=settings.env, style=settings.prompt_style,
                             chat=settings.chat_template, thinking=settings.thinking)
-    return Policy(lm, style=style, turns=turns, selection=settings.action_selection,
-                  keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
-                  control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
-                  action_tokens=settings.act_tokens, text_tokens=settings.act_tokens,
-                  decision_tokens=settings.decision_tokens, thinking_tokens=settings.thinking_tokens)
+    policy = Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
+                    keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
+                    control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
+                    imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
+                    text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens,
+                    thinking_tokens=settings.thinking_tokens)
+    if settings.method in TREE_SEARCH:
+        tokens = settings.rap_action_gen_tokens
+        policy = dataclasses.replace(policy, action_tokens=tokens, imagined_action_tokens=tokens)
+    return policy
 
 
-def make_world_model(settings: AlfworldSettings, lm: LM) -> WorldModel:
+def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:
     # A server's tokenizer isn't here; --wm_model then only tells how the model that it serves was trained.
-    tokenizer = lm.tokenizer if isinstance(lm, LocalLM) else None
-    style, turns = asked_as(settings.wm_model, tokenizer, role="world_model", style=settings.wm_prompt_style,
-                            chat=settings.chat_template)
-    return WorldModel(lm, style=style, turns=turns, max_new_tokens=settings.foresight_tokens,
+    tokenizer = None if isinstance(lm, OpenAILM) else lm.tokenizer
+    style, turns = asked_as(settings.wm_model, tokenizer, role="world_model", env=settings.env,
+                            style=settings.wm_prompt_style, chat=settings.chat_template)
+    tokens = settings.rap_wm_pred_tokens if settings.method in TREE_SEARCH else settings.foresight_tokens
+    return WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=tokens,
                       keep_steps=settings.history_keep_steps)
 
 
-def method_settings(settings: AlfworldSettings) -> MethodSettings:
+def method_settings(settings: EvalSettings) -> MethodSettings:
     fixed = 0 if settings.disable_wm else settings.fixed_k
     k_policy = settings.k_policy
     if fixed >= 0:
@@ -213,12 +273,13 @@ def method_settings(settings: AlfworldSettings) -> MethodSettings:
     elif k_policy == "auto":
         k_policy = "head" if has_heads(settings.policy_model) else "prompt"
     style, _ = asked_as(settings.policy_model, style=settings.prompt_style)
-    return MethodSettings(max_k(settings), k_policy, settings.k_sample, fixed, settings.foresight_format,
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings) if f.name != "reflect"}
+    return MethodSettings(**given | {"max_k": max_k(settings), "k_policy": k_policy, "fixed_k": fixed},
                           reflect=style != "tuned")
 
 
-def max_k(settings: AlfworldSettings) -> int:
-    """K_max: the flag's, else the K-head's, else 2."""
+def max_k(settings: EvalSettings) -> int:
+    """K_max: the flag's, else the K-head's, else the environment's."""
     if settings.max_k >= 0:
         return settings.max_k
-    return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else 2
+    return kmax_of(settings.policy_model) if has_heads(settings.policy_model) else settings.max_k_without_head

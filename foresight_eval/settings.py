@@ -1,15 +1,21 @@
-"""The flags of the evaluation programs: those that all share, and ALFWorld's own."""
+"""The flags of the evaluation programs: those that all share, and each environment's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
+from foresight_eval.methods.settings import METHODS
 from itp.config import flag
+from itp.envs.base import TextEnv
+from itp.envs.scienceworld_games import ScienceworldFlags, list_games
+from itp.envs.which import EnvFlags, engine_of, games_of, scienceworld_engine
+from itp.games import Game
 from itp.policy.agent import SELECTIONS
 from itp.runtime import DTYPES
 from itp.text.prompts import FORESIGHT_FORMATS
 
-METHODS = ("foresight", "sft", "react", "cot")
 STYLES = ("auto", "tuned", "instruct")
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
@@ -52,20 +58,62 @@ class EvalSettings:
     history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
     temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates and multi_attempt propose")
+    beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
+    rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
+    belief_samples: int = flag(10, at_least=1, help="outcomes that implement draws from the world model for an action")
+    rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
+    rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
+    rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
+    rap_uct_w: float = flag(1.4, at_least=0, help="rap, mcts: weight of exploration")
+    rap_rw_action_logp: float = flag(0.2, help="rap: weight of the action's mean log-probability in the reward")
+    rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
+    rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
+    rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts: new tokens of a proposed action at most")
+    rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
+    rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
     concurrency: int = flag(16, at_least=1, help="episodes at a time")
     env_processes: int = flag(2, at_least=1, help="processes that run the environments")
+    method: str = flag("foresight", help="how to act", choices=METHODS)
+    seed: int = flag(123, help="seed of everything random")
+    device: str = flag("cuda", help="device of both models, where they have none of their own")
+    disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
+    use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))
 
 
 @dataclass
 class AlfworldSettings(EvalSettings):
-    method: str = flag("foresight", help="how to act", choices=METHODS)
     split: str = flag("dev", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
     env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
     max_steps: int = flag(40, at_least=1, help="steps of an episode at most")
-    seed: int = flag(123, help="seed of everything random")
-    device: str = flag("cuda", help="device of both models, where they have none of their own")
     policy_device: str = flag("", help="device of the policy")
     wm_device: str = flag("", help="device of the world model")
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 2")
-    disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
-    use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))
+    env: ClassVar[str] = "alfworld"
+    min_k: ClassVar[int] = 0
+    max_k_without_head: ClassVar[int] = 2
+
+    def games(self) -> list[Game]:
+        return games_of(EnvFlags(), self.split, self.env_data_root)
+
+    def make_env(self, want_admissible: bool) -> Callable[[], TextEnv]:
+        return engine_of(EnvFlags(), want_admissible=want_admissible)
+
+
+@dataclass
+class SciworldSettings(EvalSettings, ScienceworldFlags):
+    split: str = flag("dev", help="dev = seen, test = unseen: the simulator's development and test variations; train")
+    policy_device: str = flag("cuda:0", help="device of the policy")
+    wm_device: str = flag("cuda:1", help="device of the world model")
+    max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 3")
+    min_k: int = flag(0, help="steps to imagine at least (not with --fixed_k)")
+    concurrency: int = flag(4, help="episodes at a time; each has a JVM of some 300 MB")
+    env: ClassVar[str] = "scienceworld"
+    max_steps: ClassVar[int] = 0  # each game has its own
+    max_k_without_head: ClassVar[int] = 3
+
+    def games(self) -> list[Game]:
+        return list_games(self.split, self)
+
+    def make_env(self, want_admissible: bool) -> Callable[[], TextEnv]:
+        return scienceworld_engine(self, want_admissible=want_admissible)

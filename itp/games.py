@@ -1,7 +1,7 @@
 """Games and the lists of them, per environment and split.  Imports no engine.
 
-ALFWorld games lie in the published layout, whether downloaded (``alfworld-download``) or made by
-:mod:`itp.envs.alfworld_games`::
+ScienceWorld's games are in its engine: :mod:`itp.envs.scienceworld_games` lists them.  ALFWorld games lie in the
+published layout, whether downloaded (``alfworld-download``) or made by :mod:`itp.envs.alfworld_games`::
 
     ROOT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-..-<scene>/trial_*/game.tw-pddl
 """
@@ -30,6 +30,10 @@ SPLIT_ALIASES = {
     "test": "valid_unseen",
 }
 
+ENVIRONMENTS = ("alfworld", "scienceworld")
+K_MAX = {"alfworld": 5, "scienceworld": 8}
+"""The paper's K_max."""
+
 ALFWORLD_TASK_TYPES = (
     "pick_and_place_simple",
     "look_at_obj_in_light",
@@ -46,6 +50,8 @@ class Game:
 
     ``mission``: 0 is the game's own; n poses the n-th other mission of its ``traj_data.json`` in the same
     world (see :func:`with_other_missions`), for gathering training data only.
+    ``path``: ALFWorld's game file; ScienceWorld's ``task/variation/simplification``.
+    ``max_steps``: the steps that the protocol gives this game; 0: as many as the program says.
     """
 
     env: str
@@ -54,6 +60,7 @@ class Game:
     path: str
     task_type: str
     mission: int = 0
+    max_steps: int = 0
 
 
 def resolve_split(name: str) -> str:
@@ -64,7 +71,7 @@ def resolve_split(name: str) -> str:
 
 
 def list_games(env: str, split: str, root: str | Path, only_ids: Sequence[int] = ()) -> list[Game]:
-    """All playable games of a split, in a fixed order (sorted by path).
+    """All playable ALFWorld games of a split, in a fixed order (sorted by path).
 
     ``root`` is the folder that holds ``json_2.1.1`` (or that folder itself).  ``only_ids`` keeps the
     games at these indices of that order.  Raises UserError where there is no game to play.

@@ -41,12 +41,25 @@ class ImaginedTrajectory:
         return foresight_text(self.steps, keep)
 
 
-async def imagine(policy: Proposer, world_model: WorldModel, state: State, k: int, seed: int) -> ImaginedTrajectory:
-    """Imagine ``k`` steps from ``state``.  The trajectory for a smaller k is this one's beginning."""
+    def then(self, action: str, observation: str) -> ImaginedTrajectory:
+        """One step longer."""
+        return ImaginedTrajectory(self.start, (*self.steps, (action, observation)))
+
+
+async def imagine(policy: Proposer, world_model: WorldModel, state: State, k: int, seed: int,
+                  first: str = "") -> ImaginedTrajectory:
+    """Imagine ``k`` steps from ``state``.  The trajectory for a smaller k is this one's beginning.
+
+    ``first``: the first imagined action, where it isn't the policy's to choose.
+    """
     trajectory = ImaginedTrajectory(state)
     for i in range(k):
-        here = trajectory.end
-        action = await policy.propose(here, derive_seed(seed, "imagine", i))
-        observation, = await world_model.step([here], [action])
-        trajectory = ImaginedTrajectory(state, (*trajectory.steps, (action, observation)))
+        action = first if first and i == 0 else await policy.propose(trajectory.end, derive_seed(seed, "imagine", i))
+        trajectory = await extend(world_model, trajectory, action)
     return trajectory
+
+
+async def extend(world_model: WorldModel, trajectory: ImaginedTrajectory, action: str) -> ImaginedTrajectory:
+    """One more step: ŝ' ~ M_φ(·|ŝ, ``action``) from where ``trajectory`` ends."""
+    observation, = await world_model.step([trajectory.end], [action])
+    return trajectory.then(action, observation)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from itp.envs.pool import EnvDied, EnvPool
+from itp.envs.base import EnvDied
+from itp.envs.pool import EnvPool
 from itp.games import Game
 from itp.lm.base import Usage, metered
 from itp.lm.local import Quorum
@@ -40,11 +42,16 @@ class Step:
     usage: dict[str, Usage] = field(default_factory=dict)
     seconds: float = 0.0
     """From observation to action: what the decision took."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What else the engine reported."""
 
 
 @dataclass
 class Episode:
-    """A finished episode.  ``reason``: success, step_limit, engine_end or env_died."""
+    """A finished episode.
+
+    ``reason``: success, step_limit, env_died, or how the engine ended it (engine_end where there is one way only).
+    """
 
     game: Game
     steps: list[Step] = field(default_factory=list)
@@ -64,20 +71,27 @@ class Episode:
         return total
 
 
-async def run_episodes(pool: EnvPool, method: Method, games: Sequence[Game], *, max_steps: int, seed: int,
+async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
                        concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the
-    order of the games changes what happens in it.  The first error of a method ends the run.
+    A game is taken from ``games`` when there is an environment for it.  An episode has ``max_steps`` steps at
+    most, or as many as its game's protocol says.
+
+    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
+    the games changes what happens in it.  The first error of a method ends the run.
     """
     todo = iter(games)
-    finished: asyncio.Queue[Episode] = asyncio.Queue()
+    finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
 
     async def worker() -> None:
+        game = next(todo, None)
+        if game is None:
+            return
         async with pool.session() as env:
-            for game in todo:
-                await finished.put(await play(env, method, game, max_steps=max_steps, seed=seed))
+            while game is not None:
+                finished.put_nowait(await play(env, method, game, max_steps=max_steps, seed=seed))
+                game = next(todo, None)
 
     async def counted() -> None:
         if quorum is not None:
@@ -88,28 +102,17 @@ async def run_episodes(pool: EnvPool, method: Method, games: Sequence[Game], *, 
             if quorum is not None:
                 quorum.add(live=-1)
 
-    workers = [asyncio.create_task(counted()) for _ in range(min(concurrency, len(games)))]
+    workers = [asyncio.create_task(counted()) for _ in range(concurrency)]
+    everyone = asyncio.gather(*workers)
+    everyone.add_done_callback(lambda _: finished.put_nowait(None))
     try:
-        for _ in games:
-            yield await _next_or_error(finished, workers)
+        while (episode := await finished.get()) is not None:
+            yield episode
+        everyone.result()  # raises what a worker raised
     finally:
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-
-
-async def _next_or_error(finished: asyncio.Queue[Episode], workers: Sequence[asyncio.Task]) -> Episode:
-    """The next finished episode, or the error of a worker."""
-    getter = asyncio.ensure_future(finished.get())
-    try:
-        waiting = {getter, *(w for w in workers if not w.done())}
-        while not getter.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {getter}:
-                task.result()  # raises what the worker raised
-        return getter.result()
-    finally:
-        getter.cancel()
 
 
 async def play(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:
@@ -129,9 +132,9 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
     observation = await env.reset(game)
     state = State(observation.task, observation.text)
     episode = Episode(game)
-    for step in range(max_steps):
+    for step in range(game.max_steps or max_steps):
         view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
-                    tuple(s.decision for s in episode.steps))
+                    tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps))
         start = time.perf_counter()
         with metered() as usage:
             decision = await method.act(view)
@@ -139,10 +142,10 @@ async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: i
         result = await env.step(decision.action)
         observation = result.obs
         episode.steps.append(Step(state, decision, observation.text, result.reward, result.score, result.done,
-                                  result.invalid, usage, seconds))
+                                  result.invalid, usage, seconds, result.info))
         state = state.after(decision.action, observation.text)
         episode.score, episode.success = result.score, result.success
         if result.done:
-            episode.reason = "success" if result.success else "engine_end"
+            episode.reason = "success" if result.success else result.info.get("ending", "engine_end")
             break
     return episode

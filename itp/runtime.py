@@ -94,7 +94,8 @@ def read_json(path: str | Path) -> Any:
 def versions() -> dict[str, str]:
     """The versions that a result depends on, and the git revision of this code where it has one."""
     found = {"python": platform.python_version()}
-    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "openai"):
+    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "scienceworld",
+                    "openai"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -146,6 +147,23 @@ def resolve_device(name: str) -> str:
             log.warning("device %s doesn't exist here; using %s", name, there)
             return there
     return name
+
+
+def rank_devices(policy: str, world_model: str, pairs: bool = True) -> tuple[str, str]:
+    """Where this process's models go.  Among several on a machine with GPUs: one for both, or two if there are enough.
+
+    ``pairs``: whether a second one is of use.  Alone, or where no GPU is wanted: as given.
+    """
+    import torch
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here == 1 or not policy.startswith("cuda") or not torch.cuda.device_count():
+        return policy, world_model
+    local = int(os.environ["LOCAL_RANK"])
+    if pairs and torch.cuda.device_count() >= 2 * here:
+        return f"cuda:{2 * local}", f"cuda:{2 * local + 1}"
+    one = f"cuda:{local % torch.cuda.device_count()}"
+    return one, one
 
 
 def resolve_dtype(name: str, device: str):

@@ -7,8 +7,9 @@ answers with the next observation; the next state follows from it (:meth:`itp.te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from itp.lm.base import LM, GenParams
+from itp.lm.base import LM, Generation, GenParams
 from itp.text import prompts
 from itp.text.actions import without_thinking
 from itp.text.state import State, dedent
@@ -19,9 +20,9 @@ class WorldModel:
     ``keep_steps`` the history it is shown (0: all).
     """
 
-    def __init__(self, lm: LM, *, style: str = "tuned", turns: prompts.Turns = prompts.PLAIN,
+    def __init__(self, lm: LM, *, env: str = "alfworld", style: str = "tuned", turns: prompts.Turns = prompts.PLAIN,
                  max_new_tokens: int = 192, keep_steps: int = 0) -> None:
-        self.lm = lm
+        self.lm, self.env = lm, env
         self.style, self.turns = style, turns
         self.keep_steps = keep_steps
         # A model that wasn't taught to stop goes on with the next action.
@@ -30,10 +31,18 @@ class WorldModel:
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         """The predicted observations after ``actions`` in ``states`` (same length)."""
         asked = [self.prompt(state, action) for state, action in zip(states, actions, strict=True)]
-        answers = await self.lm.generate(asked, self.params)
-        return [dedent(without_thinking(answer.text)).strip() for answer in answers]
+        return [_observation(reply) for reply in await self.lm.generate(asked, self.params)]
+
+    async def sample(self, state: State, action: str, n: int, seed: int, temperature: float = 1.0) -> list[str]:
+        """``n`` observations drawn from p_φ(·|s, a) at ``temperature``."""
+        params = replace(self.params, temperature=temperature, seed=seed)
+        return [_observation(reply) for reply in await self.lm.generate([self.prompt(state, action)] * n, params)]
 
     def prompt(self, state: State, action: str) -> str:
         """What it is asked with: :func:`itp.text.prompts.world_model_prompt` on what it is shown of ``state``."""
         shown = state.last(self.keep_steps).render()
-        return prompts.world_model_prompt(shown, action, style=self.style, turns=self.turns)
+        return prompts.world_model_prompt(shown, action, style=self.style, env=self.env, turns=self.turns)
+
+
+def _observation(reply: Generation) -> str:
+    return dedent(without_thinking(reply.text)).strip()

@@ -66,7 +66,7 @@ def test_the_expert_wins_every_game(monkeypatch, games_root: Path, tmp_path: Pat
 
 def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_path: Path) -> None:
     rows = run(monkeypatch, games_root, tmp_path, "--noise", "0,0.5", "--episodes_per_game", "3", "--max_games", "4",
-               "--max_steps", "25", "--foresight_k", "3", "--foresight_share", "0.5")
+               "--max_steps", "25", "--foresight_k", "3", "--foresight_share", "0.5", "--reasoning_share", "0.5")
     episodes = by_episode(rows)
     assert len(episodes) == 12 and {name.rpartition("#")[2] for name in episodes} == {"0", "1", "2"}
     explored = {name: sum(t.action != t.expert_action for t in episode) for name, episode in episodes.items()}
@@ -82,6 +82,9 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
     short = sorted(talk["id"].rpartition("/")[0] for talk in talks if re.search("/(foresight|horizon)-", talk["id"]))
     assert [t["id"] for t in talks if t["id"] in episodes] == list(episodes)
     assert short[::2] == short[1::2] and 0 < len(short) // 2 < 12  # both forms of some episodes
+    words = re.compile("/(thought|reflection|helps)-")
+    told = sorted(talk["id"].rpartition("/")[0] for talk in talks if words.search(talk["id"]))
+    assert told[::4] == told[1::4] == told[2::4] == told[3::4] and 0 < len(told) // 4 < 12
     for talk in talks:
         gpt = [turn for turn in talk["conversations"] if turn["from"] == "gpt"]
         learned = [turn["value"] for turn in gpt if turn.get("weight", 1)]
@@ -89,7 +92,7 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
             rows = episodes[talk["id"]]
             assert learned == [f"Action: {t.expert_action}" for t in rows if t.action == t.expert_action]
         else:  # the short forms teach their last turn only
-            assert learned == [gpt[-1]["value"]]
+            assert learned == [turn["value"] for turn in gpt[-2 if "/reflection-" in talk["id"] else -1:]]
     read_dialogues(str(tmp_path / "dialogues.json"))
 
 
@@ -141,6 +144,7 @@ def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path:
 @pytest.mark.parametrize("flags, says", [
     (("--actor", "policy"), "--policy_model"),
     (("--actor", "policy", "--policy_model", "./polcy"), "./polcy: no such model folder"),
+    (("--actor", "random", "--reasoning_share", "0.1"), "only --actor expert knows why"),
     (("--noise", "0,often"), "--noise '0,often'"),
     (("--noise", "1.5"), "between 0 and 1"),
     (("--noise_policy", "somewhere"), "never acts at --noise 0"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.settings import METHODS, AlfworldSettings
+from foresight_eval.methods.settings import METHODS
+from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor
 from itp.config import add_flags
 from itp.envs import alfworld_games
@@ -31,6 +32,7 @@ SETTINGS = {
     "world_model.data_processing.convert": convert.Settings, "world_model.data_processing.fetch": fetch.Settings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
+    "foresight_eval.runner_sciworld": SciworldSettings,
     "itp.training.train_adaptive_k label": LabelSettings, "itp.training.train_adaptive_k sft": SftSettings,
     "itp.training.train_adaptive_k rl_k": RlSettings,
 }

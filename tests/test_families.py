@@ -9,26 +9,35 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from foresight_eval.runner import evaluate
+from foresight_eval.methods import build
+from foresight_eval.methods.settings import METHODS, NEED_WORLD_MODEL, MethodSettings
+from foresight_eval.runner import check, evaluate
 from foresight_eval.settings import AlfworldSettings
+from itp.envs.base import Observation
+from itp.games import Game
 from itp.lm.chat import asked_as, end_of_turn, turns_of
 from itp.lm.decoding import Engine
 from itp.policy.agent import Policy
+from itp.policy.policy_with_heads import add_control_to_tokenizer
+from itp.policy.method import View
 from itp.runtime import UserError, load_tokenizer, model_card
 from itp.text.actions import without_thinking
 from itp.text.prompts import PLAIN, Turns, dialogue_examples, policy_prompt
 from itp.text.state import State
 from itp.training import base_policy, label, rl_k, sft
-from itp.training.finetune import IGNORED, Example, encode, finetune, trained_form
+from itp.training.examples import IGNORED, Example, encode
+from itp.training.finetune import finetune, trained_form
 from itp.training.warm_up import WarmUpTask
 from itp.transitions import Transition, write_transitions
 from itp.world_model import WorldModel
 from tests.families import FAMILIES, write_family
+from tests.toy import ToyLM
 from world_model.base_tuning.finetune import WorldModelSettings, fit, to_examples
 
 KMAX = 1
@@ -148,13 +157,14 @@ def test_one_family_through_everything(family: str, form: str, tmp_path: Path, g
         max_steps=2, wm_max_new_tokens=4, eval_every=0, action_selection="constrained", max_seq_len=4000, **devices))
     learned = str(tmp_path / "rl/last")
     assert model_card(learned).get("turns") == model_card(policy_path).get("turns")
-    for number, model in enumerate((learned, policy_path)):
+    for model, method, fixed_k in ((learned, "foresight", 1), (policy_path, "mpc", -1)):
         asyncio.run(evaluate(AlfworldSettings(
-            policy_model=model, wm_model=wm_path, output_path=str(tmp_path / f"eval{number}"), only_ids="0",
-            env_data_root=str(games_root), split="train", max_steps=2, fixed_k=1, max_k=KMAX, act_tokens=4,
-            foresight_tokens=4, device="cpu", env_processes=1, concurrency=1)))
+            policy_model=model, wm_model=wm_path, output_path=str(tmp_path / method), only_ids="0", method=method,
+            env_data_root=str(games_root), split="train", max_steps=2, fixed_k=fixed_k, max_k=KMAX, candidates=2,
+            temperature=1.0, act_tokens=4, foresight_tokens=4, device="cpu", env_processes=1, concurrency=1)))
     assert seen.check(form, base, policy_path) > 20
     assert {p.control for p, *_ in seen.policy} == {True, False}
+    assert {"Action", "Helps"} <= {name for _, _, name, _ in seen.policy}
 
 
 # ---------------------------------------------------------------- templates
@@ -239,7 +249,54 @@ def test_asked_as(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--thinking"):
         asked_as(folder, tokenizer, chat=False, thinking=True)
     assert asked_as(folder, tokenizer, style="tuned") == ("tuned", PLAIN)
-    assert "simulator" in asked_as(folder, tokenizer, role="world_model")[1].head
+    for env, acts, simulates in (("alfworld", "You act in a household", "a household text game"),
+                                 ("scienceworld", "You do science experiments", "a science laboratory text game")):
+        assert acts in asked_as(folder, tokenizer, env=env)[1].head
+        assert simulates in asked_as(folder, tokenizer, role="world_model", env=env)[1].head
+
+
+def test_stage_2_on_scienceworld_learns_what_inference_asks(tmp_path: Path) -> None:
+    """From an instruct model, whose prompts hold the environment's instruction, in turns and as plain text."""
+    folder, state = str(write_family(tmp_path, "qwen2")), State("find a plant", "This room is called the hallway.")
+    settings = sft.SftSettings(train_jsonl="", policy_model_path=folder, out_dir="", model_path=folder,
+                               env="scienceworld", max_seq_len=9999)
+    for form in ("auto", "plain"):
+        settings = dataclasses.replace(settings, prompt_form=form)
+        tokenizer = load_tokenizer(folder)
+        add_control_to_tokenizer(tokenizer)
+        task = WarmUpTask(settings, [sft.Step("", state, "\nIf: look\nThen: o", "look", 0)])
+        step, = task._tokens(tokenizer, {"examples": 0})
+        style, turns = task.asked(tokenizer)
+        policy = Policy(None, env="scienceworld", style=style, turns=turns, control=True)
+        asked = policy.prompt(state, "Action", foresight="\nIf: look\nThen: o")
+        assert (style, turns == PLAIN) == ("instruct", form == "plain")
+        assert asked.count("You do science experiments") == 1
+        assert step.prompt == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("style", ["tuned", "instruct"])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_ask_in_turns(name: str, style: str) -> None:
+    """Every question of every method, to the policy and to the world model, is a turn of the chat."""
+    asked: dict[str, list[str]] = {"policy": [], "world_model": []}
+
+    class Listening(ToyLM):
+        async def generate(self, prompts, params):
+            asked[self.role] += prompts
+            # The toy knows labels on lines of their own.
+            return await super().generate([p.replace("<a>", "\n") for p in prompts], params)
+
+    policy = Policy(Listening("policy"), style=style, turns=Turns("<u>", "<a>"))
+    world_model = WorldModel(Listening("world_model"), style=style, turns=Turns("<w>", "<a>"))
+    state = State("put a clean plate in fridge", "you see 7")
+    view = View(Game("alfworld", "train", "g", "g", "look_at_obj_in_light"), 0, state,
+                Observation(state.observation, state.task), 5)
+    method = build(name, policy, world_model, MethodSettings(candidates=3, k_policy="fixed", fixed_k=2))
+    assert asyncio.run(method.act(view)).action
+    ends = "|".join(("Action", "Thought", "Reflection", "Helps"))
+    assert asked["policy"] and all(re.fullmatch(rf"<u>[^<>]*<a>({ends}):", prompt) for prompt in asked["policy"])
+    assert bool(asked["world_model"]) == (name in NEED_WORLD_MODEL)
+    assert all(re.fullmatch(r"<w>[^<>]*<a>Observation:", prompt) for prompt in asked["world_model"])
 
 
 # ---------------------------------------------------------------- thinking
@@ -256,7 +313,7 @@ class Replies:
 
         self.prompts += prompts
         self.params.append(params)
-        return [Generation(self.text, 1, 1, 0, "stop")]
+        return [Generation(self.text, 1, 1, 0, "stop") for _ in prompts]
 
 
 THINKS = Turns("<user>", "<assistant>", thinks=True)
@@ -278,6 +335,17 @@ def test_thoughts_are_no_action(reply: str, action: str, parsed: bool) -> None:
     assert lm.params[0].max_new_tokens == 110 and lm.params[0].stop == ()
     assert asyncio.run(policy.propose(state, 0)) == action
     assert asyncio.run(policy.think_and_act(state, 0)).action == action
+    for imagined in (False, True):
+        assert [c.action for c in asyncio.run(policy.draw(state, None, 3, 0, imagined=imagined))] == [action] * 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"method": "rap"}, "--thinking: --method rap reads how sure"),
+    ({"method": "sft", "action_selection": "score"}, "--action_selection generate")])
+def test_thinking_needs_a_free_answer(flags: dict, message: str) -> None:
+    settings = AlfworldSettings(policy_model="p", wm_model="w", output_path="", max_k=1, thinking=True, **flags)
+    with pytest.raises(UserError, match=message):
+        check(settings)
 
 
 def test_horizon_and_reflection_after_thinking() -> None:
@@ -290,6 +358,7 @@ def test_horizon_and_reflection_after_thinking() -> None:
 def test_world_model_on_a_server_may_think() -> None:
     model = WorldModel(Replies("<think>Let me see.</think>\n\nYou see a mug."), style="instruct")
     assert asyncio.run(model.step([State("t", "o")], ["look"])) == ["You see a mug."]
+    assert asyncio.run(model.sample(State("t", "o"), "look", 2, 0)) == ["You see a mug."] * 2
     assert without_thinking("plain") == "plain"
 
 

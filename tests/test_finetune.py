@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itp.runtime import UserError
 from itp.training import base_policy
-from itp.training.finetune import Example, FinetuneSettings, claim_run, encode, finetune, hold_out, whole_checkpoints
+from itp.training.examples import Example, encode, hold_out
+from itp.training.finetune import FinetuneSettings, claim_run, finetune, whole_checkpoints
 from itp.training.hf_trainer import Collator, SimilarLengths
 from itp.training.text_task import TextTask
 

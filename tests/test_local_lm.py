@@ -153,6 +153,19 @@ def test_concurrent_requests_share_batches_and_are_metered(lm: LocalLM) -> None:
     assert usages[0].prompt_tokens == len(lm.tokenizer.encode(PROMPTS[0]))
 
 
+def test_an_episode_with_several_requests_waits_for_the_others(lm: LocalLM) -> None:
+    async def episodes():
+        async def one(i: int):
+            with metered():
+                await asyncio.sleep(0.005 * i)  # within the quorum's patience
+                await asyncio.gather(*(lm.generate([PROMPTS[j]], GenParams(max_new_tokens=2)) for j in range(4)))
+        lm.quorum.add(live=2)
+        await asyncio.gather(one(0), one(1))
+
+    run(episodes())
+    assert lm.batches == [8]
+
+
 def test_a_prompt_that_does_not_fit_is_refused(lm: LocalLM) -> None:
     with pytest.raises(UserError, match="exceed its context of 512"):
         run(lm.generate([STATE + 60 * STEP], GenParams()))

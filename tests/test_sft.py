@@ -65,36 +65,38 @@ def settings_for(model_path: str, tmp_path: Path, rows: list[dict], **changes) -
 
 def task_for(settings: SftSettings) -> WarmUpTask:
     settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
-    return WarmUpTask(settings, read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format))
+    return WarmUpTask(settings, read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format,
+                                              settings.act_on))
 
 
 # ---------------------------------------------------------------- the loss
 
 
-def slow_loss(policy: PolicyWithHeads, tokenizer, rows: list[dict], beta_k: float) -> float:
-    """Eq. 6 step by step from prompts as texts and the bare model."""
+def slow_loss(policy: PolicyWithHeads, tokenizer, rows: list[dict], beta_k: float, act_on: str) -> float:
+    """Eq. 6 step by step from prompts as texts and the bare model; with "all", L_π over every k."""
     lm, nll, tokens, k_nll = policy.causal_lm, 0.0, 0, 0.0
     for row in rows:
         text = row["state"] + "\n<CTRL>"
         hidden = lm.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0, -1]
         k_nll -= (policy.heads.k_head(hidden)).log_softmax(-1)[row["k_label"]].item()
-        for action, observation in row["imagined"][:row["k_label"]]:
-            text += f"\nIf: {action}\nThen: {observation}"
-        prompt, target = tokenizer.encode(text + "\nAction:"), tokenizer.encode(f" {row['action']}\n")
-        logprobs = lm(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
-        nll -= sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
-        tokens += len(target)
+        for k in [row["k_label"]] if act_on == "label" else range(len(row["imagined"]) + 1):
+            future = "".join(f"\nIf: {action}\nThen: {observation}" for action, observation in row["imagined"][:k])
+            prompt, target = tokenizer.encode(text + future + "\nAction:"), tokenizer.encode(f" {row['action']}\n")
+            logprobs = lm(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+            nll -= sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
+            tokens += len(target)
     return nll / tokens + beta_k * k_nll / len(rows)
 
 
-def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path, tmp_path):
+@pytest.mark.parametrize("act_on", ("label", "all"))
+def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path, tmp_path, act_on):
     rows = [row for i in range(3) for row in episode(i, 2 + 2 * i)]
-    settings = settings_for(model_path, tmp_path, rows, beta_k=0.7)
+    settings = settings_for(model_path, tmp_path, rows, beta_k=0.7, act_on=act_on)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     lm = AutoModelForCausalLM.from_pretrained(model_path)
     policy = PolicyWithHeads.create(lm, tokenizer, 2)
     torch.nn.init.normal_(policy.heads.k_head.weight)
-    expected = slow_loss(policy, tokenizer, rows, 0.7)
+    expected = slow_loss(policy, tokenizer, rows, 0.7, act_on)
 
     nodes, gradients = {}, []
     for packed in (1, 0, 3):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itp.text.prompts import world_model_prompt
 from itp.text.state import State, parse
-from itp.training.finetune import FinetuneSettings, encode, finetune
+from itp.training.examples import encode
+from itp.training.finetune import FinetuneSettings, finetune
 from itp.transitions import Transition
 from world_model.base_tuning.finetune import exact_match, fit, to_examples
 

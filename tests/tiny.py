@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 TEXTS = [
     "Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around you, "
@@ -15,22 +16,22 @@ TEXTS = [
 ]
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0, words: Iterable[str] = ()) -> Path:
+def write_tiny_model(folder: Path, *, seed: int = 0, words: Iterable[str] = (), made: Any = None) -> Path:
     """A random two-layer Llama whose outputs are far from uniform, as an ordinary model folder.
 
-    ``words``: what its vocabulary knows besides the words of TEXTS.
+    ``words``: what its vocabulary knows besides the words of TEXTS.  ``made``: another ``tokenizers.Tokenizer``.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from itp.training.base_lm import build_tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer([*TEXTS, *words]), pad_token="[PAD]",
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made or build_tokenizer([*TEXTS, *words]), pad_token="[PAD]",
                                         unk_token="[UNK]", eos_token="[EOS]", clean_up_tokenization_spaces=False)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
+        intermediate_size=64, max_position_embeddings=2048, tie_word_embeddings=False, initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import logging
 import random
@@ -27,9 +26,9 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.envs.alfworld_expert import Expert
-from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games, task_params, with_other_missions
+from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
+from itp.games import Game, task_params
 from itp.lm.chat import asked_as
 from itp.lm.local import Quorum
 from itp.policy.agent import SELECTIONS, Policy
@@ -42,27 +41,34 @@ from itp.runtime import (
 )
 from itp.text import dialogues
 from itp.transitions import Transition, read_appended, write_transitions
+from world_model.reasoning import reasoning_dialogues
 
 log = logging.getLogger(__name__)
 
 ACTORS = ("expert", "handcoded", "planner", "random", "policy")
+LONGEST_PATH = 400
+"""Steps that ScienceWorld's gold paths may have: those of growing plants are longer than the protocol's limits."""
 
 
 @dataclass
-class Settings:
-    env_data_root: str = flag(help="folder that holds json_2.1.1")
+class Settings(EnvFlags):
+    env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1")
     out_dir: str = flag(help="where to write episodes.jsonl, transitions.jsonl, dialogues.json")
-    actor: str = flag("expert", help="who acts: our expert from observations only, alfworld's handcoded expert or "
-                                     "its planner, a random walk, a policy", choices=ACTORS)
+    actor: str = flag("expert", help="who acts: our expert from observations only (ScienceWorld: the simulator's gold "
+                                     "path), alfworld's handcoded expert or its planner, a random walk, a policy",
+                      choices=ACTORS)
     split: str = flag("train", help="split of the games")
     max_games: int = flag(0, at_least=0, help="a random choice of so many games (0: all)")
-    missions: int = flag(1, at_least=1, help="missions in the world of each game: its own and others posed in words")
     episodes_per_game: int = flag(1, at_least=1, help="episodes of each mission")
-    max_steps: int = flag(50, at_least=1, help="steps of an episode at most")
+    max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
+    corrections: int = flag(0, at_least=0, help="also write dialogues that end with the expert's action where another "
+                                                "was executed, so many an episode")
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
+    reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
+                                                        "into words: thoughts, reflections, yes and no")
     policy_model: str = flag("", help="model folder, with --actor policy")
     policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=DTYPES)
     policy_device: str = flag("cuda", help="device of either policy")
@@ -77,14 +83,13 @@ class Settings:
 
 def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.collect", description=__doc__)
-    if settings.actor == "policy" and not settings.policy_model:
-        raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
-    if settings.noise_policy and not any(_noises(settings.noise)):
-        raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
+    check(settings)
     policies = {"policy": settings.policy_model, "noise_policy": settings.noise_policy}
     policies = {role: folder for role, folder in policies.items() if folder}
     for folder in policies.values():
         check_model_path(folder)
+    if settings.reasoning_share and settings.actor != "expert":
+        raise UserError(f"--reasoning_share: only --actor expert knows why it acts, not {settings.actor}")
     out = Path(settings.out_dir)
     episodes_file = out / "episodes.jsonl"
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
@@ -100,23 +105,42 @@ def main() -> None:
     if todo:
         asyncio.run(_play(settings, todo, episodes_file))
         done = _finished(episodes_file)
-    episodes = [done[game.game_id] for game in games]
+    episodes = [episode for game in games if (episode := done[game.game_id])]
+    if not episodes:
+        raise UserError(f"{out}: none of {len(games)} episodes is worth keeping; give other games, or less --noise")
     rows = write_transitions(out / "transitions.jsonl", (t for episode in episodes for t in episode))
-    talks = [talk for episode in episodes for talk in _dialogues(settings, episode)]
+    talks = [talk for game, episode in zip(games, episodes, strict=True)
+             for talk in _dialogues(settings, game, episode)]
     write_json(out / "dialogues.json", talks)
     won = sum(episode[-1].success for episode in episodes)
     steps = rows / len(episodes)
+    if dropped := len(games) - len(episodes):
+        print(f"{dropped} episodes of the expert didn't succeed and are left out")
     print(f"{len(episodes)} episodes ({won} won, {steps:.1f} steps on average), {rows} transitions, "
           f"{len(talks)} dialogues in {out}")
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for what doesn't go together."""
+    if settings.actor == "policy" and not settings.policy_model:
+        raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
+    if settings.noise_policy and not any(_noises(settings.noise)):
+        raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
+    if settings.env == "alfworld" and not settings.env_data_root:
+        raise UserError("--env_data_root is missing: the folder that holds json_2.1.1")
+    if settings.env == "scienceworld" and settings.actor in ("handcoded", "planner"):
+        raise UserError(f"--actor {settings.actor} is ALFWorld's; ScienceWorld's gold path is --actor expert")
+
+
 def _episode_games(settings: Settings) -> list[Game]:
     """One entry an episode: the n-th of a game has ``#n`` in its id, which makes its randomness its own."""
-    games = list_games("alfworld", settings.split, settings.env_data_root)
+    games = games_of(settings, settings.split, settings.env_data_root)
+    if settings.env == "scienceworld" and settings.actor == "expert" and not settings.max_steps_override:
+        games = [dataclasses.replace(game, max_steps=LONGEST_PATH) for game in games]
     if settings.max_games:  # a random choice: in the list's order the first would all be of one task type
         games = sorted(games, key=lambda g: derive_seed(settings.seed, "games", g.game_id))[:settings.max_games]
     return [dataclasses.replace(mission, game_id=f"{mission.game_id}#{n}") for game in games
-            for mission in with_other_missions(game, settings.missions) for n in range(settings.episodes_per_game)]
+            for mission in missions_of(settings, game) for n in range(settings.episodes_per_game)]
 
 
 def _finished(path: Path) -> dict[str, list[Transition]]:
@@ -127,17 +151,19 @@ def _finished(path: Path) -> dict[str, list[Transition]]:
 async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
     quorum = Quorum()
     method = _actor(settings, quorum)
-    make_env = functools.partial(MissionEnv, want_admissible=True,
-                                 expert=settings.actor if settings.actor in ("handcoded", "planner") else "")
-    pool = EnvPool(make_env, settings.env_processes)
+    intruder = _policy(settings, settings.noise_policy, quorum) if settings.noise_policy else AnyAction()
+    noisy = Noisy(method, intruder, _noises(settings.noise))
+    expert = {"handcoded": "handcoded", "planner": "planner",
+              "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
+    pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert), settings.env_processes)
     try:
-        intruder = _policy(settings, settings.noise_policy, quorum) if settings.noise_policy else AnyAction()
-        episodes = run_episodes(pool, Noisy(method, intruder, _noises(settings.noise)), games,
-                                max_steps=settings.max_steps, seed=settings.seed,
-                                concurrency=settings.concurrency, quorum=quorum)
+        episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
+                                seed=settings.seed, concurrency=settings.concurrency, quorum=quorum)
         with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
-                transitions = episode_transitions(episode, settings.actor)
+                # ScienceWorld's gold paths don't all lead to the goal: what didn't is an empty episode, not data.
+                kept = expert != "gold" or episode.success
+                transitions = episode_transitions(episode, settings.actor) if kept else []
                 row = {"game_id": episode.game.game_id, "transitions": [dataclasses.asdict(t) for t in transitions]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -156,16 +182,25 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
     ]
 
 
-def _dialogues(settings: Settings, episode: list[Transition]) -> list[dialogues.Dialogue]:
-    """The dialogues of one episode: the whole of it, and for some a foresight and a horizon dialogue."""
-    if settings.actor == "random" or all(t.action != t.expert_action for t in episode):
+def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
+    """The dialogues of one episode: the whole of it, corrections, and for some foresight, horizon and reasoning."""
+    if settings.actor == "random":
         return []  # nothing in it is worth imitating
-    talks = [dialogues.episode_dialogue(episode)]
+    wrong = [t.step for t in episode if t.action != t.expert_action]
+    draw = random.Random(derive_seed(settings.seed, "correction", episode[0].episode_id))
+    talks = [dialogues.correction_dialogue(episode, step)
+             for step in sorted(draw.sample(wrong, min(settings.corrections, len(wrong))))]
+    if len(wrong) == len(episode):
+        return talks
+    talks.insert(0, dialogues.episode_dialogue(episode))
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
     step, k = draw.randrange(len(episode)), draw.randint(1, max(1, settings.foresight_k))
     if settings.foresight_k and draw.random() < settings.foresight_share:
         talks += [dialogues.foresight_dialogue(episode, step, k),
                   dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+    draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
+    if draw.random() < settings.reasoning_share:
+        talks += reasoning_dialogues(game, episode, draw, settings.foresight_k)
     return talks
 
 
@@ -181,7 +216,7 @@ def _noises(text: str) -> list[float]:
 
 def _actor(settings: Settings, quorum: Quorum) -> Method:
     if settings.actor == "expert":
-        return ExpertActor()
+        return EngineExpert() if settings.env == "scienceworld" else ExpertActor()
     if settings.actor == "random":
         return RandomWalk()
     if settings.actor in ("handcoded", "planner"):
@@ -192,8 +227,8 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
 def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
     lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype,
                         quorum=quorum)
-    style, turns = asked_as(folder, lm.tokenizer)
-    return Direct(Policy(lm, style=style, turns=turns, selection=settings.action_selection,
+    style, turns = asked_as(folder, lm.tokenizer, env=settings.env)
+    return Direct(Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
                          control=has_heads(folder), temperature=settings.temperature, top_p=settings.top_p))
 
 
@@ -210,7 +245,7 @@ class ExpertActor:
 
 
 class EngineExpert:
-    """alfworld's own experts, as the environment reports them; they look around where they have no plan."""
+    """The engine's own experts, as the environment reports them; ALFWorld's look around where they have no plan."""
 
     name, want_admissible = "engine expert", False
 
@@ -218,14 +253,27 @@ class EngineExpert:
         return Decision(view.observation.expert_action or "look")
 
 
+def random_action(view: View, draw: random.Random) -> str:
+    """An admissible action.  In ScienceWorld its verb is drawn first, because of a thousand actions most connect
+    something to something; and it isn't ``focus``, which ends the episode where it is wrong."""
+    admissible = view.observation.admissible
+    if view.game.env == "scienceworld":
+        verbs = sorted({action.split(" ")[0] for action in admissible} - {"focus"})
+        verb = draw.choice(verbs)
+        admissible = [action for action in admissible if action.split(" ")[0] == verb]
+    return draw.choice(admissible)
+
+
 class RandomWalk:
     """Random actions that a world model can learn from: half of them visits, to few enough places that
-    it comes back to what it has seen and changed."""
+    it comes back to what it has seen and changed.  In ScienceWorld: see :func:`random_action`."""
 
     name, want_admissible = "random", True
 
     async def act(self, view: View) -> Decision:
         draw = random.Random(view.seed)
+        if view.game.env == "scienceworld":
+            return Decision(random_action(view, draw))
         visits = [a for a in view.observation.admissible if a.startswith("go to ")]
         if visits and draw.random() < 0.5:
             return Decision(draw.choice(visits[:max(3, len(visits) // 3)]))
@@ -238,7 +286,7 @@ class AnyAction:
     name, want_admissible = "any", True
 
     async def act(self, view: View) -> Decision:
-        return Decision(random.Random(view.seed).choice(view.observation.admissible))
+        return Decision(random_action(view, random.Random(view.seed)))
 
 
 class Noisy:
@@ -246,7 +294,8 @@ class Noisy:
 
     def __init__(self, method: Method, intruder: Method, noises: Sequence[float]) -> None:
         self.method, self.intruder, self.noises = method, intruder, noises
-        self.name, self.want_admissible = method.name, True
+        self.name = method.name
+        self.want_admissible = method.want_admissible or max(noises) > 0 and intruder.want_admissible
 
     async def act(self, view: View) -> Decision:
         decision = await self.method.act(view)

@@ -11,6 +11,9 @@ first_visit    contents seen for the first time: unknowable, a guess from common
 inspect        look, inventory, examining an object
 invalid        the engine's "Nothing happens."
 =============  ==========================================================================================
+
+ScienceWorld's (``--env scienceworld``) are the verbs of the actions; with two words where the first says little
+(``look around``, ``look at``, ``look in``), and ``invalid``.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from itp.config import flag, parse_settings
+from itp.envs.scienceworld import INVALID
+from itp.games import ENVIRONMENTS
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM
 from itp.runtime import DTYPES, check_model_path, derive_seed, run_main, versions, write_json
@@ -41,6 +46,7 @@ _CONTENTS = re.compile(r"(?:On the (?P<on>\w+ \d+)|The (?P<in>\w+ \d+) is open\.
 class Settings:
     wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub")
     transitions: str = flag(help="transitions.jsonl of episodes that no training saw")
+    env: str = flag("alfworld", help="environment of the transitions", choices=ENVIRONMENTS)
     out_json: str = flag("", help="where to write the figures too")
     max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions (0: all)")
     device: str = flag("cuda", help="device of the world model")
@@ -62,6 +68,14 @@ def kind_of(state: State, action: str, next_state: str) -> str:
     return "inspect" if verb in INSPECTIONS else "deterministic"
 
 
+def scienceworld_kind(state: State, action: str, next_state: str) -> str:
+    """The verb of a ScienceWorld action."""
+    if next_state.startswith(INVALID):
+        return "invalid"
+    words = action.split()
+    return " ".join(words[:2] if words[0] == "look" else words[:1])
+
+
 def token_f1(predicted: str, true: str) -> float:
     """F1 of the bags of words."""
     a, b = Counter(re.findall(r"\w+", predicted)), Counter(re.findall(r"\w+", true))
@@ -69,19 +83,22 @@ def token_f1(predicted: str, true: str) -> float:
     return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
 
 
-async def measure(world_model: WorldModel, transitions: Sequence[Transition]) -> dict[str, dict[str, float]]:
+async def measure(world_model: WorldModel, transitions: Sequence[Transition],
+                  env: str = "alfworld") -> dict[str, dict[str, float]]:
     """Exact match and mean token F1 of one-step predictions, by kind and for all."""
+    kind = scienceworld_kind if env == "scienceworld" else kind_of
     states = [parse(t.state) for t in transitions]
     predicted = await world_model.step(states, [t.action for t in transitions])
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
         score = (answer == t.next_state, token_f1(answer, t.next_state))
-        for name in (kind_of(state, t.action, t.next_state), "all"):
+        for name in (kind(state, t.action, t.next_state), "all"):
             scores[name].append(score)
+    names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
     return {
         name: {"exact_match": sum(s[0] for s in rows) / len(rows), "token_f1": sum(s[1] for s in rows) / len(rows),
                "n": len(rows)}
-        for name in (*KINDS, "all") if (rows := scores[name])
+        for name in (*names, "all") if (rows := scores[name])
     }
 
 
@@ -92,9 +109,9 @@ def main() -> None:
     if settings.max_rows and len(transitions) > settings.max_rows:
         transitions = random.Random(derive_seed(settings.seed, "rows")).sample(transitions, settings.max_rows)
     lm = LocalLM.load(settings.wm_model, device=settings.device, dtype=settings.dtype, role="world_model")
-    style, turns = asked_as(settings.wm_model, lm.tokenizer, role="world_model")
-    world_model = WorldModel(lm, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
-    figures = asyncio.run(measure(world_model, transitions))
+    style, turns = asked_as(settings.wm_model, lm.tokenizer, role="world_model", env=settings.env)
+    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
+    figures = asyncio.run(measure(world_model, transitions, settings.env))
     print(f"{'':14}{'exact match':>12}{'token F1':>10}{'n':>7}")
     for name, row in figures.items():
         print(f"{name:14}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['n']:7}")

@@ -3,7 +3,7 @@
 ITP-I (eq. 4) with ``k_policy`` "prompt": the policy is asked for a horizon, imagines that far
 (:mod:`itp.imagination`, eq. 2), reflects on what it saw, and acts with all of it in its prompt (eq. 3).
 ITP-R with "head": K_t is the most likely of the K-head's P_θ(K|s_t), or drawn from it with ``k_sample``.
-"fixed" and "random" are the paper's ablations; random draws K uniformly from 0..max_k.
+"fixed" and "random" are the paper's ablations; random draws K uniformly from min_k..max_k.
 
 Departures: a horizon that can't be read counts as 0 and is kept in the record; a tuned policy isn't
 asked to reflect (it was trained to act on the imagined trajectory itself).
@@ -50,9 +50,10 @@ class Foresight:
         if settings.k_policy == "fixed":
             return settings.fixed_k, "", None
         if settings.k_policy == "random":
-            return random.Random(seed).randint(0, settings.max_k), "", None
+            return random.Random(seed).randint(settings.min_k, settings.max_k), "", None
         if settings.k_policy == "head":
             reading = await self.policy.read_control(view.state)
-            return reading.choose_k(settings.max_k, seed if settings.k_sample else None), "", reading
+            k = reading.choose_k(settings.max_k, seed if settings.k_sample else None)
+            return max(k, settings.min_k), "", reading
         k, raw = await self.policy.horizon(view.state, settings.max_k, seed)
-        return k or 0, raw, None
+        return max(k or 0, settings.min_k), raw, None

@@ -9,7 +9,7 @@ episodes; a tuned model needs none, and an instruct model gets the environment's
 from __future__ import annotations
 
 from itp.policy.agent import Policy
-from itp.policy.method import Decision, View
+from itp.policy.method import Decision, View, decide
 from itp.runtime import derive_seed
 
 
@@ -21,7 +21,7 @@ class Cot:
 
     async def act(self, view: View) -> Decision:
         choice = await self.policy.think_and_act(view.state, derive_seed(view.seed, "act"), notes=self._notes(view))
-        return Decision(choice.action, thought=choice.thought, raw=choice.raw, parsed=choice.parsed)
+        return decide(choice)
 
     def _notes(self, view: View) -> str:
         return ""

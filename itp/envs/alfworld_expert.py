@@ -156,6 +156,30 @@ class Expert:
             return "look"
         return next((action for action in self._wishes() if action not in self._refused), "look")
 
+    def thought(self) -> str:
+        """Why it does next what :meth:`act` says, in one line: what it looks for or has, what it has ruled out."""
+        if self.finished:
+            return "The task is done."
+        if not self.hand:
+            return f"I look for a {self.target}. {self._whereabouts(self.target)}"
+        if kind(self.hand) != self.target:
+            return f"I have {self.hand} but no use for it."
+        if self.task_type == "look_at_obj_in_light":
+            return f"I have {self.hand} and look for a {self.lamp_kind}. {self._whereabouts(self.lamp_kind)}"
+        if not self._ready(self.hand):
+            return f"I have {self.hand} and must {self.verb} it with a {self.tool}."
+        return f"I have {self.hand} and bring it to {self._goal()}."
+
+    def _whereabouts(self, what: str) -> str:
+        """Where ``what`` is, or where it isn't and where to look next."""
+        step = self.act()
+        place = next((p for p in self.listing if step.endswith(f" {p}")), self.at)
+        found = [name for name in self.contents.get(place, ()) if kind(name) == what]
+        if found:
+            return f"There is {found[0]} at {place}."
+        ruled_out = f"There is none at {self.at}. " if self.at in self.contents else ""
+        return f"{ruled_out}Next is {place}."
+
     def _wishes(self) -> Iterator[str]:
         """Actions in order of preference: the later ones are for engines that refuse the first."""
         if not self.hand:

@@ -31,8 +31,8 @@ WEIGHT = {"DiningTable": 5, "CounterTop": 4, "CoffeeTable": 4, "SideTable": 4, "
 CAPACITY = {"DiningTable": 10, "CounterTop": 10, "CoffeeTable": 7, "SideTable": 6, "Desk": 8, "Dresser": 8, "Bed": 5,
             "Fridge": 6, "SinkBasin": 5, "StoveBurner": 1, "CoffeeMachine": 1, "ToiletPaperHanger": 1,
             "TowelHolder": 1, "HandTowelHolder": 1}
-OTHERS_PER_TYPE = {"look_at_obj_in_light": 6, "pick_heat_then_place_in_recep": 4, "pick_cool_then_place_in_recep": 4,
-                   "pick_clean_then_place_in_recep": 3, "pick_and_place_simple": 2, "pick_two_obj_and_place": 2}
+OTHERS_PER_TYPE = {"look_at_obj_in_light": 12, "pick_heat_then_place_in_recep": 8, "pick_cool_then_place_in_recep": 8,
+                   "pick_clean_then_place_in_recep": 6, "pick_and_place_simple": 4, "pick_two_obj_and_place": 6}
 """Other missions of a task type that a game's traj_data.json names.  The fewer rooms a type can be posed in (a lamp,
 a microwave), the more of it where it can, so that over all rooms there are about as many of each."""
 COPIES = (0, 1, 1, 1, 2, 3)

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 from itp.games import Game
 
 
+class EnvDied(Exception):
+    """The engine or its process is gone, and with it the episode; ``reset`` works again."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """What the agent may see.  ``admissible`` is None unless the environment was asked for it.
@@ -34,7 +38,8 @@ class StepResult:
     ``terminated``: the engine says the episode is over.  ``truncated``: the engine ran out of moves.
     ``score`` is in [0, 100] and ``success`` is the environment's own criterion (ALFWorld's ``won``,
     ScienceWorld's score of 100), never "the episode is over".  ``invalid`` says that the engine did
-    not take the action ("Nothing happens.").
+    not take the action ("Nothing happens.").  ``info["ending"]``: why the engine ended the episode, where it
+    can end in several ways without success.
     """
 
     obs: Observation

@@ -11,7 +11,7 @@ A process holds one environment for each session that lives in it and serves req
 which they come; environments are handed from a finished session to the next.  A process that dies, or
 doesn't answer in time, is killed and replaced: its sessions get :class:`EnvDied` from the call that they
 are in or from their next ``step``, and go on with ``reset``.  What an environment raises (a UserError for
-a bad game file) travels to the caller as itself and kills nothing.
+a bad game file, EnvDied where only its own engine died) travels to the caller as itself and kills nothing.
 
 The processes are fresh interpreters that import what ``make_env`` needs and nothing else (no torch, and
 not the program's main module).  They run with ``OMP_NUM_THREADS=1``, because there are several, and with
@@ -39,7 +39,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from itp.envs.base import Observation, StepResult, TextEnv
+from itp.envs.base import EnvDied, Observation, StepResult, TextEnv
 from itp.games import Game
 from itp.runtime import UserError
 
@@ -50,10 +50,6 @@ CLOSE_GRACE = 3.0
 START_TIMEOUT = 120.0
 
 _LENGTH = struct.Struct("!I")
-
-
-class EnvDied(Exception):
-    """The process of this environment is gone, and with it the episode; ``reset`` works again."""
 
 
 class EnvHandle:
@@ -95,6 +91,8 @@ class EnvPool:
         self.make_env = pickle.dumps(make_env)
         self.deaths = 0
         """Processes that died or were killed for not answering, so far."""
+        self.busy_s = 0.0
+        """Seconds in which a process had something to do, summed over the processes."""
         self._slots = [_Slot(self) for _ in range(processes)]
         self._closed = False
 
@@ -175,6 +173,7 @@ class _Worker(asyncio.Protocol):
         self._waiting: collections.deque[tuple[asyncio.Future, float]] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
+        self._busy_since = 0.0
         self._closing = False
         self.dead = ""
         """Why the process is gone; empty while it lives."""
@@ -210,6 +209,7 @@ class _Worker(asyncio.Protocol):
         answer = self._loop.create_future()
         self._waiting.append((answer, timeout))
         if len(self._waiting) == 1:
+            self._busy_since = self._loop.time()
             self._start_timer()
         return answer
 
@@ -237,6 +237,8 @@ class _Worker(asyncio.Protocol):
             ok, value = pickle.loads(self._buffer[_LENGTH.size:end])
             del self._buffer[:end]
             answer, _ = self._waiting.popleft()
+            if not self._waiting:
+                self._pool.busy_s += self._loop.time() - self._busy_since
             self._start_timer()
             if answer.cancelled():
                 continue

@@ -7,12 +7,14 @@ depends on the prompt, the parameters and their ``seed`` alone.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 
@@ -100,15 +102,19 @@ class Control:
 
 @dataclass
 class Usage:
-    """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``."""
+    """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``.
+
+    ``seconds``: how long its answers were waited for; requests made at the same time wait together.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     def __iadd__(self, other: Usage) -> Usage:
-        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens"):
+        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
@@ -127,26 +133,57 @@ class Usage:
         )
 
 
-_meter: ContextVar[dict[str, Usage]] = ContextVar("meter")
+@dataclass
+class _Meter:
+    usage: dict[str, Usage] = field(default_factory=dict)
+    waiting: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Requests under way by role, and since when there are any."""
+
+
+_meter: ContextVar[_Meter] = ContextVar("meter")
 
 
 @contextmanager
 def metered() -> Iterator[dict[str, Usage]]:
-    """Count what this task, and the tasks it starts, ask of each model: role -> Usage."""
-    usage: dict[str, Usage] = {}
-    token = _meter.set(usage)
+    """Count what this task, and the tasks it starts, ask of each model: role -> Usage.
+
+    What a meter inside another one has counted is added to the outer one when the inner one ends.
+    """
+    meter, outer = _Meter(), _meter.get(None)
+    token = _meter.set(meter)
     try:
-        yield usage
+        yield meter.usage
     finally:
         _meter.reset(token)
+        for role, spent in meter.usage.items() if outer is not None else ():
+            outer.usage.setdefault(role, Usage())
+            outer.usage[role] += spent
 
 
-def record(role: str, answers: Sequence[Generation | TokenLogprobs | Control]) -> None:
-    """Add answers to the meter of the current task, if there is one.  Called by every LM."""
-    usage = _meter.get(None)
-    if usage is not None:
-        usage.setdefault(role, Usage())
-        usage[role] += Usage.of(answers)
+def asker() -> int:
+    """Identifies for whom the current task asks: for the step that it is metered with, else for itself alone."""
+    return id(_meter.get(None) or asyncio.current_task())
+
+
+@contextmanager
+def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | Control]]:
+    """Around every request of an LM: what goes into the list is charged to the current task's meter, if it has one."""
+    answers: list[Generation | TokenLogprobs | Control] = []
+    meter = _meter.get(None)
+    if meter is None:
+        yield answers
+        return
+    usage = meter.usage.setdefault(role, Usage())
+    others, since = meter.waiting.get(role, (0, 0.0))
+    meter.waiting[role] = (others + 1, since if others else time.monotonic())
+    try:
+        yield answers
+    finally:
+        others, since = meter.waiting[role]
+        meter.waiting[role] = (others - 1, since)
+        if others == 1:
+            usage.seconds += time.monotonic() - since
+        usage += Usage.of(answers)
 
 
 class LM(Protocol):

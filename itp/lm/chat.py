@@ -56,7 +56,7 @@ def end_of_turn(tokenizer: Any) -> set[int]:
 
 def asked_as(path: str, tokenizer: Any = None, *, role: str = "policy", env: str = "alfworld", style: str = "auto",
              chat: bool = True, thinking: bool = False) -> tuple[str, Turns]:
-    """(prompt style, turns) for the model at ``path``: as its training left them, else as a chat model's.
+    """(prompt style, turns) for the model at ``path``: as its training left them, else as a chat model's in ``env``.
 
     ``tokenizer``: None for a server, which puts its own template around.  ``chat`` False: plain text for models
     from elsewhere too.
@@ -71,7 +71,8 @@ def asked_as(path: str, tokenizer: Any = None, *, role: str = "policy", env: str
             raise UserError(f"--thinking: {path} isn't asked by a chat template, so it can't think before it answers; "
                             "leave the flag out")
         return style, PLAIN
-    return style, turns_of(tokenizer, INSTRUCTION[env] if role == "policy" else WORLD_INSTRUCTION, thinking)
+    instruction = INSTRUCTION if role == "policy" else WORLD_INSTRUCTION
+    return style, turns_of(tokenizer, instruction[env], thinking)
 
 
 def trained_turns(card: dict[str, Any]) -> Turns:

@@ -10,13 +10,15 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asker, asking
 from itp.lm.encoding import Encoder
 from itp.runtime import UserError, derive_seed
 
@@ -35,22 +37,34 @@ class Quorum:
     def __init__(self, patience_s: float = 0.03) -> None:
         self.patience_s = patience_s
         self.live = 0
-        self.waiting = 0
+        self.waiting: Counter[int] = Counter()
         self.changed = asyncio.Event()
         self._turns: dict[str, asyncio.Lock] = {}
 
     def turn(self, device: str) -> asyncio.Lock:
         return self._turns.setdefault(device, asyncio.Lock())
 
-    def add(self, live: int = 0, waiting: int = 0) -> None:
+    def add(self, live: int) -> None:
         self.live += live
-        self.waiting += waiting
         self.changed.set()
+
+    @contextmanager
+    def wait(self, who: int) -> Iterator[None]:
+        """Around a request of episode ``who``, which counts once, however many requests it has under way."""
+        self.waiting[who] += 1
+        self.changed.set()
+        try:
+            yield
+        finally:
+            self.waiting[who] -= 1
+            if not self.waiting[who]:
+                del self.waiting[who]
+            self.changed.set()
 
     async def complete(self) -> None:
         """Return when everyone waits, or when nobody has come for a while."""
         await asyncio.sleep(0)  # let the coroutines that are ready put their requests first
-        while self.waiting < self.live:
+        while len(self.waiting) < self.live:
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), self.patience_s)
@@ -162,12 +176,8 @@ class LocalLM:
         self._jobs += jobs
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._serve())
-        self.quorum.add(waiting=1)
-        try:
-            answers = list(await asyncio.gather(*(job.answer for job in jobs)))
-        finally:
-            self.quorum.add(waiting=-1)
-        record(self.role, answers)
+        with self.quorum.wait(asker()), asking(self.role) as answers:
+            answers += await asyncio.gather(*(job.answer for job in jobs))
         return answers
 
     async def _serve(self) -> None:

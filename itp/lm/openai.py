@@ -34,7 +34,7 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, record
+from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asking
 from itp.runtime import UserError, derive_seed
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class OpenAILM:
         """Complete every prompt.  ``params.choices`` needs a local model: servers don't walk a token trie."""
         if params.choices:
             raise UserError(f"{self.name} at {self._url}: choosing among given strings (choices) needs a local model")
-        answers = await _all(self._complete(prompt, params, index) for index, prompt in enumerate(prompts))
-        record(self.role, answers)
+        with asking(self.role) as answers:
+            answers += await _all(self._complete(prompt, params, index) for index, prompt in enumerate(prompts))
         return answers
 
     async def control(self, prompts: Sequence[str]) -> list[Control]:
@@ -98,8 +98,8 @@ class OpenAILM:
         if self._api != "completions":
             raise UserError(f"{self.name} at {self._url}: the chat API can't score text; "
                             "use the completions API or a local model")
-        answers = await _all(self._score(context, completion) for context, completion in pairs)
-        record(self.role, answers)
+        with asking(self.role) as answers:
+            answers += await _all(self._score(context, completion) for context, completion in pairs)
         return answers
 
     async def close(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.imagination import ImaginedTrajectory
-from itp.policy.agent import Policy
+from itp.policy.agent import Choice, Policy
 from itp.runtime import derive_seed
 from itp.text.state import State
 
@@ -17,7 +17,8 @@ from itp.text.state import State
 class View:
     """What a method sees of its episode at step t.
 
-    ``past``: its own decisions so far.  ``seed`` is this step's own.
+    ``past``: its own decisions so far; ``invalid``: which of them the engine didn't take.  ``seed`` is this
+    step's own.
     """
 
     game: Game
@@ -26,6 +27,7 @@ class View:
     observation: Observation
     seed: int
     past: tuple[Decision, ...] = ()
+    invalid: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -47,6 +49,16 @@ class Decision:
     logprob: float | None = None
     expert_action: str = ""
     """What the teacher would do, where a teacher is asked and something else is executed."""
+    considered: tuple[tuple[str, float, int], ...] = ()
+    """(action, its value, how often it was tried in the mind) of every action that was compared."""
+    memory: Any = None
+    """What a method wants to find again in ``View.past``; not for the result file."""
+
+
+def decide(choice: Choice, **more: Any) -> Decision:
+    """The decision for ``choice``.  ``more``: other fields of Decision."""
+    return Decision(choice.action, thought=choice.thought, raw=choice.raw, parsed=choice.parsed,
+                    logprob=choice.logprob, **more)
 
 
 class Method(Protocol):
@@ -71,4 +83,4 @@ class Direct:
 
     async def act(self, view: View) -> Decision:
         choice = await self.policy.act(view.state, view.observation.admissible, derive_seed(view.seed, "act"))
-        return Decision(choice.action, raw=choice.raw, parsed=choice.parsed, logprob=choice.logprob)
+        return decide(choice)

@@ -8,6 +8,10 @@ Besides the episode itself two short forms teach what imagine-then-plan asks for
 record alone and are what they are: *foresight* dialogues end with the true next steps written as an
 imagined trajectory and the expert's action after it; *horizon* dialogues end with the number of coming
 steps whose outcome the record's past determines (see :func:`horizon`).
+
+Three more teach what planning methods ask for, with words that a teacher gives: *thought* dialogues end with a
+thought and the action that follows from it; *reflection* dialogues with what is to be made of something tried in
+the mind, and the expert's action; *helps* dialogues with whether that something is what the expert does.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from itp.text.prompts import foresight_text
+from itp.text.prompts import NO, YES, foresight_text
 from itp.text.state import OBSERVATION, indent
 from itp.transitions import Transition
 
@@ -32,18 +36,39 @@ def foresight_dialogue(episode: Sequence[Transition], step: int, k: int) -> Dial
 
     What came before is context only: the episode's own dialogue teaches it.
     """
-    turns = _unlearned(_turns(episode, step))
     ahead = [(t.action, t.next_state) for t in episode[step:step + k]]
-    turns[-1] = {"from": "human", "value": turns[-1]["value"] + foresight_text(ahead)}
+    return _dialogue(episode, step, f"foresight-{step}-{k}", [_action(episode, step)], tried=foresight_text(ahead))
+
+
+def correction_dialogue(episode: Sequence[Transition], step: int) -> Dialogue:
+    """The episode up to ``step``, where something else than the expert's action was executed, and that action."""
+    turns = _unlearned(_turns(episode, step))
     turns.append({"from": "gpt", "value": f"Action: {episode[step].expert_action}"})
-    return {"id": f"{episode[0].episode_id}/foresight-{step}-{k}", "conversations": turns}
+    return {"id": f"{episode[0].episode_id}/correction-{step}", "conversations": turns}
 
 
 def horizon_dialogue(episode: Sequence[Transition], step: int, max_k: int) -> Dialogue:
     """The episode up to ``step`` and how far it is worth looking from there."""
-    turns = _unlearned(_turns(episode, step))
-    turns.append({"from": "gpt", "value": f"Horizon: {horizon(episode, step, max_k)}"})
-    return {"id": f"{episode[0].episode_id}/horizon-{step}", "conversations": turns}
+    return _dialogue(episode, step, f"horizon-{step}", [f"Horizon: {horizon(episode, step, max_k)}"])
+
+
+def thought_dialogue(episode: Sequence[Transition], step: int, thought: str) -> Dialogue:
+    """The episode up to ``step``, what the teacher thinks there (one line), and the action that follows from it."""
+    return _dialogue(episode, step, f"thought-{step}", [f"Thought: {thought}\n{_action(episode, step)}"])
+
+
+def reflection_dialogue(episode: Sequence[Transition], step: int, tried: str, reflection: str) -> Dialogue:
+    """The episode up to ``step``, something tried in the mind, one line on it, and the expert's action.
+
+    ``tried`` is text of :func:`itp.text.prompts.foresight_text` or ``proposal_text``.
+    """
+    said = [f"Reflection: {reflection}", _action(episode, step)]
+    return _dialogue(episode, step, f"reflection-{step}", said, tried=tried)
+
+
+def helps_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
+    """The same with the question whether it helps, answered yes or no."""
+    return _dialogue(episode, step, f"helps-{step}", [f"Helps:{(YES if helps else NO).rstrip()}"], tried=tried)
 
 
 def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
@@ -60,6 +85,18 @@ def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
         seen.add(t.next_state)
         count += 1
     return count
+
+
+def _action(episode: Sequence[Transition], step: int) -> str:
+    return f"Action: {episode[step].expert_action}"
+
+
+def _dialogue(episode: Sequence[Transition], step: int, name: str, said: Sequence[str], tried: str = "") -> Dialogue:
+    """The episode up to ``step`` as context, ``tried`` in the mind, and what is said then: only that is learned."""
+    turns = _unlearned(_turns(episode, step))
+    turns[-1] = {"from": "human", "value": turns[-1]["value"] + tried}
+    turns += [{"from": "gpt", "value": value} for value in said]
+    return {"id": f"{episode[0].episode_id}/{name}", "conversations": turns}
 
 
 def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:

@@ -62,21 +62,35 @@ INSTRUCTION = {
         "inventory, look. Objects and places have a name and a number, such as apple 1. "
         "If a command can't be carried out, the answer is: Nothing happens."
     ),
+    "scienceworld": (
+        "You do science experiments in a house with a workshop, a greenhouse and a foundry, one text command at a "
+        "time. Commands: go to X, teleport to X, look around, look at X, look in X, open X, close X, pick up X, "
+        "put down X, move X to Y, pour X into Y, dunk X into Y, mix X, focus on X, use X on Y, activate X, "
+        "deactivate X, connect X to Y, disconnect X, read X, eat X, flush X, inventory, wait, wait1. Focus only on "
+        "what the task asks for: a wrong focus fails it."
+    ),
 }
+
+YES, NO = " yes\n", " no\n"
+"""The two answers to ``Helps:``."""
 
 _ASK = {
     "Action": "Reply with the next command only.",
     "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
     "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
                   "closer, and what is to be done instead if it doesn't?",
+    "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
+             "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
                "where its consequences matter. Reply with one number from 0 to {max_k}.",
 }
 
-WORLD_INSTRUCTION = (
-    "You are the simulator of a household text game. Given the game so far and the player's next command, reply "
+_WORLD = (
+    "You are the simulator of a {kind} text game. Given the game so far and the player's next command, reply "
     "with the game's answer to that command, in the game's own words, and nothing else."
 )
+WORLD_INSTRUCTION = {"alfworld": _WORLD.format(kind="household"),
+                     "scienceworld": _WORLD.format(kind="science laboratory")}
 
 
 FORESIGHT_FORMATS = ("full", "last_obs")
@@ -91,12 +105,17 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
     """
     if keep == "last_obs" and steps:
         return f"\nThen: {indent(steps[-1][1])}"
-    return "".join(f"\nIf: {indent(action)}\nThen: {indent(observation)}" for action, observation in steps)
+    return "".join(f"{proposal_text(action)}\nThen: {indent(observation)}" for action, observation in steps)
+
+
+def proposal_text(action: str) -> str:
+    """An action that might be taken and whose outcome isn't imagined."""
+    return f"\nIf: {indent(action)}"
 
 
 def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "", control: bool = False,
                   style: str = "tuned", env: str = "alfworld", max_k: int = 0, turns: Turns = PLAIN) -> str:
-    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon).
+    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps).
 
     ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
     ``"\\nReflection: ..."`` that come between it and the label.  ``control``: for a policy with heads.
@@ -122,9 +141,10 @@ def action_target(action: str) -> str:
     return f" {indent(action)}{END}"
 
 
-def world_model_prompt(state: str, action: str, *, style: str = "tuned", turns: Turns = PLAIN) -> str:
+def world_model_prompt(state: str, action: str, *, style: str = "tuned", env: str = "alfworld",
+                       turns: Turns = PLAIN) -> str:
     """The world model's prompt for p_φ(s'|s, a), the same in training and inference."""
-    head = f"{WORLD_INSTRUCTION}\n\n" if style == "instruct" and turns == PLAIN else turns.head
+    head = f"{WORLD_INSTRUCTION[env]}\n\n" if style == "instruct" and turns == PLAIN else turns.head
     return f"{head}{state}\nAction: {indent(action)}{turns.ask('Observation')}"
 
 
@@ -133,7 +153,7 @@ def world_model_target(next_state: str) -> str:
     return f" {indent(next_state)}"
 
 
-_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon):")
+_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 
 
 def dialogue_segments(conversations: Sequence[dict]) -> list[tuple[str, bool]]:

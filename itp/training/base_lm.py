@@ -6,7 +6,8 @@ r"""A base LM from nothing: a tokenizer and a small causal LM trained on transcr
 It stands in for a downloaded model where there is none: the result, ``OUT_DIR/merged_full``, is an ordinary
 Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later step treats like any other.
 
-The tokenizer is made for small models and short sequences.  Its vocabulary is the words of the
+The tokenizer is made for small models and short sequences.  ``--env scienceworld`` learns one from the transcripts
+(:mod:`itp.training.learned_tokenizer`).  ALFWorld's is made by hand.  Its vocabulary is the words of the
 transcripts; a thing or place with its number (``cabinet 1``) is one token, which starts out as the sum of the
 two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The
 articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are dropped on the way in and put back on the
@@ -24,11 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
+from itp.games import ENVIRONMENTS
 from itp.runtime import run_main
 from itp.text.dialogues import episode_dialogue
-from itp.text.prompts import dialogue_segments
-from itp.training.finetune import Example, FinetuneSettings, claim_run, finetune
-from itp.transitions import Transition, read_transitions
+from itp.text.prompts import NO, YES, dialogue_segments
+from itp.training.examples import Example
+from itp.training.finetune import FinetuneSettings, claim_run, finetune
+from itp.training.learned_tokenizer import learn_tokenizer
+from itp.transitions import Transition, read_rows, read_transitions
 
 PHRASES = (
     "You are in the middle of a room. Looking quickly around you, you see", "You arrive at", "You pick up the",
@@ -42,12 +46,14 @@ PHRASES = (
 MANY = ("cabinet", "drawer", "shelf")
 """Places that a room may have dozens of."""
 
-LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:")
+LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:", "Helps:")
 
 
 @dataclass
 class BaseLMSettings(FinetuneSettings):
+    env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
     transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas")
+    words_of: str = flag("", help="dialogues.json whose words the tokenizer is to know too")
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(4, help="attention heads")
@@ -67,10 +73,12 @@ def main() -> None:
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
     settings = dataclasses.replace(settings, model_path=str(initial))
-    if claim_run(settings, files, ignore=("transitions", "model")):
+    words_of = [settings.words_of] if settings.words_of else []
+    words = {turn["value"] for path in words_of for _, row in read_rows(path) for turn in row["conversations"]}
+    if claim_run(settings, [*files, *words_of], ignore=("transitions", "words_of", "model")):
         return
     if not (initial / "config.json").exists():
-        write_initial(settings, episodes, initial)
+        write_initial(settings, episodes, initial, words)
     finetune(settings, [transcript(episode) for episode in episodes])
 
 
@@ -87,14 +95,16 @@ def transcript(episode: Sequence[Transition]) -> Example:
     return Example(segments, keep_first=True, group=episode[0].episode_id)
 
 
-def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transition]], folder: Path) -> None:
-    """Tokenizer and random weights, as a model folder."""
+def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transition]], folder: Path,
+                  words: Iterable[str] = ()) -> None:
+    """Tokenizer and random weights, as a model folder.  ``words``: more texts whose words the tokenizer knows."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    texts = {text for episode in episodes for text, _ in transcript(episode).segments}
+    texts = sorted({YES, NO, *words, *(text for episode in episodes for text, _ in transcript(episode).segments)})
+    made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(sorted(texts)), pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
         clean_up_tokenization_spaces=False)
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(LlamaConfig(

@@ -17,7 +17,8 @@ from typing import Any
 from itp.config import flag, parse_settings
 from itp.runtime import UserError, load_tokenizer, run_main
 from itp.text.prompts import PLAIN, Turns, dialogue_examples
-from itp.training.finetune import Example, FinetuneSettings, check_settings, claim_run, finetune, trained_form
+from itp.training.examples import Example
+from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune, trained_form
 from itp.transitions import read_rows
 
 SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "system": "human", "assistant": "gpt"}

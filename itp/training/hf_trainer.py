@@ -33,7 +33,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from transformers.trainer_callback import PrinterCallback
 
 from itp.runtime import MODEL_CARD, UserError, write_json
-from itp.training.finetune import IGNORED, FinetuneSettings, Row, is_first_process, whole_checkpoints
+from itp.training.examples import IGNORED, Row
+from itp.training.finetune import FinetuneSettings, is_first_process, whole_checkpoints
 
 if TYPE_CHECKING:
     from itp.policy.policy_with_heads import PolicyWithHeads

@@ -34,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from itp.config import flag
+from itp.games import ENVIRONMENTS, K_MAX
 from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
-from itp.policy.agent import Policy
+from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.runtime import (
     DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, write_atomic,
     write_json,
@@ -58,7 +59,9 @@ class LabelSettings:
     policy_model_path: str = flag(help="the base policy π_θ0")
     wm_model_path: str = flag(help="the world model")
     out_labeled_jsonl: str = flag(help="where to write; the same command again goes on with what is missing")
-    kmax: int = flag(5, at_least=0, help="K_max, the most steps to look ahead")
+    env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
+    kmax: int = flag(-1, at_least=0, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
+                              "ScienceWorld)")
     lambda_k: float = flag(0.2, help="price λ_K of one imagined step, in nats")
     k_candidates: str = flag("", help="the k to try, such as 0,2,5 (empty: all up to kmax); 0 is always tried")
     logprob_norm: str = flag("sum", choices=("sum", "mean"), help="the action's log-probability: of all its tokens, "
@@ -90,6 +93,9 @@ class LabelSettings:
     cache_gb: float = flag(1.0, help="memory for each model's computed prefixes; too little shows in the token count")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left at out_labeled_jsonl")
+
+    def __post_init__(self) -> None:
+        self.kmax = K_MAX[self.env] if self.kmax == -1 else self.kmax
 
 
 NOT_THE_RESULT = ("expert_jsonl", "policy_model_path", "wm_model_path", "out_labeled_jsonl", "wm_batch_size",
@@ -371,11 +377,13 @@ def load_labeller(settings: LabelSettings, candidates: tuple[int, ...], quorum: 
                                role="policy", max_batch_rows=settings.score_batch_size, **cache)
     wm_lm = LocalLM.load(wm_path, device=settings.wm_device, dtype=settings.wm_dtype, role="world_model",
                          max_batch_rows=settings.wm_batch_size, **cache)
-    style, turns = asked_as(policy_path, policy_lm.tokenizer)
-    policy = Policy(policy_lm, style=style, turns=turns, keep_steps=settings.history_keep_steps,
-                    control=has_heads(policy_path), temperature=settings.temperature, top_p=settings.top_p)
-    style, turns = asked_as(wm_path, wm_lm.tokenizer, role="world_model")
-    world_model = WorldModel(wm_lm, style=style, turns=turns, max_new_tokens=settings.wm_max_new_tokens,
+    style, turns = asked_as(policy_path, policy_lm.tokenizer, env=settings.env)
+    policy = Policy(policy_lm, env=settings.env, style=style, turns=turns, keep_steps=settings.history_keep_steps,
+                    control=has_heads(policy_path), temperature=settings.temperature, top_p=settings.top_p,
+                    imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env])
+    style, turns = asked_as(wm_path, wm_lm.tokenizer, role="world_model", env=settings.env)
+    world_model = WorldModel(wm_lm, env=settings.env, style=style, turns=turns,
+                             max_new_tokens=settings.wm_max_new_tokens,
                              keep_steps=settings.history_keep_steps)
     return Labeller(policy, world_model, candidates, settings)
 

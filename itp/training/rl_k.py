@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -30,13 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itp.config import flag
-from itp.envs.alfworld import AlfworldEnv
-from itp.envs.alfworld_missions import MissionEnv
 from itp.envs.base import TextEnv
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games, resolve_split, with_other_missions
+from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
+from itp.games import Game, resolve_split
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
+from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
     DTYPES,
@@ -45,6 +44,7 @@ from itp.runtime import (
     claim_output,
     derive_seed,
     model_fingerprint,
+    rank_devices,
     resolve_device,
 )
 from itp.text.prompts import FORESIGHT_FORMATS
@@ -60,14 +60,13 @@ log = logging.getLogger("itp.rl_k")
 
 
 @dataclass
-class RlSettings:
+class RlSettings(EnvFlags):
     policy_model_path: str = flag(help="policy with heads, as sft leaves it")
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it")
     wm_model_path: str = flag("", help="world model; not needed with --force_k 0")
     alfworld_config: str = flag("", help="alfworld's YAML file; its dataset.data_path stands in for --env_data_path")
-    env_data_path: str = flag("", help="folder that holds json_2.1.1; empty: from --alfworld_config")
+    env_data_path: str = flag("", help="ALFWorld: folder that holds json_2.1.1; empty: from --alfworld_config")
     env_split: str = flag("train", help="split of the games to learn on")
-    missions: int = flag(1, at_least=1, help="missions in the world of each game: its own and others posed in words")
     wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most")
     kmax: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same")
     force_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses")
@@ -79,7 +78,7 @@ class RlSettings:
     update_every: int = flag(1, at_least=1, help="update after so many batches, on all of them")
     minibatches: int = flag(1, at_least=1,
                             help="optimizer steps of an update, each on a part of its episodes; 1 is exact A2C")
-    max_steps: int = flag(50, at_least=1, help="steps of an episode at most")
+    max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     max_minutes: float = flag(0.0, at_least=0, help="stop after so many minutes of acting and learning (0: no limit)")
     num_envs: int = flag(16, at_least=1, help="episodes played at a time")
     env_processes: int = flag(2, at_least=1, help="processes that run the environments")
@@ -109,11 +108,12 @@ class RlSettings:
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
                                  choices=("generate", "constrained"))
-    action_max_new_tokens: int = flag(16, at_least=1, help="tokens of an action at most")
+    action_max_new_tokens: int = flag(-1, at_least=1, help="tokens of an action at most (-1: 16, ScienceWorld 48)")
     action_temperature: float = flag(0.7, above=0, help="temperature of executed and imagined actions")
     action_top_p: float = flag(0.9, help="nucleus of executed and imagined actions (not of constrained ones)")
     action_do_sample: int = flag(1, help="0: actions are greedy, and only K is learned", choices=(0, 1))
-    imagine_action_max_new_tokens: int = flag(12, at_least=1, help="tokens of an imagined action at most")
+    imagine_action_max_new_tokens: int = flag(-1, at_least=1,
+                                              help="tokens of an imagined action at most (-1: 12, ScienceWorld 48)")
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens of a prompt and its action at most; the oldest history goes first")
     history_keep_steps: int = flag(6, at_least=0, help="steps of history in a prompt (0: all)")
@@ -135,6 +135,12 @@ class RlSettings:
     save_every: int = flag(10, at_least=1, help="updates between checkpoints")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left in out_dir")
+
+    def __post_init__(self) -> None:
+        if self.action_max_new_tokens == -1:
+            self.action_max_new_tokens = {"alfworld": 16, "scienceworld": 48}[self.env]
+        if self.imagine_action_max_new_tokens == -1:
+            self.imagine_action_max_new_tokens = IMAGINED_ACTION_TOKENS[self.env]
 
     @property
     def total_episodes(self) -> int:
@@ -190,8 +196,8 @@ def check(settings: RlSettings) -> None:
 
 
 def data_root(settings: RlSettings) -> str:
-    """``--env_data_path``, or the folder that alfworld's own configuration names."""
-    if settings.env_data_path:
+    """``--env_data_path``, or the folder that alfworld's own configuration names; ScienceWorld needs none."""
+    if settings.env_data_path or settings.env == "scienceworld":
         return settings.env_data_path
     if not settings.alfworld_config:
         raise UserError("--env_data_path is missing: the folder that holds json_2.1.1 (or --alfworld_config)")
@@ -209,11 +215,11 @@ def data_root(settings: RlSettings) -> str:
 
 
 def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game], list[Game]]:
-    """What makes an environment, the games to learn on, and those held out.  All that is ALFWorld's own."""
+    """What makes an environment, the games to learn on, and those held out."""
     root = data_root(settings)
-    games, held_out = list_games("alfworld", settings.env_split, root), []
+    games, held_out = games_of(settings, settings.env_split, root), []
     if settings.eval_every and settings.eval_games:
-        held_out = list_games("alfworld", settings.eval_split, root)
+        held_out = games_of(settings, settings.eval_split, root)
         held_out = sorted(held_out, key=lambda g: derive_seed(settings.seed, "eval", g.game_id))[:settings.eval_games]
         games = [game for game in games if game not in held_out]
         if not games:
@@ -221,9 +227,8 @@ def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game]
     if resolve_split(settings.env_split) != "train":
         log.warning("!!! LEARNING ON AN EVALUATION SPLIT (%s): results on it are worthless as a test; "
                     "the model's card says so too !!!", settings.env_split)
-    want = settings.action_selection == "constrained"
-    make_env = functools.partial(MissionEnv if settings.missions > 1 else AlfworldEnv, want_admissible=want)
-    return make_env, [m for game in games for m in with_other_missions(game, settings.missions)], held_out
+    make_env = engine_of(settings, want_admissible=settings.action_selection == "constrained")
+    return make_env, [m for game in games for m in missions_of(settings, game)], held_out
 
 
 def claim(settings: RlSettings, games: Sequence[Game], held_out: Sequence[Game]) -> RunFolder:
@@ -331,7 +336,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     from itp.training.rl_update import Learner
 
     torch.manual_seed(settings.seed)
-    device, wm_device = (resolve_device(d) for d in processes.devices(settings.policy_device, settings.wm_device))
+    device, wm_device = (resolve_device(d) for d in rank_devices(settings.policy_device, settings.wm_device))
     dtype = choose_dtype(settings)
     memory.report(settings, (device, wm_device), 4 if dtype == torch.float32 else 2)
     policy, tokenizer = PolicyWithHeads.from_pretrained(
@@ -350,8 +355,8 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     if settings.force_k != 0:
         wm = LocalLM.load(settings.wm_model_path, device=wm_device, dtype=settings.wm_dtype, role="world_model",
                           quorum=quorum)
-        style, turns = asked_as(settings.wm_model_path, wm.tokenizer, role="world_model")
-        world_model = WorldModel(wm, style=style, turns=turns,
+        style, turns = asked_as(settings.wm_model_path, wm.tokenizer, role="world_model", env=settings.env)
+        world_model = WorldModel(wm, env=settings.env, style=style, turns=turns,
                                  max_new_tokens=settings.wm_max_new_tokens, keep_steps=settings.history_keep_steps)
     return progress, Player(settings, lm, world_model, quorum), learner
 

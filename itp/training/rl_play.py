@@ -93,8 +93,8 @@ class Player:
 
     def __init__(self, settings: RlSettings, lm: LocalLM, world_model: WorldModel | None, quorum: Quorum) -> None:
         self.settings, self.lm, self.world_model, self.quorum = settings, lm, world_model, quorum
-        style, turns = asked_as(settings.policy_model_path, lm.tokenizer)
-        self.greedy = Policy(lm, style=style, turns=turns, selection=settings.action_selection,
+        style, turns = asked_as(settings.policy_model_path, lm.tokenizer, env=settings.env)
+        self.greedy = Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
                              keep_steps=settings.history_keep_steps, control=True,
                              action_tokens=settings.action_max_new_tokens,
                              imagined_action_tokens=settings.imagine_action_max_new_tokens)

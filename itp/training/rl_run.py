@@ -41,17 +41,6 @@ class Processes:
 
             self._together = PartialState()
 
-    def devices(self, policy: str, world_model: str) -> tuple[str, str]:
-        """Where this process's models go: with several, one GPU each, and one more each if there are enough."""
-        if self.count == 1:
-            return policy, world_model
-        import torch
-
-        local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
-        if not torch.cuda.is_available():
-            return "cpu", "cpu"
-        return f"cuda:{local}", f"cuda:{local + here if torch.cuda.device_count() >= 2 * here else local}"
-
     def share(self, values: Sequence[Any]) -> list[Any]:
         """This process's part of ``values``."""
         return list(values[self.rank::self.count])

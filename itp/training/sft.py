@@ -8,6 +8,9 @@ The rows are those of stage 1.  L_π is the mean over the tokens of the expert's
 The prompt is the one of every later stage: state, ``<CTRL>``, where K is learned, the imagined trajectory
 of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no returns.
 
+``--act_on all`` is a departure: L_π also has the trajectories of the other k.  A policy that was never
+trained on imagined steps takes them for real ones, and with nearly all labels 0 eq. 6 doesn't teach it better.
+
 By default a step is a sequence of its own, as in the paper.  ``--steps_per_sequence`` packs steps of an
 episode into one (:mod:`itp.training.token_tree`), which computes their common beginning once: same loss,
 several times cheaper.  An optimizer step then covers as many times more steps of the expert.
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag
+from itp.games import ENVIRONMENTS, K_MAX
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import UserError
 from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
@@ -40,10 +44,15 @@ class SftSettings(FinetuneSettings):
     train_jsonl: str = flag(help="labelled steps, as stage 1 (label) writes them")
     policy_model_path: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub")
     model_path: str = ""
-    kmax: int = flag(5, at_least=1, help="K_max, the most steps to look ahead")
+    env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
+    kmax: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
+                              "ScienceWorld)")
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
     foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
                                  help="what of the imagined trajectory the policy reads")
+    act_on: str = flag("label", choices=("label", "all"),
+                       help="which imagined trajectories of a step the policy learns to act on: the labelled K's "
+                            "(eq. 6), or every K's from 0 to kmax")
     steps_per_sequence: int = flag(1, at_least=0,
                                    help="steps of one episode in a sequence, which share their common beginning; "
                                         "0: as many as fit into max_seq_len")
@@ -53,21 +62,34 @@ class SftSettings(FinetuneSettings):
                            help="spread the layers of a large model over the GPUs of one process; empty: every "
                                 "process has the whole model")
 
+    def __post_init__(self) -> None:
+        self.kmax = K_MAX[self.env] if self.kmax == -1 else self.kmax
+
 
 @dataclass(frozen=True)
 class Step:
-    """One labelled step: act on ``foresight`` (text of τ̂_t(K̃_t)), look ahead ``k`` = K̃_t steps."""
+    """One labelled step: act on ``foresight`` (text of τ̂_t(K̃_t)), look ahead ``k`` = K̃_t steps.
+
+    ``k`` is None where only acting is to be learned: on a trajectory that isn't the labelled one.
+    """
 
     episode_id: str
     state: State
     foresight: str
     action: str
-    k: int
+    k: int | None
 
 
-def read_labelled(path: str, kmax: int, foresight_format: str = "full") -> list[Step]:
+def read_labelled(path: str, kmax: int, foresight_format: str = "full", act_on: str = "label") -> list[Step]:
     """The steps of a file of stage 1, in its order.  Raises UserError naming the line that isn't one."""
-    steps = [_step(row, where, kmax, foresight_format) for where, row in read_rows(path)]
+    steps = []
+    for where, row in read_rows(path):
+        labelled = _step(row, where, kmax, foresight_format)
+        steps.append(labelled)
+        if act_on == "all":
+            steps += [dataclasses.replace(labelled, k=None, foresight=foresight_text(
+                _imagined(row, where, k, foresight_format), foresight_format))
+                for k in range(min(kmax, len(row.get("imagined", ()))) + 1) if k != labelled.k]
     if not steps:
         raise UserError(f"{path}: holds no labelled steps; write it with train_adaptive_k label")
     return steps
@@ -112,7 +134,7 @@ def _imagined(row: dict[str, Any], where: str, k: int, foresight_format: str) ->
 def run(settings: SftSettings) -> dict[str, Any] | None:
     """Train; the metrics, or None where another run did it or in all but the first process."""
     settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
-    steps = read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format)
+    steps = read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format, settings.act_on)
     check_settings(settings)
     if settings.device_map and settings.deepspeed:
         raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "
@@ -123,9 +145,9 @@ def run(settings: SftSettings) -> dict[str, Any] | None:
     if claim_run(settings, [settings.train_jsonl], ignore=("train_jsonl", "policy_model_path")):
         return None
     if is_first_process():
-        counts = Counter(step.k for step in steps)
-        log.info("%d labelled steps: %s", len(steps), ", ".join(
-            f"k={k} {counts[k]} ({counts[k] / len(steps):.1%})" for k in sorted(counts)))
+        counts = Counter(step.k for step in steps if step.k is not None)
+        log.info("%d labelled steps: %s", counts.total(), ", ".join(
+            f"k={k} {counts[k]} ({counts[k] / counts.total():.1%})" for k in sorted(counts)))
     from itp.training.warm_up import WarmUpTask
 
     return train(settings, WarmUpTask(settings, steps))

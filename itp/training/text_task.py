@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from itp.lm.chat import card_of
 from itp.policy.policy_with_heads import logits_only_at
-from itp.training.finetune import Encoding, Example, FinetuneSettings, Row, encode, trained_form
+from itp.training.examples import Encoding, Example, Row, encode
+from itp.training.finetune import FinetuneSettings, trained_form
 from itp.training.hf_trainer import Collator, FineTuner, load_base, lora_config, merge_adapter, save_whole
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from itp.runtime import UserError, bos_ids, load_tokenizer
 from itp.text.prompts import CTRL, Turns, action_target, policy_prompt
 from itp.text.state import State
 from itp.training import fitting
-from itp.training.finetune import Encoding, Row, trained_form
+from itp.training.examples import Encoding, Row
+from itp.training.finetune import trained_form
 from itp.training.hf_trainer import FineTuner, load_base, lora_config, merge_adapter, save_whole
 from itp.training.sft import SftSettings, Step
 from itp.training.text_task import TextTask
@@ -55,11 +56,12 @@ class WarmUp(torch.nn.Module):
         logits = out.logits.float()  # (M, V)
         nll = functional.cross_entropy(logits, target_ids, reduction="sum")
         k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="sum")
-        tokens, steps = (len(target_ids), len(k_labels)) if items is None else items
-        loss = nll / tokens + self.beta_k * k_nll / steps
+        tokens, steps = torch.tensor([len(target_ids), len(k_labels)]) if items is None else items
+        loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
         with torch.no_grad():
             missed = torch.zeros(len(k_labels), device=logits.device)
-            missed.index_add_(0, target_step, (logits.argmax(-1) != target_ids).float())
+            labelled = target_step >= 0
+            missed.index_add_(0, target_step[labelled], (logits.argmax(-1) != target_ids)[labelled].float())
             sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll, nll.new_tensor(len(k_labels)),
                                 (out.k_logits.argmax(-1) == k_labels).sum(), (missed == 0).sum()])
         return {"loss": loss, "sums": sums}
@@ -103,27 +105,31 @@ class WarmUpTask(TextTask):
         return encoding
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]) -> Iterator[Encoded]:
-        form = self.asked(tokenizer)
+        style, turns = self.asked(tokenizer)
         bos, ctrl = bos_ids(tokenizer), tokenizer.convert_tokens_to_ids(CTRL)
 
         def ids_of(texts: list[str]) -> list[list[int]]:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
+        def prompt_of(step: Step, state: State) -> str:
+            return policy_prompt(state.render(), foresight=step.foresight, control=True, style=style,
+                                 env=self.settings.env, turns=turns)
+
         for start in range(0, len(self.steps), 1000):
             chunk = self.steps[start:start + 1000]
-            prompts = ids_of([_prompt(step, step.state, *form) for step in chunk])
+            prompts = ids_of([prompt_of(step, step.state) for step in chunk])
             targets = ids_of([action_target(step.action) for step in chunk])
             for step, prompt, target in zip(chunk, prompts, targets, strict=True):
                 counts["examples"] += 1
                 room = self.settings.max_seq_len - len(bos) - len(target)
                 if len(prompt) > room:
                     try:
-                        state = fitting.cut(step.state, lambda s, step=step: _prompt(step, s, *form),
+                        state = fitting.cut(step.state, lambda s, step=step: prompt_of(step, s),
                                             lambda text, room=room: len(ids_of([text])[0]) <= room)
                     except UserError:  # it doesn't fit even without its history
                         counts["too_long"] += 1
                         continue
-                    short = ids_of([_prompt(step, state, *form)])[0]
+                    short = ids_of([prompt_of(step, state)])[0]
                     counts["cut"] += 1
                     counts["lost_tokens"] += len(prompt) - len(short)
                     prompt = short
@@ -132,7 +138,7 @@ class WarmUpTask(TextTask):
 
     def asked(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Turns]:
         """(prompt style, turns): as stage 1 asks the base policy, since labels belong to their prompt, or as told."""
-        style, turns = asked_as(self.settings.model_path, tokenizer)
+        style, turns = asked_as(self.settings.model_path, tokenizer, env=self.settings.env)
         as_it_is = self.settings.prompt_form == "auto" or style == "instruct" and self.settings.prompt_form == "chat"
         return style, turns if as_it_is else trained_form(self.settings, tokenizer)
 
@@ -251,19 +257,21 @@ def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torc
     return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
 
-def _prompt(step: Step, state: State, style: str, turns: Turns) -> str:
-    return policy_prompt(state.render(), foresight=step.foresight, control=True, style=style, turns=turns)
-
-
 def make_row(steps: Sequence[Encoded]) -> Row:
-    """Steps as one row: ``controls`` and ``k_labels`` by step; ``targets``: (step, node, token that follows it)."""
-    tree, controls, targets = TokenTree(), [], []
-    for i, step in enumerate(steps):
-        nodes = tree.add(step.ids)
-        controls.append(nodes[step.control])
-        targets += [(i, node, token) for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
-    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": [s.step.k for s in steps],
-            "targets": targets}
+    """Steps as one row: ``controls`` and ``k_labels`` of the steps that have a label, ``targets`` of all.
+
+    A target is (number of the labelled step or -1, node, token that follows it).
+    """
+    tree, controls, k_labels, targets = TokenTree(), [], [], []
+    for step in steps:
+        nodes, number = tree.add(step.ids), -1
+        if step.step.k is not None:
+            number = len(controls)
+            controls.append(nodes[step.control])
+            k_labels.append(step.step.k)
+        targets += [(number, node, token)
+                    for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
+    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": k_labels, "targets": targets}
 
 
 class StepCollator:
@@ -286,13 +294,14 @@ class StepCollator:
         unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
         first = [width - len(tree) if self.left else 0 for tree in trees]
         before = list(itertools.accumulate((len(row["controls"]) for row in rows), initial=0))
-        targets = torch.tensor([(b, first[b] + node, token, before[b] + i)
+        targets = torch.tensor([(b, first[b] + node, token, before[b] + i if i >= 0 else -1)
                                 for b, row in enumerate(rows) for i, node, token in row["targets"]])
         self.tokens += sum(map(len, trees))
         self.slots += ids.numel()
         return {
             "input_ids": ids, **({} if unmasked else {"attention_mask": mask, "position_ids": positions}),
-            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]]),
-            "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]]),
+            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]],
+                                     dtype=torch.long).reshape(-1, 2),
+            "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]], dtype=torch.long),
             "target_pos": targets[:, :2], "target_ids": targets[:, 2], "target_step": targets[:, 3],
         }

@@ -21,8 +21,9 @@ from itp.config import flag, parse_settings  # noqa: E402
 from itp.runtime import load_tokenizer, run_main  # noqa: E402
 from itp.text.prompts import PLAIN, Turns, world_model_prompt, world_model_target  # noqa: E402
 from itp.text.state import State, parse  # noqa: E402
+from itp.training.examples import IGNORED, Example, Row  # noqa: E402
 from itp.training.finetune import (  # noqa: E402
-    IGNORED, Example, FinetuneSettings, Row, check_settings, claim_run, finetune, trained_form,
+    FinetuneSettings, check_settings, claim_run, finetune, trained_form,
 )
 from itp.training.fitting import steps_that_fit  # noqa: E402
 from itp.transitions import Transition, read_transitions  # noqa: E402

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from itp.config import flag, parse_settings
+from itp.games import ENVIRONMENTS
 from itp.runtime import UserError, run_main, write_json
 from itp.text import dialogues
 from itp.text.state import parse
 from itp.transitions import REQUIRED, Transition, read_rows, to_transition, write_transitions
-from world_model.data_processing.recorded import ENVS, Recorded, Unreadable, env_of, episode_id, read_turns, recorded
+from world_model.data_processing.recorded import Recorded, Unreadable, env_of, episode_id, read_turns, recorded
 
 log = logging.getLogger("itp.convert")
 FORMATS = ("auto", "dialogues", "transitions")
@@ -41,7 +42,8 @@ class Settings:
     input: str = flag(help="JSON or JSONL file; several, separated by commas, are read one after the other")
     out_dir: str = flag(help="folder for transitions.jsonl, dialogues.json, report.json")
     format: str = flag("auto", choices=FORMATS, help="auto: a row with conversations or messages is a dialogue")
-    env: str = flag("auto", choices=("auto", *ENVS), help="environment of the dialogues; auto: by what they say")
+    env: str = flag("auto", choices=("auto", *ENVIRONMENTS),
+                    help="environment of the dialogues; auto: by what they say")
     put_to_move: bool = flag(False, help="write `put X in/on Y` of older ALFWorld data as `move X to Y`, which "
                                          "alfworld 0.4 and later say")
     max_dropped: float = flag(0.5, help="fail if a larger share of the rows is dropped: then the format is another one")

@@ -24,7 +24,6 @@ from itp.runtime import UserError
 from itp.text.actions import clean_action
 from itp.text.state import State
 
-ENVS = ("alfworld", "scienceworld")
 SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
 OPENING = "You are in the middle of a room."
 """What ALFWorld's first observation starts with."""

@@ -1,0 +1,73 @@
+"""What an evaluation cost: calls, tokens and waiting for each model, latency of a decision, throughput, memory.
+
+Latency is that of one decision, from observation to action, while ``concurrency`` episodes share the models;
+for that of an agent alone, evaluate with ``--concurrency 1``.  Throughput and memory are those of the sessions on
+record in ``timing.jsonl``, one line for every time that the program ran (a killed one leaves none).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itp.transitions import read_rows
+
+TIMING = "timing.jsonl"
+COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
+
+
+def summarize_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``cost`` of ``summary.json``: by model, an episode and a step on average; then all that models share.
+
+    Tokens together are those asked for, cached ones included.  Seconds are waited for a model.
+    """
+    metas = [record["meta"] for record in records]
+    steps = sum(meta["steps"] for meta in metas)
+    cost: dict[str, Any] = {}
+    for role in sorted({role for meta in metas for role in meta["usage"]}):
+        total = {name: sum(meta["usage"].get(role, {}).get(name, 0) for meta in metas) for name in COUNTS}
+        cost[role] = {f"{name}_per_episode": total[name] / len(metas) for name in COUNTS}
+        cost[role] |= {f"{name}_per_step": total[name] / steps for name in COUNTS}
+    cost["tokens_per_episode"] = sum(
+        role["prompt_tokens_per_episode"] + role["completion_tokens_per_episode"] for role in cost.values())
+    seconds = sorted(step["info"]["seconds"] for record in records for step in record["foresight_steps"])
+    cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
+    sessions = [row for _, row in read_rows(folder / TIMING)] if (folder / TIMING).exists() else []
+    # Processes that shared the games ran side by side, each with a line of its own.
+    hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
+    cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
+    devices = {device for session in sessions for device in session["peak_memory_bytes"]}
+    cost["peak_memory_bytes"] = {
+        device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
+    return cost
+
+
+def percentile(ordered: Sequence[float], q: float) -> float | None:
+    """The ``q``-th percentile of ascending values, interpolated linearly; None of none."""
+    if not ordered:
+        return None
+    at = q / 100 * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, processes: int) -> None:
+    """Add this process's figures to ``timing.jsonl``: one write, so that processes that share it don't mix lines."""
+    session = {"episodes": episodes, "steps": steps, "seconds": round(seconds, 3), "processes": processes,
+               "peak_memory_bytes": peak_memory()}
+    with open(folder / TIMING, "a", encoding="utf-8") as file:
+        file.write(json.dumps(session) + "\n")
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process had at a time: resident on the host, allocated by torch on each GPU."""
+    import torch
+
+    kilo = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
+    return peak | {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())}

