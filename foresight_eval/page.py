@@ -112,7 +112,7 @@ def _cell(text: str) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    image = base64.b64encode(plot.svg().encode()).decode()
+    image = base64.b64encode(plot.svg.encode()).decode()
     return (f'<figure class="plot" id="plot-{plot.name}"><h3>{html.escape(plot.title)}</h3>'
             f'<img alt="{html.escape(plot.title)}" src="data:image/svg+xml;base64,{image}">'
             f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>")

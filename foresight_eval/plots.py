@@ -5,6 +5,7 @@ Each is drawn where the results hold what it shows, and left out where they don'
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections import Counter
@@ -45,16 +46,23 @@ class Plot:
     caption: str
     figure: Figure
 
+    @functools.cached_property  # for the page and for a file
     def svg(self) -> str:
+        from matplotlib import rc_context
+
         out = io.StringIO()
-        self.figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+        with rc_context(STYLE):  # text as text, and the same ids every time
+            self.figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
         return out.getvalue()
 
     def save(self, folder: Path) -> None:
         """Write ``NAME.svg`` and ``NAME.pdf``."""
+        from matplotlib import rc_context
+
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
-        self.figure.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None})
+        (folder / f"{self.name}.svg").write_text(self.svg, encoding="utf-8")
+        with rc_context(STYLE):
+            self.figure.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None})
 
 
 def draw(results: Sequence[Result], fidelity: Sequence[dict[str, Any]]) -> list[Plot]:
@@ -79,12 +87,19 @@ def success_against_budget(results: Sequence[Result]) -> Plot | None:
         overall = result.summary["overall"]
         _errorbar(axes, [spent], [overall["rate"]], [overall["interval"]], i, label=result.name)
     if min(tokens) > 0 and max(tokens) > 5 * min(tokens):
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=[2, 5])
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.xaxis.set_minor_formatter(_thousands)
+        axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.set(xlabel="tokens per episode, policy and world model together", ylabel="success, %")
     axes.set_ylim(bottom=0)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return Plot("success_against_budget", "Success against budget",
                 "Success with its 95 % interval against the tokens that an episode took.", figure)
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def by_depth(results: Sequence[Result], fidelity: Sequence[dict[str, Any]]) -> Iterator[Plot]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from itp.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.rollout import Episode, Step
-from itp.runtime import read_json, write_json
+from itp.runtime import read_json, short_names, write_json
 from itp.text.state import ACTION, OBSERVATION, State
 
 
@@ -57,6 +57,7 @@ class Result:
     summary: dict[str, Any]
     records: dict[int, dict[str, Any]]
 
+    @property
     def metas(self) -> list[dict[str, Any]]:
         return [record["meta"] for record in self.records.values()]
 
@@ -84,12 +85,9 @@ class Result:
 
 
 def read_results(folders: Sequence[Path]) -> list[Result]:
-    """Result folders that have their ``summary.json``, named after the last parts of their paths that differ."""
-    depth = 1
-    while len({f.resolve().parts[-depth:] for f in folders}) < len({f.resolve() for f in folders}):
-        depth += 1
-    return [Result("/".join(folder.resolve().parts[-depth:]), read_json(folder / "config.json")["config"],
-                   read_json(folder / "summary.json"), read_episodes(folder)) for folder in folders]
+    """Result folders that have their ``summary.json``, by names that tell them apart."""
+    return [Result(name, read_json(folder / "config.json")["config"], read_json(folder / "summary.json"),
+                   read_episodes(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:
