@@ -127,4 +127,5 @@ def _settings(results: Sequence[Result]) -> str:
     shared = "\n".join(f"{key}: {value[key][0]}" for key in keys if len(set(value[key])) == 1)
     table = Table("settings", "What they were made with", "Settings in which they differ.",
                   ("", *(result.name for result in results)), rows)
-    return f"{_table(table)}<details><summary>Settings that they share</summary><pre>{html.escape(shared)}</pre></details>"
+    return (f"{_table(table) if rows else ''}<details><summary>Settings that they share</summary>"
+            f"<pre>{html.escape(shared)}</pre></details>")

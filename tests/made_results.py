@@ -51,6 +51,7 @@ def make_episode(game: Game, *, success: bool, imagined: Sequence[Sequence[tuple
 
 def write_result(folder: Path, episodes: Sequence[Episode], **config: Any) -> results.Result:
     """A finished result folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i, episode in enumerate(episodes):
         results.write_episode(folder, i, episode)
     (folder / "config.json").write_text(json.dumps({"config": CONFIG | config, "versions": {}}))

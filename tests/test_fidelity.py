@@ -95,7 +95,8 @@ def test_facts(observation: str, stated: set[tuple[str, ...]]) -> None:
 def test_fact_f1() -> None:
     assert fact_f1("On the desk 1, you see a pen 2, and a mug 1.", "On the desk 1, you see a mug 1, and a pen 2.") == 1
     # one fact in common of two and three
-    assert fact_f1("You arrive at desk 1. On the desk 1, you see a cup 1.", DESK + " It is dark.") == pytest.approx(2 / 5)
+    predicted = "You arrive at desk 1. On the desk 1, you see a cup 1."
+    assert fact_f1(predicted, DESK + " It is dark.") == pytest.approx(2 / 5)
     assert fact_f1("On the desk 1, you see a mug 1.", "On the desk 2, you see a mug 1.") == 0
     assert fact_f1("", "") == 1 and fact_f1("", DESK) == 0
 

@@ -34,7 +34,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     root = tmp_path_factory.mktemp("results")
     games = make_games(root / "games", 7)
     seen = DESK.replace("a mug 1", "a cup 1")  # at depth 1: one word is wrong
-    imagined = [[(PLAYED[0][0], seen), PLAYED[1]], [PLAYED[1], ("open fridge 1", "You open it.")], [PLAYED[2], PLAYED[0]]]
+    imagined = [[(PLAYED[0][0], seen), PLAYED[1]], [PLAYED[1], ("open fridge 1", "You open it.")],
+                [PLAYED[2], PLAYED[0]]]
     sft = [make_episode(g, success=i < 4, imagined=[], task=EVIL if i == 0 else "") for i, g in enumerate(games)]
     itp = [make_episode(g, success=i >= 5, imagined=imagined, tokens=300 + i) for i, g in enumerate(games)]
     return [write_result(root / "sft", sft, method="sft"), write_result(root / "itp", itp)]

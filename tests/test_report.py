@@ -153,8 +153,8 @@ FIDELITY = {"models": {"wm": {"one_step": {}, "by_depth": {"expert": {
 
 def test_figures_show_what_the_results_say(folders: list[Path]) -> None:
     made = {plot.name: plot.figure.axes for plot in plots.draw(read_results(folders), [FIDELITY])}
-    assert set(made) == {"success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_of_itp_r", "k_of_itp_r-k2",
-                         "k_against_golden_steps"}
+    assert set(made) == {"success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_of_itp_r",
+                         "k_of_itp_r-k2", "k_against_golden_steps"}
     depth = made["success_by_depth"][0].containers[0]
     assert list(depth.lines[0].get_xdata()) == [0, 2] and list(depth.lines[0].get_ydata()) == [0, 0]
     truths = {c.get_label(): c.lines[0] for c in made["fact_f1_by_depth"][0].containers}
