@@ -91,7 +91,11 @@ def _step(steps: list[dict[str, Any]], t: int) -> dict[str, Any]:
                zip(step["imagined_actions"], step["wm_raw_output"], judged(steps, t), strict=True)],
         "th": step["thought"], "re": step["reflection"], "kraw": step["k_raw_output"].strip(),
         "pk": [round(math.exp(p), 3) for p in step["k_logprobs"]], "v": step["value"],
-        "s": step["info"]["seconds"], "score": step["info"]["score"],
+        "s": step["info"]["seconds"],
+        # Older results have no cost by step, and only methods that compare actions have these.
+        "n": sum(usage["calls"] for usage in step.get("usage", {}).values()),
+        "tok": sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in step.get("usage", {}).values()),
+        "co": [[c["action"], round(c["value"], 3), c["tries"]] for c in step.get("considered", [])],
     }
     return {key: value for key, value in shown.items() if value not in ("", 0, None, [])}
 

@@ -6,6 +6,7 @@ A table holds finished text, so that all forms show the same figures.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from foresight_eval.results import Result, bucket
 from foresight_eval.statistics import mean_interval, paired, percentile
 
 ROLES = ("policy", "world_model")
+MANY_TYPES = 8
+"""More task types than this (ScienceWorld has 24) are rows instead of columns."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Table:
 def overview(results: Sequence[Result]) -> Table:
     """One line a result: success by task type, and what it cost."""
     buckets = task_types(results)
+    if len(buckets) > MANY_TYPES:
+        buckets = []
     rows = []
     for result, budget in zip(results, budgets(results), strict=True):
         summary, overall = result.summary, result.summary["overall"]
@@ -52,8 +57,8 @@ def success(results: Sequence[Result]) -> Table:
     rows = [(result.name, *(cell(result, b) for b in buckets),
              with_interval(overall["rate"], overall["interval"]), str(overall["n"]))
             for result in results if (overall := result.summary["overall"])["n"]]
-    return Table("success", "Success by task type", "Success in percent with its 95 % Wilson interval.",
-                 ("", *buckets, "All", "n"), tuple(rows))
+    return _upright(Table("success", "Success by task type", "Success in percent with its 95 % Wilson interval.",
+                          ("", *buckets, "All", "n"), tuple(rows)))
 
 
 def scores(results: Sequence[Result]) -> Table:
@@ -61,15 +66,25 @@ def scores(results: Sequence[Result]) -> Table:
     buckets = task_types(results)
 
     def cell(values: list[float]) -> str:
-        return with_interval(sum(values) / len(values) / 100, [v / 100 for v in mean_interval(values)]) \
-            if values else "-"
+        if not values:
+            return "-"
+        low, high = mean_interval(values)
+        return with_interval(sum(values) / len(values) / 100, (max(0.0, low / 100), min(1.0, high / 100)))
 
     rows = []
     for result in results:
         by = {b: [m["score"] for m in result.metas if bucket(m["task_type"]) == b] for b in buckets}
         rows.append((result.name, *(cell(by[b]) for b in buckets), cell([m["score"] for m in result.metas])))
-    return Table("scores", "Mean score by task type", "Mean final score, 0 to 100, with its 95 % interval.",
-                 ("", *buckets, "All"), tuple(rows))
+    return _upright(Table("scores", "Mean score by task type", "Mean final score, 0 to 100, with its 95 % interval.",
+                          ("", *buckets, "All"), tuple(rows)))
+
+
+def _upright(table: Table) -> Table:
+    """Task types as rows and results as columns, where the types are many."""
+    if len(table.header) <= MANY_TYPES + 3:  # a name, the types, All and n
+        return table
+    header, *rows = zip(table.header, *table.rows, strict=True)
+    return dataclasses.replace(table, header=header, rows=tuple(rows))
 
 
 def graded(results: Sequence[Result]) -> bool:

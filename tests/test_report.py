@@ -133,7 +133,17 @@ def test_scores_between_nothing_and_everything_get_a_table(tmp_path: Path) -> No
     made = write_result(tmp_path / "r", episodes)
     table = next(t for t in tables.all_tables([made], made) if t.name == "scores")
     # mean 15, deviation 21.2, half 1.96 * 15 = 29.4
-    assert table.rows == (("r", "30.0 [30, 30]", "0.0 [0, 0]", *["-"] * 4, "15.0 [-14, 44]"),)
+    assert table.rows == (("r", "30.0 [30, 30]", "0.0 [0, 0]", *["-"] * 4, "15.0 [0, 44]"),)
+
+
+def test_many_task_types_are_rows(tmp_path: Path) -> None:
+    episode = make_episode(make_games(tmp_path / "games", 1)[0], success=True, imagined=[])
+    made = write_result(tmp_path / "r", [episode])
+    made.summary["buckets"] += [f"task-{i}" for i in range(20)]
+    table = tables.success([made])
+    assert table.header == ("", "r") and table.rows[0] == ("Pick", "100.0 [21, 100]")
+    assert table.rows[-3:] == (("task-19", "-"), ("All", "100.0 [21, 100]"), ("n", "1"))
+    assert "task-0" not in tables.terminal(tables.overview([made]))
 
 
 def test_the_forms_of_a_table() -> None:

@@ -117,11 +117,20 @@ function stepNode(steps, t) {
   for (const [name, text] of [["Reflection", step.re], ["Thought", step.th]]) {
     if (text) body.append(el("p", "note", el("b", "", `${name}: `), text));
   }
+  if (step.co) body.append(considered(step));
   const did = el("div", "did", el("b", "", step.a));
   if (step.bad) did.append(el("span", "chip bad", "invalid"));
-  if (step.s) did.append(el("small", "", `${step.s.toFixed(2)} s`));
+  const cost = [step.s && `${step.s.toFixed(2)} s`, step.n && count(step.n, "call"), step.tok && count(step.tok, "token")];
+  did.append(el("small", "", cost.filter(Boolean).join(" · ")));
   body.append(did, el("p", "saw", step.o || ""));
   return el("div", "step", el("span", "t", String(t + 1)), body);
+}
+
+// The actions that a search compared, best first.
+function considered(step) {
+  const shown = [...step.co].sort((a, b) => b[1] - a[1]).map(([action, value, tries]) =>
+    `${action} (${value.toFixed(2)}${tries > 1 ? `, ${tries} tries` : ""})`);
+  return el("p", "note", el("b", "", "Compared: "), shown.join(" · "));
 }
 
 function ahead(steps, t) {
