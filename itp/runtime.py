@@ -46,7 +46,7 @@ def run_main(main: Callable[[], None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "httpcore", "openai"):
+    for chatty in ("httpx", "httpcore", "openai", "matplotlib", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
