@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval import plots, report, statistics, tables
+from foresight_eval import page, plots, report, statistics, tables
 from foresight_eval.hindsight import fact_f1_by_depth, judged
 from foresight_eval.results import Result, read_results
 from itp.runtime import UserError
@@ -190,7 +190,7 @@ def test_results_without_what_a_figure_shows_have_none(tmp_path: Path) -> None:
 
 def run_report(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "foresight_eval.report", *map(str, args)], capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
 
 
 def test_the_program_writes_everything(folders: list[Path], tmp_path: Path) -> None:
@@ -201,10 +201,10 @@ def test_the_program_writes_everything(folders: list[Path], tmp_path: Path) -> N
     written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert {"index.html", "report.md", "report.tex", "success.csv", "comparison.csv", "cost.csv",
             "figures/success_against_budget.svg", "figures/success_against_budget.pdf"} <= written
-    before = (tmp_path / "out" / "index.html").read_bytes()
-    assert run_report(*folders, "--baseline", "itp_r", "--fidelity", tmp_path / "f.json", "--out_dir",
-                      tmp_path / "out").returncode == 0
-    assert (tmp_path / "out" / "index.html").read_bytes() == before  # a pure function of the folders
+    # A pure function of the folders: another process makes the same page of them.
+    made = read_results(folders)
+    again = page.render(made, tables.all_tables(made, made[1]), plots.draw(made, [FIDELITY]))
+    assert (tmp_path / "out" / "index.html").read_text() == again
 
 
 def test_mistakes_are_one_line(folders: list[Path], tmp_path: Path) -> None:
