@@ -142,7 +142,7 @@ def _truths(results: Sequence[Result],
     for result in results:
         scores = {d: s for d, s in sorted(fact_f1_by_depth(result.records).items()) if len(s) >= MIN_JUDGED}
         if scores:
-            yield result.name, {d: (sum(s) / len(s), mean_interval(s)) for d, s in scores.items()}
+            yield result.name, {d: (sum(s) / len(s), mean_interval(s, high=1.0)) for d, s in scores.items()}
     for report in fidelity:
         for model, figures in report["models"].items():
             for source, rows in figures["by_depth"].items():

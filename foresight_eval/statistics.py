@@ -24,10 +24,10 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 100.0, z: float = Z95) -> tuple[float, float]:
+def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 100.0) -> tuple[float, float]:
     """The 95 % interval of a mean by the normal approximation, cut to ``low``..``high``, which no value exceeds."""
     centre = sum(values) / len(values)
-    half = z * math.sqrt(sum((v - centre) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+    half = Z95 * math.sqrt(sum((v - centre) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
     return max(low, centre - half), min(high, centre + half)
 
 

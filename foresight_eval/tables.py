@@ -68,8 +68,7 @@ def scores(results: Sequence[Result]) -> Table:
     def cell(values: list[float]) -> str:
         if not values:
             return "-"
-        low, high = mean_interval(values)
-        return with_interval(sum(values) / len(values) / 100, (max(0.0, low / 100), min(1.0, high / 100)))
+        return with_interval(sum(values) / len(values) / 100, [end / 100 for end in mean_interval(values)])
 
     rows = []
     for result in results:
@@ -88,8 +87,8 @@ def _upright(table: Table) -> Table:
 
 
 def graded(results: Sequence[Result]) -> bool:
-    """Is there a score between nothing and everything?"""
-    return any(0 < meta["score"] < 100 for result in results for meta in result.metas)
+    """Does an environment among theirs give more than all or nothing?  Then the best score on the way is recorded."""
+    return any("best_score" in meta for result in results for meta in result.metas)
 
 
 def comparison(results: Sequence[Result], baseline: Result) -> Table:

@@ -131,6 +131,8 @@ def test_scores_between_nothing_and_everything_get_a_table(tmp_path: Path) -> No
     episodes = [make_episode(game, success=False, imagined=[]) for game in make_games(tmp_path / "games", 2)]
     episodes[0].score = 30.0
     made = write_result(tmp_path / "r", episodes)
+    assert not tables.graded([made])
+    made.records[0]["meta"]["best_score"] = 40.0
     table = next(t for t in tables.all_tables([made], made) if t.name == "scores")
     # mean 15, deviation 21.2, half 1.96 * 15 = 29.4
     assert table.rows == (("r", "30.0 [30, 30]", "0.0 [0, 0]", *["-"] * 4, "15.0 [0, 44]"),)
