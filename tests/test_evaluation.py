@@ -151,6 +151,7 @@ def test_a_summary_is_a_function_of_the_files(finished: tuple[Path, str], tmp_pa
     for i, record in enumerate([won, won, lost]):
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
     (tmp_path / "notes.json").write_text("not a result")
+    (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     summary = report.write_summary(tmp_path)
     assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["overall"]["n"], summary["overall"]["success"]) == (3, 2)
