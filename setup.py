@@ -11,6 +11,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "itp" / "__init__.py").re
 SERVING = ["transformers[serving]"]
 """For `transformers serve`, an OpenAI-compatible server of a local model."""
 
+REPORT = ["matplotlib>=3.8"]
+"""For the figures of `foresight_eval.report`."""
+
 setup(
     name="itp",
     version=VERSION[1],
@@ -18,7 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["itp*", "world_model*", "foresight_eval*"]),
-    package_data={"world_model.base_tuning": ["config/*.json", "*.sh"]},
+    package_data={"world_model.base_tuning": ["config/*.json", "*.sh"], "foresight_eval": ["assets/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<6",
@@ -41,8 +44,8 @@ setup(
         "tensorboard>=2.16",
     ],
     extras_require={
-        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "psutil>=5.9", *SERVING],
-        "report": ["matplotlib>=3.8"],
+        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "psutil>=5.9", "playwright>=1.50", *REPORT, *SERVING],
+        "report": REPORT,
         "serving": SERVING,
     },
 )

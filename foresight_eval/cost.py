@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foresight_eval.statistics import percentile
 from itp.transitions import read_rows
 
 TIMING = "timing.jsonl"
@@ -34,7 +35,7 @@ def summarize_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str,
         cost[role] |= {f"{name}_per_step": total[name] / steps for name in COUNTS}
     cost["tokens_per_episode"] = sum(
         role["prompt_tokens_per_episode"] + role["completion_tokens_per_episode"] for role in cost.values())
-    seconds = sorted(step["info"]["seconds"] for record in records for step in record["foresight_steps"])
+    seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
     sessions = [row for _, row in read_rows(folder / TIMING)] if (folder / TIMING).exists() else []
     # Processes that shared the games ran side by side, each with a line of its own.
@@ -44,16 +45,6 @@ def summarize_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str,
     cost["peak_memory_bytes"] = {
         device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
     return cost
-
-
-def percentile(ordered: Sequence[float], q: float) -> float | None:
-    """The ``q``-th percentile of ascending values, interpolated linearly; None of none."""
-    if not ordered:
-        return None
-    at = q / 100 * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, processes: int) -> None:

@@ -1,17 +1,36 @@
 """Result files: one JSON a game, in the schema that users of the public release parse.
 
-A file appears whole or not at all, so that one that exists is a finished game.
+A file appears whole or not at all, so that one that exists is a finished game.  :class:`Result` is a whole
+folder of them, as reports read it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itp.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.rollout import Episode, Step
-from itp.runtime import read_json, write_json
+from itp.runtime import read_json, short_names, write_json
 from itp.text.state import ACTION, OBSERVATION, State
+
+
+BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
+
+
+def bucket(task_type: str) -> str:
+    """The column that a task type is counted in: ALFWorld's by the paper's names, ScienceWorld's tasks as they are."""
+    if task_type not in ALFWORLD_TASK_TYPES:
+        return task_type
+    if task_type.startswith("pick_two_obj"):
+        return "Pick2"
+    for part, name in (("clean", "Clean"), ("heat", "Heat"), ("cool", "Cool")):
+        if part in task_type:
+            return name
+    return "Look" if task_type.startswith("look") else "Pick"
 
 
 def write_episode(folder: Path, index: int, episode: Episode) -> None:
@@ -22,6 +41,53 @@ def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
     """All finished games of a result folder, by index."""
     files = sorted((f for f in folder.glob("*.json") if f.stem.isdigit()), key=lambda f: int(f.stem))
     return {int(f.stem): read_json(f) for f in files}
+
+
+SAME_GAMES = ("policy_fingerprint", "split", "max_steps", "action_selection", "tasks", "variations", "pairs",
+              "simplification", "max_steps_override", "env_step_limit")
+"""Settings by which two results are those of the same policy on the same games; not every program has all."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result folder: ``config`` it was made with, ``summary`` (see ``report.summarize``), ``records`` by index."""
+
+    name: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: dict[int, dict[str, Any]]
+
+    @property
+    def metas(self) -> list[dict[str, Any]]:
+        return [record["meta"] for record in self.records.values()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [step for record in self.records.values() for step in record["foresight_steps"]]
+
+    @property
+    def outcomes(self) -> dict[tuple[str, str], bool]:
+        """(split, game) -> was it solved."""
+        return {(meta["split"], meta["game_id"]): meta["success"] for meta in self.metas}
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What two results must share for their costs to be compared."""
+        return tuple(str(self.config.get(key)) for key in SAME_GAMES)
+
+    @property
+    def fixed_k(self) -> int | None:
+        """The K that it was made to imagine at every step; None where it could choose, or where K isn't its cost."""
+        if self.config["method"] == "sft" or self.config["disable_wm"]:
+            return 0
+        fixed = self.config["fixed_k"]
+        return fixed if self.config["method"] == "foresight" and fixed >= 0 else None
+
+
+def read_results(folders: Sequence[Path]) -> list[Result]:
+    """Result folders that have their ``summary.json``, by names that tell them apart."""
+    return [Result(name, read_json(folder / "config.json")["config"], read_json(folder / "summary.json"),
+                   read_episodes(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:
@@ -39,6 +105,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "game_id": game.game_id,
             "split": game.split,
             "task_type": game.task_type,
+            "golden_steps": golden_steps(game),
             "restarts": episode.restarts,
             "invalid_actions": sum(step.invalid for step in episode.steps),
             "unparsed_actions": sum(not step.decision.parsed for step in episode.steps),

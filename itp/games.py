@@ -108,6 +108,13 @@ def posed_task(game: Game) -> str:
     return _mission(game)["task_desc"]
 
 
+def golden_steps(game: Game) -> int | None:
+    """The length of the solution that comes with a game (alfworld's ``walkthrough``); None where none does."""
+    if game.env != "alfworld" or game.mission:
+        return None
+    return len(json.loads(Path(game.path).read_text(encoding="utf-8")).get("walkthrough", ())) or None
+
+
 def _mission(game: Game) -> dict[str, Any]:
     data = _traj_data(game.path)
     return data["other_missions"][game.mission - 1] if game.mission else data

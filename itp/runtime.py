@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def run_main(main: Callable[[], None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "httpcore", "openai"):
+    for chatty in ("httpx", "httpcore", "openai", "matplotlib", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
@@ -89,6 +89,14 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Names for some folders: as many last parts of their paths as tell them apart."""
+    whole = [Path(path).resolve() for path in paths]
+    depth = next((n for n in range(1, max(len(path.parts) for path in whole))
+                  if len({path.parts[-n:] for path in whole}) == len(set(whole))), 1)
+    return ["/".join(path.parts[-depth:]) for path in whole]
 
 
 def versions() -> dict[str, str]:

@@ -15,9 +15,9 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=200}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=10}" "${MIXED_MISSIONS:=5}"
-: "${MAX_STEPS:=40}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=3}" "${WM_ROWS:=2500}" "${WM_EPOCHS:=1}"
-: "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=960}" "${ITP_R:=1}"
+: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=5}"
+: "${MAX_STEPS:=40}" "${LM_EPOCHS:=1}" "${POLICY_EPOCHS:=1}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
+: "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -41,18 +41,29 @@ step "3/10 base LM from nothing, on transcripts of the engine"
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
   --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
 
-step "4/10 base policy: supervised fine-tuning on the expert's dialogues, also where the base LM's mistakes lead"
-collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
-  --missions "$MIXED_MISSIONS" --max_steps 35 --action_selection constrained --foresight_k 3 --foresight_share 0.5
-python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
-  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
-  --config configs/demo/from_nothing.yaml
+step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its corrections of the learner (DAgger)"
+correct() {  # OUT LEARNER NOISE: episodes of the expert that the learner's own actions interrupt
+  collect "$1" --actor expert --noise_policy "$run/$2/merged_full" --noise "$3" --corrections 3 \
+    --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained
+}
+imitate() {  # OUT MODEL LEARNING_RATE DIALOGUES...
+  local out=$1 model=$2 lr=$3
+  shift 3
+  local files=("${@/#/$run/}")
+  python -m itp.training.base_policy --train_json "$(IFS=,; echo "${files[*]/%//dialogues.json}")" \
+    --model_path "$run/$model/merged_full" --out_dir "$run/$out" --epochs "$POLICY_EPOCHS" --lr "$lr" --lora_r 0 \
+    --config configs/demo/from_nothing.yaml
+}
+correct d_mixed_1 base_lm 0.3,0.6,0.9
+imitate policy_1 base_lm 2e-3 d_exp d_mixed_1
+correct d_mixed_2 policy_1 0.5,0.8,1
+imitate policy policy_1 1e-3 d_mixed_1 d_mixed_2
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
-collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_games 100 --max_steps 30
+collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_games 60 --max_steps 30
 
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
-cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
+cat "$run"/{d_exp,d_mixed_2,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
   LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
@@ -85,7 +96,7 @@ python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transit
 
 step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
 python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
-  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
+  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --act_on all --config configs/demo/warm_up.yaml
 python -m itp.training.train_adaptive_k rl_k --policy_model_path "$run/warm_up/merged_full" \
   --wm_model_path "$run/world_model/merged_full" --env_data_path "$run/data" --out_dir "$run/itp_r" \
   --missions "$MISSIONS" --episodes_per_epoch "$RL_EPISODES" --env_processes "$CPUS" --config configs/demo/rl_k.yaml
@@ -109,6 +120,6 @@ cat <<EOF
 
 games         $run/data
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
-trajectories  $run/{d_exp,d_mixed,d_roll,walks}, $run/labelled.jsonl
+trajectories  $run/{d_exp,d_mixed_1,d_mixed_2,d_roll,walks}, $run/labelled.jsonl
 results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
 EOF

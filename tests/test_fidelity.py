@@ -1,15 +1,24 @@
-"""World-model fidelity: kinds of transitions and the figures, on hand-made cases."""
+"""World-model fidelity: kinds of transitions, facts and the figures, on hand-made cases; consistency on a real game."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld_expert import Expert
+from itp.games import Game, list_games, task_params
+from itp.policy.agent import Choice
+from itp.text.facts import fact_f1, facts
 from itp.text.state import State
 from itp.transitions import Transition
-from world_model.fidelity import kind_of, measure, token_f1
+from world_model.consistency import consistency
+from world_model.fidelity import kind_of, measure, measure_depth, token_f1, windows_of
+
+CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
 
 START = State("put a mug in shelf", "You are in the middle of a room. Looking quickly around you, you see a desk 1.")
 DESK = "You arrive at desk 1. On the desk 1, you see a mug 1."
@@ -56,18 +65,163 @@ class Oracle:
         return [self.answers[state.render(), action] for state, action in zip(states, actions, strict=True)]
 
 
+@pytest.mark.parametrize("observation, stated", [
+    ("You arrive at desk 1. On the desk 1, you see a mug 1, and a pen 2.",
+     {("at", "desk 1"), ("in", "mug 1", "desk 1"), ("in", "pen 2", "desk 1")}),
+    ("You arrive at drawer 2. The drawer 2 is closed.", {("at", "drawer 2"), ("closed", "drawer 2")}),
+    ("You open the drawer 2. The drawer 2 is open. In it, you see nothing.",
+     {("open", "drawer 2"), ("empty", "drawer 2")}),
+    ("The safe 1 is open. In it, you see a watch 3.", {("open", "safe 1"), ("in", "watch 3", "safe 1")}),
+    ("You close the drawer 2.", {("closed", "drawer 2")}),
+    ("You pick up the mug 1 from the desk 1.", {("held", "mug 1")}),
+    ("You move the mug 1 to the desk 1.", {("in", "mug 1", "desk 1")}),
+    ("You put the mug 1 in/on the desk 1.", {("in", "mug 1", "desk 1")}),
+    ("You heat the egg 1 using the microwave 1.", {("hot", "egg 1")}),
+    ("You cool the egg 1 using the fridge 1.", {("cool", "egg 1")}),
+    ("You clean the egg 1 using the sinkbasin 1.", {("clean", "egg 1")}),
+    ("This is a cold egg 1.", {("cool", "egg 1")}),
+    ("This is a cool and clean egg 1.", {("cool", "egg 1"), ("clean", "egg 1")}),
+    ("You turn on the desklamp 1.", {("lit", "desklamp 1")}),
+    ("You are carrying: a mug 1.", {("held", "mug 1")}),
+    ("You are not carrying anything.", {("held", "nothing")}),
+    ("Nothing happens.", {("says", "Nothing happens.")}),
+    ("The door is  ajar.\nA cat sleeps.", {("says", "The door is ajar."), ("says", "A cat sleeps.")}),
+    ("", set()),
+])
+def test_facts(observation: str, stated: set[tuple[str, ...]]) -> None:
+    assert facts(observation) == stated
+
+
+def test_fact_f1() -> None:
+    assert fact_f1("On the desk 1, you see a pen 2, and a mug 1.", "On the desk 1, you see a mug 1, and a pen 2.") == 1
+    # one fact in common of two and three
+    predicted = "You arrive at desk 1. On the desk 1, you see a cup 1."
+    assert fact_f1(predicted, DESK + " It is dark.") == pytest.approx(2 / 5)
+    assert fact_f1("On the desk 1, you see a mug 1.", "On the desk 2, you see a mug 1.") == 0
+    assert fact_f1("", "") == 1 and fact_f1("", DESK) == 0
+
+
 def test_measure_counts_by_kind() -> None:
     played = [(START, "go to desk 1", DESK), (SAW_DESK, "go to desk 1", DESK), (SAW_DESK, "look", "You see."),
               (SAW_DESK, "examine desk 1", "On the desk 1, you see a mug 1."), (START, "fly", "Nothing happens.")]
     rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
     perfect = asyncio.run(measure(Oracle(rows, {}), rows))
-    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "n": 5}
+    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "fact_f1_interval": [1, 1], "n": 5}
     assert {kind: row["n"] for kind, row in perfect.items()} == {
         "revisit": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
 
-    figures = asyncio.run(measure(Oracle(rows, {"examine desk 1": "On the desk 1, you see nothing"}), rows))
-    # 6 of 7 and 9 words in common (On the desk 1 you see | nothing / a mug 1).
+    figures = asyncio.run(measure(Oracle(rows, {"examine desk 1": "On the desk 1, you see nothing."}), rows))
+    # 6 of 7 and 9 words in common (On the desk 1 you see | nothing / a mug 1); no fact.
     f1 = 2 * 6 / (7 + 9)
-    assert figures["revisit"] == pytest.approx({"exact_match": 0.5, "token_f1": (1 + f1) / 2, "n": 2})
-    assert figures["all"] == pytest.approx({"exact_match": 0.8, "token_f1": (4 + f1) / 5, "n": 5})
+    revisit = figures["revisit"]
+    assert (revisit["exact_match"], revisit["token_f1"], revisit["fact_f1"], revisit["n"]) == (
+        0.5, pytest.approx((1 + f1) / 2), 0.5, 2)
+    assert revisit["fact_f1_interval"] == [0, 1]  # .5 ± 1.96 * .5 / sqrt(2), cut
+    everything = figures["all"]
+    assert (everything["exact_match"], everything["token_f1"], everything["fact_f1"]) == pytest.approx(
+        (0.8, (4 + f1) / 5, 0.8))
     assert figures["first_visit"]["exact_match"] == 1.0
+
+
+def episode(name: str, actions: Sequence[str], first_step: int = 0) -> list[Transition]:
+    """A recorded episode in which every action is answered by its own name."""
+    state, rows = START, []
+    for t, action in enumerate(actions, start=first_step):
+        rows.append(Transition(name, t, state.render(), action, f"You {action}."))
+        state = state.after(action, f"You {action}.")
+    return rows
+
+
+def test_windows_are_runs_of_one_episode() -> None:
+    a, b = episode("a", ["x", "y", "z"]), episode("b", ["u", "v"])
+    windows = windows_of([b[1], a[0], a[2], b[0], a[1]], 2)
+    assert {tuple(t.action for t in w) for w in windows} == {("x", "y"), ("y", "z"), ("u", "v")}
+    assert windows_of([a[0], a[2]], 2) == []  # a step is missing
+    assert len(windows_of([*a, *b], 3)) == 1
+
+
+class Forgetful:
+    """Answers what is true as long as what it reads is true; the action "slip" is answered wrongly."""
+
+    def __init__(self) -> None:
+        self.read: list[list[State]] = []
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        self.read.append(list(states))
+        lost = [any("lost" in seen for _, seen in state.history) for state in states]
+        return ["You are lost." if gone or action == "slip" else f"You {action}."
+                for gone, action in zip(lost, actions, strict=True)]
+
+
+def test_depth_is_measured_on_its_own_predictions() -> None:
+    rows = [*episode("a", ["go", "slip", "go"]), *episode("b", ["slip", "go", "go"]), *episode("c", ["go"] * 3)]
+    world_model = Forgetful()
+    by_depth = asyncio.run(measure_depth(world_model, windows_of(rows, 3)))
+    assert {d: row["exact_match"] for d, row in by_depth.items()} == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1 / 3})
+    assert {d: row["fact_f1"] for d, row in by_depth.items()} == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1 / 3})
+    assert all(row["n"] == 3 for row in by_depth.values())
+    assert [seen for _, seen in world_model.read[2][1].history] == ["You are lost."] * 2  # not "You slip.", "You go."
+
+
+class Teacher:
+    """A policy that knows the missions: the expert, on the text that it is shown."""
+
+    def __init__(self, games: dict[str, Game]) -> None:
+        self.games = games
+
+    async def act(self, state: State, admissible: None, seed: int) -> Choice:
+        game = self.games[state.first]
+        expert = Expert(task_params(game), game.task_type, state.first)
+        for action, seen in state.history:
+            expert.observe(action, seen)
+        return Choice(expert.act(), "")
+
+
+class Real:
+    """The true world model: the engine, played up to the state."""
+
+    def __init__(self, games: dict[str, Game]) -> None:
+        self.games, self.env = games, AlfworldEnv()
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        answers = []
+        for state, action in zip(states, actions, strict=True):
+            self.env.reset(self.games[state.first])
+            for past, _ in state.history:
+                self.env.step(past)
+            answers.append(self.env.step(action).obs.text)
+        return answers
+
+
+class Obliging(Real):
+    """The same, but nothing lies anywhere where one looks, except what is sought."""
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        answers = []
+        for state, action in zip(states, actions, strict=True):
+            target = str(task_params(self.games[state.first])["object_target"]).lower()
+            place = action.removeprefix("go to ").removeprefix("open ")
+            answers.append(f"You {action}." if place == action else f"On the {place}, you see a {target} 99.")
+        return answers
+
+
+@pytest.mark.parametrize("world_model, expected", [
+    (Real, {"games": 2, "dreamed": 2, "replayed": 2, "both": 2, "ratio": 1.0}),
+    (Obliging, {"games": 2, "dreamed": 2, "replayed": 0, "both": 0, "ratio": 0.0}),
+])
+def test_consistency_on_real_games(games_root: Path, world_model: type, expected: dict[str, float]) -> None:
+    games = [g for g in list_games("alfworld", "train", games_root) if g.task_type in CARRIED]
+    env = AlfworldEnv()
+    by_first = {env.reset(game).text: game for game in games}
+    env.close()
+    said = asyncio.run(consistency(Teacher(by_first), world_model(by_first), games, max_steps=40, seed=1))
+    assert said == expected
+
+
+def test_nothing_dreamed_has_no_ratio(games_root: Path) -> None:
+    games = list_games("alfworld", "train", games_root)[:1]
+    env = AlfworldEnv()
+    by_first = {env.reset(games[0]).text: games[0]}
+    env.close()
+    said = asyncio.run(consistency(Teacher(by_first), Real(by_first), games, max_steps=1, seed=1))
+    assert said == {"games": 1, "dreamed": 0, "replayed": 0, "both": 0, "ratio": None}

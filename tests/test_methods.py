@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 
 import pytest
 
-from foresight_eval.cost import percentile
 from foresight_eval.methods import build
 from foresight_eval.methods.implement import FAILED, RECENT, what_it_knows
 from foresight_eval.methods.settings import METHODS, NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
@@ -174,10 +172,3 @@ def test_requests_at_the_same_time_wait_together() -> None:
     usage = asyncio.run(work())["policy"]
     assert usage == Usage(calls=7, prompt_tokens=63, completion_tokens=28)
     assert 0.4 <= usage.seconds < 0.8
-
-
-def test_percentiles() -> None:
-    assert percentile([1.0, 2.0, 3.0, 10.0], 50) == 2.5
-    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
-    assert percentile([7.0], 99) == 7.0 and percentile([], 50) is None
-    assert not math.isnan(percentile(list(range(101)), 99)) and percentile(list(range(101)), 99) == 99

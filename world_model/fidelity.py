@@ -1,6 +1,13 @@
-"""How true is the world model?  Next-state exact match and token F1 on real transitions, by kind of action.
+"""How true is the world model, and how far does its truth reach?  Measured on real trajectories it hasn't seen.
 
-    python -m world_model.fidelity --wm_model runs/wm/merged_full --transitions held_out.jsonl --out_json f.json
+    python -m world_model.fidelity --wm_model runs/wm/merged_full --transitions expert.jsonl,policy.jsonl
+
+Several world models (comma-separated) are judged on the same samples, those of each actor (``source``) apart:
+
+* one step: share of next observations that are predicted to the letter, token F1, and Fact-F1
+  (:mod:`itp.text.facts`), by kind of action;
+* open loop: the same by depth 1..K, the world model fed with its own predictions under the recorded actions;
+* consistency (with ``--policy_model`` and ``--env_data_root``): see :mod:`world_model.consistency`.
 
 Kinds (ALFWorld): what the state determines, what nobody can know, and what must be remembered:
 
@@ -19,21 +26,30 @@ ScienceWorld's (``--env scienceworld``) are the verbs of the actions; with two w
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from itp.config import flag, parse_settings
 from itp.envs.scienceworld import INVALID
-from itp.games import ENVIRONMENTS
+from itp.games import ENVIRONMENTS, list_games
 from itp.lm.chat import asked_as
-from itp.lm.local import LocalLM
-from itp.runtime import DTYPES, check_model_path, derive_seed, run_main, versions, write_json
+from itp.lm.local import LocalLM, Quorum
+from itp.policy.agent import Policy
+from itp.policy.heads import has_heads, load_policy_lm
+from itp.runtime import (
+    DTYPES, UserError, check_model_path, derive_seed, run_main, short_names, versions, write_json,
+)
+from itp.text.facts import fact_f1
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from itp.world_model import WorldModel
+from world_model.consistency import consistency
 
 KINDS = ("deterministic", "revisit", "first_visit", "inspect", "invalid")
 VISITS = ("go", "open", "examine")
@@ -44,15 +60,22 @@ _CONTENTS = re.compile(r"(?:On the (?P<on>\w+ \d+)|The (?P<in>\w+ \d+) is open\.
 
 @dataclass
 class Settings:
-    wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub")
-    transitions: str = flag(help="transitions.jsonl of episodes that no training saw")
+    wm_model: str = flag(help="world models, comma-separated: model folders, or names on the Hugging Face hub")
+    transitions: str = flag(help="transitions.jsonl of episodes that no training saw; several comma-separated")
     env: str = flag("alfworld", help="environment of the transitions", choices=ENVIRONMENTS)
-    out_json: str = flag("", help="where to write the figures too")
-    max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions (0: all)")
-    device: str = flag("cuda", help="device of the world model")
-    dtype: str = flag("fp16", help="its precision on a GPU", choices=DTYPES)
+    out_json: str = flag("", help="where to write the figures too (foresight_eval.report --fidelity shows them)")
+    max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions of each actor (0: all)")
+    max_depth: int = flag(5, at_least=0, help="how deep to look in open loop: K_max (0: not at all)")
+    max_starts: int = flag(200, at_least=0, help="open-loop rollouts of each actor, from random steps of its episodes")
+    policy_model: str = flag("", help="policy that acts inside the world model, to measure consistency")
+    env_data_root: str = flag("", help="folder that holds json_2.1.1, for the games that it acts in")
+    split: str = flag("unseen", help="split of these games")
+    max_games: int = flag(50, at_least=0, help="a random choice of so many of them (0: all)")
+    max_steps: int = flag(40, at_least=1, help="steps of such an episode at most")
+    device: str = flag("cuda", help="device of all models")
+    dtype: str = flag("fp16", help="their precision on a GPU", choices=DTYPES)
     foresight_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most")
-    seed: int = flag(123, help="seed of the sample")
+    seed: int = flag(123, help="seed of the samples")
 
 
 def kind_of(state: State, action: str, next_state: str) -> str:
@@ -83,40 +106,139 @@ def token_f1(predicted: str, true: str) -> float:
     return 2 * common / (sum(a.values()) + sum(b.values())) if common else 0.0
 
 
+@dataclass(frozen=True)
+class Score:
+    """One prediction against the truth."""
+
+    exact_match: float
+    token_f1: float
+    fact_f1: float
+
+    @classmethod
+    def of(cls, predicted: str, true: str) -> Score:
+        return cls(float(predicted == true), token_f1(predicted, true), fact_f1(predicted, true))
+
+
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
+    """Means and their number, with the 95 % interval (normal approximation) of Fact-F1."""
+    n = len(scores)
+    means = {name: sum(getattr(score, name) for score in scores) / n for name in ("exact_match", "token_f1", "fact_f1")}
+    deviation = math.sqrt(sum((score.fact_f1 - means["fact_f1"]) ** 2 for score in scores) / n)
+    half = 1.96 * deviation / math.sqrt(n)
+    return {**means, "fact_f1_interval": [max(0.0, means["fact_f1"] - half), min(1.0, means["fact_f1"] + half)], "n": n}
+
+
 async def measure(world_model: WorldModel, transitions: Sequence[Transition],
-                  env: str = "alfworld") -> dict[str, dict[str, float]]:
-    """Exact match and mean token F1 of one-step predictions, by kind and for all."""
-    kind = scienceworld_kind if env == "scienceworld" else kind_of
+                  env: str = "alfworld") -> dict[str, dict[str, Any]]:
+    """One-step predictions against the truth: :func:`summary` by kind and for all."""
     states = [parse(t.state) for t in transitions]
     predicted = await world_model.step(states, [t.action for t in transitions])
+    kind = scienceworld_kind if env == "scienceworld" else kind_of
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
-        score = (answer == t.next_state, token_f1(answer, t.next_state))
         for name in (kind(state, t.action, t.next_state), "all"):
-            scores[name].append(score)
+            scores[name].append(Score.of(answer, t.next_state))
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
-    return {
-        name: {"exact_match": sum(s[0] for s in rows) / len(rows), "token_f1": sum(s[1] for s in rows) / len(rows),
-               "n": len(rows)}
-        for name in (*names, "all") if (rows := scores[name])
-    }
+    return {name: summary(scores[name]) for name in (*names, "all") if scores[name]}
+
+
+async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Transition]]) -> dict[int, dict[str, Any]]:
+    """Open-loop rollouts over ``windows`` of equally many successive transitions: :func:`summary` by depth.
+
+    The first state is real; from there on the world model reads its own predictions.
+    """
+    states = [parse(window[0].state) for window in windows]
+    by_depth = {}
+    for depth, step in enumerate(zip(*windows, strict=True), start=1):
+        predicted = await world_model.step(states, [t.action for t in step])
+        by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)])
+        states = [state.after(t.action, p) for state, t, p in zip(states, step, predicted, strict=True)]
+    return by_depth
+
+
+def windows_of(transitions: Sequence[Transition], depth: int) -> list[list[Transition]]:
+    """All runs of ``depth`` successive transitions of one episode."""
+    episodes: dict[str, list[Transition]] = {}
+    for t in transitions:
+        episodes.setdefault(t.episode_id, []).append(t)
+    windows = []
+    for rows in episodes.values():
+        rows.sort(key=lambda t: t.step)
+        windows += [run for i in range(len(rows) - depth + 1)
+                    if (run := rows[i:i + depth])[-1].step - run[0].step == depth - 1]
+    return windows
+
+
+def _sample(settings: Settings, what: str, rows: list, n: int) -> list:
+    """A random ``n`` of ``rows``, the same for every world model (0: all)."""
+    return random.Random(derive_seed(settings.seed, what)).sample(rows, n) if 0 < n < len(rows) else rows
+
+
+async def judge(settings: Settings, model: str, sources: Mapping[str, list[Transition]]) -> dict[str, Any]:
+    """All figures of one world model: one_step and by_depth by source, and consistency where it is asked for."""
+    quorum = Quorum()
+    lm = LocalLM.load(model, device=settings.device, dtype=settings.dtype, role="world_model", quorum=quorum)
+    style, turns = asked_as(model, lm.tokenizer, role="world_model", env=settings.env)
+    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
+    figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
+    for source, transitions in sources.items():
+        rows = _sample(settings, "rows", transitions, settings.max_rows)
+        figures["one_step"][source] = await measure(world_model, rows, settings.env)
+        windows = windows_of(transitions, settings.max_depth) if settings.max_depth else []
+        if windows:
+            windows = _sample(settings, "windows", windows, settings.max_starts)
+            figures["by_depth"][source] = await measure_depth(world_model, windows)
+    if settings.policy_model:
+        games = list_games("alfworld", settings.split, settings.env_data_root)
+        policy_lm = load_policy_lm(settings.policy_model, device=settings.device, dtype=settings.dtype, quorum=quorum)
+        # It writes freely: nobody knows what an imagined state admits.
+        style, turns = asked_as(settings.policy_model, policy_lm.tokenizer)
+        policy = Policy(policy_lm, style=style, turns=turns, control=has_heads(settings.policy_model))
+        figures["consistency"] = await consistency(policy, world_model, _sample(settings, "games", games,
+                                                   settings.max_games), max_steps=settings.max_steps,
+                                                   seed=settings.seed, quorum=quorum)
+        await policy_lm.close()
+    await lm.close()
+    return figures
+
+
+def print_figures(model: str, figures: Mapping[str, Any]) -> None:
+    def block(title: str, rows: Mapping[Any, Mapping[str, Any]]) -> None:
+        print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'n':>7}")
+        for name, row in rows.items():
+            print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{row['n']:7}")
+
+    for source, rows in figures["one_step"].items():
+        block(f"{model}, one step of {source}", rows)
+        if source in figures["by_depth"]:
+            block(f"{model}, depth on {source}", figures["by_depth"][source])
+    if "consistency" in figures:
+        c = figures["consistency"]
+        ratio = "-" if c["ratio"] is None else f"{c['ratio']:.2f}"
+        print(f"\n{model}: of {c['games']} games {c['dreamed']} were solved inside the world model, {c['replayed']} "
+              f"when these plans were replayed in the real one ({c['both']} both): consistency {ratio}")
 
 
 def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.fidelity", description=__doc__)
-    check_model_path(settings.wm_model)
-    transitions = read_transitions(settings.transitions)
-    if settings.max_rows and len(transitions) > settings.max_rows:
-        transitions = random.Random(derive_seed(settings.seed, "rows")).sample(transitions, settings.max_rows)
-    lm = LocalLM.load(settings.wm_model, device=settings.device, dtype=settings.dtype, role="world_model")
-    style, turns = asked_as(settings.wm_model, lm.tokenizer, role="world_model", env=settings.env)
-    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
-    figures = asyncio.run(measure(world_model, transitions, settings.env))
-    print(f"{'':14}{'exact match':>12}{'token F1':>10}{'n':>7}")
-    for name, row in figures.items():
-        print(f"{name:14}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['n']:7}")
+    if settings.policy_model and not settings.env_data_root:
+        raise UserError("--policy_model needs --env_data_root, the games that it acts in")
+    if settings.policy_model and settings.env != "alfworld":
+        raise UserError(f"--policy_model with --env {settings.env}: consistency is measured in ALFWorld only")
+    paths = settings.wm_model.split(",")
+    for path in (*paths, *filter(None, [settings.policy_model])):
+        check_model_path(path)
+    sources: dict[str, list[Transition]] = {}
+    for path in settings.transitions.split(","):
+        for t in read_transitions(path):
+            sources.setdefault(t.source or Path(path).stem, []).append(t)
+    names = short_names([path.removesuffix("/merged_full") for path in paths])
+    models = {}
+    for name, path in zip(names, paths, strict=True):
+        models[name] = asyncio.run(judge(settings, path, sources))
+        print_figures(name, models[name])
     if settings.out_json:
-        write_json(settings.out_json, {"config": asdict(settings), "versions": versions(), "figures": figures})
+        write_json(settings.out_json, {"config": asdict(settings), "versions": versions(), "models": models})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""Consistency of a world model: do plans that work inside it work in the real environment?
+
+From the real first observation of a game the policy acts in the world model until the mission is
+accomplished there, by all that the world model said (:attr:`itp.envs.alfworld_expert.Expert.finished`), or
+``max_steps`` have passed.  The same actions are then replayed in the real environment.  The ratio of the two
+success rates is 1 for a world model whose successes are real ones; far above or below, planning in it is
+planning for another world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld_expert import Expert
+from itp.envs.pool import EnvPool
+from itp.games import Game, task_params
+from itp.lm.local import Quorum
+from itp.policy.agent import Policy
+from itp.policy.method import Decision, View
+from itp.rollout import run_episodes
+from itp.runtime import derive_seed
+from itp.world_model import WorldModel
+
+IDLE = "look"
+"""What is done when the plan is over and the real episode isn't."""
+
+
+class Dreamer:
+    """Plays a whole episode in the world model at its first step, and then what it played there."""
+
+    name, want_admissible = "dreamer", False
+
+    def __init__(self, policy: Policy, world_model: WorldModel, max_steps: int) -> None:
+        self.policy, self.world_model, self.max_steps = policy, world_model, max_steps
+        self.plans: dict[str, tuple[list[str], bool]] = {}
+        """game -> (actions, was the mission accomplished)."""
+
+    async def act(self, view: View) -> Decision:
+        if view.step == 0:
+            self.plans[view.game.game_id] = await self.dream(view)
+        plan, _ = self.plans[view.game.game_id]
+        return Decision(plan[view.step] if view.step < len(plan) else IDLE)
+
+    async def dream(self, view: View) -> tuple[list[str], bool]:
+        state, plan = view.state, []
+        witness = Expert(task_params(view.game), view.game.task_type, state.first)
+        while not witness.finished and len(plan) < self.max_steps:
+            choice = await self.policy.act(state, None, derive_seed(view.seed, "dream", len(plan)))
+            observation, = await self.world_model.step([state], [choice.action])
+            witness.observe(choice.action, observation)
+            state = state.after(choice.action, observation)
+            plan.append(choice.action)
+        return plan, witness.finished
+
+
+async def consistency(policy: Policy, world_model: WorldModel, games: Sequence[Game], *, max_steps: int, seed: int,
+                      quorum: Quorum | None = None) -> dict[str, Any]:
+    """How many of the games were solved inside the world model (dreamed), by the replayed plans, by both; the ratio.
+
+    The ratio is replayed / dreamed, None where nothing was solved in the world model.
+    """
+    dreamer = Dreamer(policy, world_model, max_steps)
+    replayed = set()
+    async with EnvPool(AlfworldEnv, 1) as pool:
+        async for episode in run_episodes(pool, dreamer, games, max_steps=max_steps, seed=seed, concurrency=16,
+                                          quorum=quorum):
+            if episode.success:
+                replayed.add(episode.game.game_id)
+    dreamed = {game for game, (_, accomplished) in dreamer.plans.items() if accomplished}
+    return {"games": len(games), "dreamed": len(dreamed), "replayed": len(replayed), "both": len(dreamed & replayed),
+            "ratio": len(replayed) / len(dreamed) if dreamed else None}
