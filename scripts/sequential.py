@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
-from itp.lm.base import Control, Generation, GenParams, TokenLogprobs, record
+from itp.lm.base import Control, Generation, GenParams, TokenLogprobs, asking
 from itp.lm.encoding import Encoder
 from itp.policy.heads import PolicyHeads
 
@@ -55,11 +55,10 @@ class SequentialLM:
 
     def _each(self, requests: Sequence, answer) -> list:
         start = time.monotonic()
-        with torch.no_grad():
-            answers = [answer(request) for request in requests]
+        with asking(self.role) as answers, torch.no_grad():
+            answers += [answer(request) for request in requests]
         self.busy_s += time.monotonic() - start
         self.batches += [1] * len(answers)
-        record(self.role, answers)
         return answers
 
     def _ids(self, text: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from itp.lm.base import Generation, GenParams, metered, record
+from itp.lm.base import Generation, GenParams, asking, metered
 from itp.lm.local import LocalLM
 from tests.tiny import write_tiny_model
 
@@ -41,11 +41,15 @@ def test_one_by_one_gives_the_same_answers_as_batched(tmp_path):
 
 
 def test_an_outer_meter_counts_what_inner_ones_do():
+    def ask(role: str, *answer) -> None:
+        with asking(role) as answers:
+            answers.append(Generation(*answer, "stop"))
+
     with metered() as outer:
-        record("policy", [Generation("a", 5, 2, 1, "stop")])
+        ask("policy", "a", 5, 2, 1)
         with metered() as inner:
-            record("policy", [Generation("b", 7, 3, 0, "stop")])
-            record("world_model", [Generation("c", 1, 1, 0, "stop")])
+            ask("policy", "b", 7, 3, 0)
+            ask("world_model", "c", 1, 1, 0)
     assert (inner["policy"].calls, inner["policy"].prompt_tokens) == (1, 7)
     assert (outer["policy"].calls, outer["policy"].prompt_tokens, outer["policy"].completion_tokens) == (2, 12, 5)
     assert outer["world_model"].calls == 1
