@@ -39,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     sft = [make_episode(g, success=i < 4, imagined=[], task=EVIL if i == 0 else "") for i, g in enumerate(games)]
     itp = [make_episode(g, success=i >= 5, imagined=imagined, tokens=300 + i) for i, g in enumerate(games)]
     made = [write_result(root / "sft", sft, method="sft"), write_result(root / "itp", itp)]
-    # What searching methods record besides, and cost by step.
+    # What searching methods record besides, and what such a step costs.
     made[1].records[1]["foresight_steps"][0] |= {
         "considered": [{"action": "look", "value": 0.25, "tries": 1}, {"action": "go", "value": 0.5, "tries": 3}],
         "usage": {"policy": {"calls": 2, "prompt_tokens": 1000, "completion_tokens": 9}}}
@@ -139,7 +139,8 @@ def test_a_trajectory_shows_what_was_imagined_beside_what_happened(opened: Opene
     assert opened.texts(inside + ".did b") == [action for action, _ in PLAYED]
     assert opened.texts(inside + ".step .saw") == [observation for _, observation in PLAYED]
     assert opened.texts(inside + ".note") == ["Compared: go (0.50, 3 tries) · look (0.25)"]
-    assert opened.texts(inside + ".did small")[:2] == ["0.10 s · 2 calls · 1,009 tokens", "0.20 s"]
+    assert opened.texts(inside + ".did small")[:2] == ["0.10 s · 2 calls · 1,009 tokens",
+                                                         "0.20 s · 2 calls · 305 tokens"]
     assert opened.texts(inside + ".chip.k") == ["looked 2 steps ahead"] * 3
     # step 1: a wrong word, then right; step 2: right, then it did something else; step 3: right, then the end
     # The facts of the first: it arrives (right), a cup (wrong) and a pen (right); F1 = 2 * 2 / 6.
