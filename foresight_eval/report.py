@@ -79,8 +79,6 @@ def summarize(folder: Path) -> dict[str, Any]:
     }
 
 
-
-
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json``, ``summary.csv`` and ``log.txt`` of a result folder, and return the first."""
     summary = summarize(folder)

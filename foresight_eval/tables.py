@@ -10,9 +10,10 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from foresight_eval.results import Result, bucket
-from foresight_eval.statistics import mean_interval, paired, percentile
+from foresight_eval.statistics import mean_interval, paired
 
 ROLES = ("policy", "world_model")
 MANY_TYPES = 8
@@ -37,16 +38,21 @@ def overview(results: Sequence[Result]) -> Table:
         buckets = []
     rows = []
     for result, budget in zip(results, budgets(results), strict=True):
-        summary, overall, cost = result.summary, result.summary["overall"], result.summary["cost"]
+        summary, overall = result.summary, result.summary["overall"]
         low, high = overall["interval"]
-        calls = sum(cost[role]["calls_per_step"] for role in ROLES if role in cost)
         rows.append((result.name, *(percent(summary["rates"].get(b)) for b in buckets), percent(overall["rate"]),
                      f"{100 * low:.0f}-{100 * high:.0f}", str(overall["n"]), percent(summary["invalid_action_rate"]),
-                     number(summary["mean_k"], 2), number(calls, 1), number(cost["tokens_per_episode"]),
-                     number(budget, 2), number(cost["decision_seconds"]["p50"], 2)))
+                     number(summary["mean_k"], 2), number(_calls_per_step(summary["cost"]), 1),
+                     number(summary["cost"]["tokens_per_episode"]), number(budget, 2),
+                     number(summary["cost"]["decision_seconds"]["p50"], 2)))
     return Table("overview", "Overview", "Success in percent by task type, with the 95 % interval of all.",
-                 ("", *buckets, "All", "95 %", "n", "invalid", "mean k", "calls/step", "tokens/ep", "NB", "p50 s"),
-                 tuple(rows))
+                 ("", *buckets, "All", "95 %", "n", "invalid", "mean k", "calls/step", "tokens/ep", "NB",
+                  "p50 s"), tuple(rows))
+
+
+def _calls_per_step(spent: dict[str, Any]) -> float:
+    """Of both models together."""
+    return sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
 
 
 def success(results: Sequence[Result]) -> Table:
@@ -111,26 +117,25 @@ def comparison(results: Sequence[Result], baseline: Result) -> Table:
 
 
 def cost(results: Sequence[Result]) -> Table:
-    """What a result cost: calls and tokens an episode by model, seconds a decision, normalised budget."""
+    """What a result cost: calls and tokens an episode by model, seconds a decision, throughput, memory."""
     rows = []
     for result, budget in zip(results, budgets(results), strict=True):
-        usages = [meta["usage"] for meta in result.metas]
+        spent = result.summary["cost"]
         cells = [result.name, number(result.summary["mean_k"], 2), number(result.summary["steps_per_episode"], 1)]
         for role in ROLES:
-            spent = [usage[role] for usage in usages if role in usage]
-            cells += [number(sum(u["calls"] for u in spent) / len(usages), 1),
-                      number(sum(u["prompt_tokens"] for u in spent) / len(usages)),
-                      number(sum(u["completion_tokens"] for u in spent) / len(usages))] if spent else ["-"] * 3
-        asked = sum(u["prompt_tokens"] for usage in usages for u in usage.values())
-        cached = sum(u["cached_tokens"] for usage in usages for u in usage.values())
-        seconds = [step["info"]["seconds"] for step in result.steps]
+            cells += [number(spent[role]["calls_per_episode"], 1), number(spent[role]["prompt_tokens_per_episode"]),
+                      number(spent[role]["completion_tokens_per_episode"])] if role in spent else ["-"] * 3
+        asked = sum(spent[role]["prompt_tokens_per_episode"] for role in ROLES if role in spent)
+        cached = sum(spent[role]["cached_tokens_per_episode"] for role in ROLES if role in spent)
+        memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
         rows.append((*cells, percent(cached / asked if asked else None),
-                     *(number(percentile(seconds, q), 2) for q in (50, 95, 99)), number(budget, 2)))
+                     *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")),
+                     number(spent["episodes_per_hour"]), memory or "-", number(budget, 2)))
     return Table("cost", "Cost", "Calls and tokens an episode (π: policy, M: world model); share of the prompt tokens "
-                 "that a cache had, in percent; seconds a decision at the concurrency of the run; NB: normalised "
-                 "budget.",
+                 "that a cache had, in percent; seconds a decision at the concurrency of the run; episodes an hour; "
+                 "most memory in use at a time, in GB; NB: normalised budget.",
                  ("", "mean k", "steps", "π calls", "π prompt", "π generated", "M calls", "M prompt", "M generated",
-                  "cached", "p50", "p95", "p99", "NB"), tuple(rows))
+                  "cached", "p50", "p95", "p99", "ep/h", "memory", "NB"), tuple(rows))
 
 
 def all_tables(results: Sequence[Result], baseline: Result) -> list[Table]:

@@ -84,7 +84,8 @@ for actor in expert random; do
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --wm_model "$run/world_model/merged_full" \
-  --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json"
+  --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json" \
+  --max_depth 0
 echo "Success in percent on $UNSEEN_GAMES unseen games, after $(since):"
 python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight}
 [[ $ITP_R == 1 ]] || exit 0

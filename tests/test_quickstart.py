@@ -31,7 +31,8 @@ def test_quickstart_in_miniature(tmp_path: Path) -> None:
     assert all(len(step["k_logprobs"]) == 2 for step in read_steps(tmp_path / "eval" / "itp-r"))
     assert all(step["k"] == 1 for step in read_steps(tmp_path / "eval" / "itp-r-k1"))
     fidelity = json.loads((tmp_path / "held_out" / "fidelity.json").read_text())
-    assert fidelity["figures"]["all"]["n"] > 0
+    assert {source: rows["all"]["n"] > 0 for source, rows in fidelity["models"]["world_model"]["one_step"].items()} \
+        == {"expert": True, "random": True}
     weights = tmp_path / "policy" / "merged_full" / "model.safetensors"
     trained = weights.stat().st_mtime_ns
 
