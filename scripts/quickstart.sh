@@ -16,7 +16,7 @@ source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
 : "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=5}"
-: "${MAX_STEPS:=40}" "${LM_EPOCHS:=1}" "${POLICY_EPOCHS:=1}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
+: "${MAX_STEPS:=40}" "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }

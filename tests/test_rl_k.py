@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import pytest
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games
-from itp.runtime import UserError, model_card, read_json
+from itp.runtime import UserError, derive_seed, model_card, read_json
+from itp.text.state import State
 from itp.training import rl_k
+from itp.training.fitting import Fitting
 from itp.training.rl_k import RlSettings
 from itp.training.rl_run import RunFolder
 from tests.tiny import write_tiny_model
@@ -293,3 +296,45 @@ def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, 
     rows = metrics(tmp_path)
     assert rows[0]["mean_k"] > 0.7 and rows[-1]["mean_k"] < 0.1
     assert rows[-1]["return"] > rows[0]["return"] + 0.8  # about 3 steps, K 1 each, at .5
+
+
+class Rooms:
+    """One step: in each room one of two actions wins, and nothing in the text says which."""
+
+    want_admissible = True
+
+    def reset(self, game: Game) -> Observation:
+        self.right = right_action(game.path)
+        return Observation(f"You see a desk {game.path}.", "look", admissible=("look", "inventory"))
+
+    def step(self, action: str) -> StepResult:
+        won = action == self.right
+        return StepResult(Observation("You see.", "look", admissible=()), float(won), True, False, 100.0 * won, won,
+                          False)
+
+    def close(self) -> None:
+        pass
+
+
+def right_action(room: str) -> str:
+    return ("look", "inventory")[derive_seed("room", room) % 2]
+
+
+def test_where_looking_ahead_helps_and_costs_nothing_k_stays(models, games_root: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    games = [Game("alfworld", "train", f"room {i}", f"{i % 31} {i % 37} {i % 41}", "") for i in range(5000)]
+    monkeypatch.setattr(rl_k, "environment", lambda chosen: (Rooms, games, []))
+
+    async def knows(self: Fitting, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        """A world model that has learned what holds in each room, and says so whatever is done."""
+        rooms = [re.search(r"desk (.*)\.", state.first)[1] for state in states]
+        return [{"look": "heat", "inventory": "cool"}[right_action(room)] for room in rooms]
+
+    monkeypatch.setattr(Fitting, "step", knows)
+    chosen = settings(models, games_root, tmp_path, lambda_k=0.0, episodes_per_epoch=6400, episodes_per_update=64,
+                      num_envs=64, lr=3e-3, value_updates=2, entropy_coef=0.0, normalize_advantages=True, max_steps=1,
+                      imagine_action_max_new_tokens=1, eval_every=0, save_every=1000)
+    rl_k.run(chosen)
+    rows = metrics(tmp_path)
+    assert rows[0]["success"] < 0.7 and rows[-1]["success"] > 0.9  # what the model says is read
+    assert rows[-1]["mean_k"] > 0.9
