@@ -18,23 +18,26 @@ from foresight_eval.statistics import percentile
 from itp.transitions import read_rows
 
 TIMING = "timing.jsonl"
-COUNTS = ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
+COUNTS = ("calls", "prompt_tokens", "completion_tokens")
+MEASURED = ("cached_tokens", "seconds")
 
 
-def summarize_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``cost`` of ``summary.json``: by model, an episode and a step on average; then all that models share.
+def summarize_cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``cost`` of ``summary.json``, which is the same whenever the games are played: what the models were asked.
 
-    Tokens together are those asked for, cached ones included.  Seconds are waited for a model.
+    By model, an episode and a step on average; tokens together are those asked for, cached ones included.
     """
-    metas = [record["meta"] for record in records]
-    steps = sum(meta["steps"] for meta in metas)
-    cost: dict[str, Any] = {}
-    for role in sorted({role for meta in metas for role in meta["usage"]}):
-        total = {name: sum(meta["usage"].get(role, {}).get(name, 0) for meta in metas) for name in COUNTS}
-        cost[role] = {f"{name}_per_episode": total[name] / len(metas) for name in COUNTS}
-        cost[role] |= {f"{name}_per_step": total[name] / steps for name in COUNTS}
+    cost = _means(records, COUNTS)
     cost["tokens_per_episode"] = sum(
         role["prompt_tokens_per_episode"] + role["completion_tokens_per_episode"] for role in cost.values())
+    return cost
+
+
+def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``cost.json``: the same, and what this machine made of it.  Seconds by model are waited for that model."""
+    cost = summarize_cost(records)
+    for role, means in _means(records, MEASURED).items():
+        cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
     sessions = [row for _, row in read_rows(folder / TIMING)] if (folder / TIMING).exists() else []
@@ -45,6 +48,18 @@ def summarize_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str,
     cost["peak_memory_bytes"] = {
         device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
     return cost
+
+
+def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Means an episode and a step, by model."""
+    metas = [record["meta"] for record in records]
+    steps = sum(meta["steps"] for meta in metas)
+    means: dict[str, Any] = {}
+    for role in sorted({role for meta in metas for role in meta["usage"]}):
+        total = {name: sum(meta["usage"].get(role, {}).get(name, 0) for meta in metas) for name in names}
+        means[role] = {f"{name}_per_episode": total[name] / len(metas) for name in names}
+        means[role] |= {f"{name}_per_step": total[name] / steps for name in names}
+    return means
 
 
 def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, processes: int) -> None:

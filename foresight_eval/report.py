@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval import tables
-from foresight_eval.cost import summarize_cost
+from foresight_eval.cost import measured_cost, summarize_cost
 from foresight_eval.results import BUCKETS, Result, bucket, read_episodes, read_results
 from foresight_eval.statistics import mean, mean_interval, wilson
 from itp.config import add_flags, flag, from_args
@@ -74,15 +74,16 @@ def summarize(folder: Path) -> dict[str, Any]:
         "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
         "mean_k": mean([step["k"] for step in steps]),
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
-        "cost": summarize_cost(folder, list(records.values())),
+        "cost": summarize_cost(list(records.values())),
         "restarts": sum(meta["restarts"] for meta in metas),
     }
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Write ``summary.json``, ``summary.csv`` and ``log.txt`` of a result folder, and return the first."""
+    """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first."""
     summary = summarize(folder)
     write_json(folder / "summary.json", summary)
+    write_json(folder / "cost.json", measured_cost(folder, list(read_episodes(folder).values())))
     rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

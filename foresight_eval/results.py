@@ -85,8 +85,12 @@ class Result:
 
 
 def read_results(folders: Sequence[Path]) -> list[Result]:
-    """Result folders that have their ``summary.json``, by names that tell them apart."""
-    return [Result(name, read_json(folder / "config.json")["config"], read_json(folder / "summary.json"),
+    """Result folders that have their ``summary.json``, by names that tell them apart.
+
+    The summary's cost is that of ``cost.json``.
+    """
+    return [Result(name, read_json(folder / "config.json")["config"],
+                   read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
                    read_episodes(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
 
 

@@ -85,7 +85,7 @@ def test_the_same_at_any_concurrency(played: dict[tuple[str, int], Records], met
 def test_costs_are_in_the_summary(base: AlfworldSettings, tmp_path: Path) -> None:
     folder = tmp_path / "rap"
     asyncio.run(evaluate(dataclasses.replace(base, output_path=str(folder), method="rap", only_ids="0,1")))
-    records, cost = results.read_episodes(folder), json.loads((folder / "summary.json").read_text())["cost"]
+    records, cost = results.read_episodes(folder), json.loads((folder / "cost.json").read_text())
     steps = [step for record in records.values() for step in record["foresight_steps"]]
     for role in ("policy", "world_model"):
         spent = [step["usage"][role] for step in steps]

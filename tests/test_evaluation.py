@@ -86,7 +86,7 @@ def finished(base: AlfworldSettings, tmp_path_factory: pytest.TempPathFactory) -
 def test_result_files(finished: tuple[Path, str], base: AlfworldSettings) -> None:
     folder, _ = finished
     games = list_games("alfworld", "train", base.env_data_root)
-    names = {f"{i}.json" for i in range(6)} | {"summary.json", "summary.csv", "log.txt", "config.json",
+    names = {f"{i}.json" for i in range(6)} | {"summary.json", "cost.json", "summary.csv", "log.txt", "config.json",
                                               "timing.jsonl"}
     assert set(os.listdir(folder)) == names
     for i, record in results.read_episodes(folder).items():
