@@ -167,8 +167,8 @@ def test_an_episode_with_several_requests_waits_for_the_others(lm: LocalLM) -> N
 
 
 def test_a_prompt_that_does_not_fit_is_refused(lm: LocalLM) -> None:
-    with pytest.raises(UserError, match="exceed its context of 512"):
-        run(lm.generate([STATE + 60 * STEP], GenParams()))
+    with pytest.raises(UserError, match="exceed its context of 2048"):
+        run(lm.generate([STATE + 200 * STEP], GenParams()))
 
 
 def test_an_error_in_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: pytest.MonkeyPatch) -> None:
