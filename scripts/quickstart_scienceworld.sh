@@ -14,7 +14,7 @@ cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
-# Sizes of the demo; tests/test_quickstart_scienceworld.py runs the same pipeline in miniature.
+# Sizes of the demo.
 : "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
 : "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=4}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${MAX_K:=2}"
 : "${LABEL_ROWS:=600}" "${RL_EPISODES:=192}"
