@@ -105,18 +105,17 @@ def main() -> None:
     if todo:
         asyncio.run(_play(settings, todo, episodes_file))
         done = _finished(episodes_file)
-    episodes = [episode for game in games if (episode := done[game.game_id])]
-    if not episodes:
+    kept = [(game, episode) for game in games if (episode := done[game.game_id])]
+    if not kept:
         raise UserError(f"{out}: none of {len(games)} episodes is worth keeping; give other games, or less --noise")
-    rows = write_transitions(out / "transitions.jsonl", (t for episode in episodes for t in episode))
-    talks = [talk for game, episode in zip(games, episodes, strict=True)
-             for talk in _dialogues(settings, game, episode)]
+    rows = write_transitions(out / "transitions.jsonl", (t for _, episode in kept for t in episode))
+    talks = [talk for game, episode in kept for talk in _dialogues(settings, game, episode)]
     write_json(out / "dialogues.json", talks)
-    won = sum(episode[-1].success for episode in episodes)
-    steps = rows / len(episodes)
-    if dropped := len(games) - len(episodes):
+    won = sum(episode[-1].success for _, episode in kept)
+    steps = rows / len(kept)
+    if dropped := len(games) - len(kept):
         print(f"{dropped} episodes of the expert didn't succeed and are left out")
-    print(f"{len(episodes)} episodes ({won} won, {steps:.1f} steps on average), {rows} transitions, "
+    print(f"{len(kept)} episodes ({won} won, {steps:.1f} steps on average), {rows} transitions, "
           f"{len(talks)} dialogues in {out}")
 
 
