@@ -110,7 +110,7 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads, intermediate_size=settings.intermediate_size,
-        max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=16384, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     with torch.no_grad():
         words = model.get_input_embeddings().weight
