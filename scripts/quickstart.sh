@@ -15,8 +15,8 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=5}"
-: "${MAX_STEPS:=40}" "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
+: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=14}" "${MIXED_MISSIONS:=5}"
+: "${MAX_STEPS:=40}" "${DRILLS:=32000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -39,31 +39,20 @@ collect walks --actor random --max_games 100 --max_steps 40
 
 step "3/10 base LM from nothing, on transcripts of the engine"
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
-  --out_dir "$run/base_lm" --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
+  --out_dir "$run/base_lm" --drills "$DRILLS" --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
 
 step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its corrections of the learner (DAgger)"
-correct() {  # OUT LEARNER NOISE: episodes of the expert that the learner's own actions interrupt
-  collect "$1" --actor expert --noise_policy "$run/$2/merged_full" --noise "$3" --corrections 3 \
-    --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained
-}
-imitate() {  # OUT MODEL LEARNING_RATE DIALOGUES...
-  local out=$1 model=$2 lr=$3
-  shift 3
-  local files=("${@/#/$run/}")
-  python -m itp.training.base_policy --train_json "$(IFS=,; echo "${files[*]/%//dialogues.json}")" \
-    --model_path "$run/$model/merged_full" --out_dir "$run/$out" --epochs "$POLICY_EPOCHS" --lr "$lr" --lora_r 0 \
-    --config configs/demo/from_nothing.yaml
-}
-correct d_mixed_1 base_lm 0.3,0.6,0.9
-imitate policy_1 base_lm 2e-3 d_exp d_mixed_1
-correct d_mixed_2 policy_1 0.5,0.8,1
-imitate policy policy_1 1e-3 d_mixed_1 d_mixed_2
+collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
+  --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained
+python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.002 \
+  --config configs/demo/from_nothing.yaml
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
 collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_games 60 --max_steps 30
 
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
-cat "$run"/{d_exp,d_mixed_2,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
+cat "$run"/{d_exp,d_mixed,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
   LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
@@ -121,6 +110,6 @@ cat <<EOF
 
 games         $run/data
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
-trajectories  $run/{d_exp,d_mixed_1,d_mixed_2,d_roll,walks}, $run/labelled.jsonl
+trajectories  $run/{d_exp,d_mixed,d_roll,walks}, $run/labelled.jsonl
 results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
 EOF

@@ -91,6 +91,8 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
         if talk["id"] in episodes:
             rows = episodes[talk["id"]]
             assert learned == [f"Action: {t.expert_action}" for t in rows if t.action == t.expert_action]
+            corrections = [turn["correction"] for turn in gpt if "correction" in turn]
+            assert corrections == [f"Action: {t.expert_action}" for t in rows if t.action != t.expert_action]
         else:  # the short forms teach their last turn only
             assert learned == [turn["value"] for turn in gpt[-2 if "/reflection-" in talk["id"] else -1:]]
     read_dialogues(str(tmp_path / "dialogues.json"))

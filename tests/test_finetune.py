@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from itp.runtime import UserError
+from itp.text.prompts import Turns, dialogue_examples
 from itp.training import base_policy
 from itp.training.examples import Example, encode, hold_out
 from itp.training.finetune import FinetuneSettings, claim_run, finetune, whole_checkpoints
@@ -342,6 +343,25 @@ def test_gpt_turns_are_learned_except_those_of_weight_zero(tmp_path):
     assert [text for text, learned in first.segments if learned] == [" b\n"] and first.group == "7"
     assert "".join(text for text, _ in first.segments) == "a\nAction: b\nc\nAction: d\n"
     assert second.segments == [("a\n", False), ("Action:", False), (" b\n", True)]
+
+
+def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp_path):
+    row = {"id": 7, "conversations": [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "Action: go to 1", "weight": 0, "correction": "Action: go to 2"},
+        {"from": "human", "value": "c"}, {"from": "gpt", "value": "Action: b", "weight": 0, "correction": "Action: d"}]}
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([row]))
+    example, = base_policy.read_dialogues(str(path))
+    encoded = encode([example], make_tokenizer(), 100).rows[0]
+    said = " ".join(WORDS[i] for i in encoded["input_ids"])
+    assert said == "a \n Action : go to 1 \n c \n Action : b \n <eos>"  # the episode as it was
+    learned = [(WORDS[token], WORDS[label]) for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
+               if label >= 0]
+    assert learned == [("go", "go"), ("to", "to"), ("1", "2"), ("b", "d"), ("<eos>", "<eos>")]
+
+    chat = dialogue_examples(row["conversations"], Turns("<user>", "<assistant>"))
+    assert [segments[-1] for segments in chat] == [(" go to 2\n", True), (" d\n", True)]  # a sequence each: all of it
 
 
 @pytest.mark.parametrize("row, said", [

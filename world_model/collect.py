@@ -63,8 +63,6 @@ class Settings(EnvFlags):
     max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
-    corrections: int = flag(0, at_least=0, help="also write dialogues that end with the expert's action where another "
-                                                "was executed, so many an episode")
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
     foresight_share: float = flag(0.1, help="share of the episodes that foresight and horizon dialogues are made of")
     reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
@@ -182,16 +180,10 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
 
 
 def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
-    """The dialogues of one episode: the whole of it, corrections, and for some foresight, horizon and reasoning."""
+    """The dialogues of one episode: the whole of it, and for some foresight, horizon and reasoning."""
     if settings.actor == "random":
         return []  # nothing in it is worth imitating
-    wrong = [t.step for t in episode if t.action != t.expert_action]
-    draw = random.Random(derive_seed(settings.seed, "correction", episode[0].episode_id))
-    talks = [dialogues.correction_dialogue(episode, step)
-             for step in sorted(draw.sample(wrong, min(settings.corrections, len(wrong))))]
-    if len(wrong) == len(episode):
-        return talks
-    talks.insert(0, dialogues.episode_dialogue(episode))
+    talks = [dialogues.episode_dialogue(episode)]
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
     step, k = draw.randrange(len(episode)), draw.randint(1, max(1, settings.foresight_k))
     if settings.foresight_k and draw.random() < settings.foresight_share:

@@ -2,7 +2,8 @@
 
 The format is the one that published trajectory sets use, a list of
 ``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``; a gpt turn with
-``"weight": 0`` is history and not learned from (an exploratory action).
+``"weight": 0`` is history and not learned from (an exploratory action).  Its ``"correction"``, where the expert
+was asked, is what it should have said: imitation on states that the learner reaches itself (DAgger; Ross et al., 2011).
 
 Besides the episode itself two short forms teach what imagine-then-plan asks for.  They come from the
 record alone and are what they are: *foresight* dialogues end with the true next steps written as an
@@ -27,7 +28,7 @@ Dialogue = dict[str, Any]
 
 
 def episode_dialogue(episode: Sequence[Transition]) -> Dialogue:
-    """The whole episode.  Where something else than the expert's action was executed, it isn't learned."""
+    """The whole episode.  Where something else than the expert's action was executed, the expert's is learned."""
     return {"id": episode[0].episode_id, "conversations": _turns(episode, len(episode))}
 
 
@@ -38,13 +39,6 @@ def foresight_dialogue(episode: Sequence[Transition], step: int, k: int) -> Dial
     """
     ahead = [(t.action, t.next_state) for t in episode[step:step + k]]
     return _dialogue(episode, step, f"foresight-{step}-{k}", [_action(episode, step)], tried=foresight_text(ahead))
-
-
-def correction_dialogue(episode: Sequence[Transition], step: int) -> Dialogue:
-    """The episode up to ``step``, where something else than the expert's action was executed, and that action."""
-    turns = _unlearned(_turns(episode, step))
-    turns.append({"from": "gpt", "value": f"Action: {episode[step].expert_action}"})
-    return {"id": f"{episode[0].episode_id}/correction-{step}", "conversations": turns}
 
 
 def horizon_dialogue(episode: Sequence[Transition], step: int, max_k: int) -> Dialogue:
@@ -106,9 +100,11 @@ def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:
         turn: dict[str, Any] = {"from": "gpt", "value": f"Action: {t.action}"}
         if t.action != t.expert_action:
             turn["weight"] = 0
+            if t.expert_action:
+                turn["correction"] = f"Action: {t.expert_action}"
         turns += [turn, {"from": "human", "value": OBSERVATION + indent(t.next_state)}]
     return turns
 
 
 def _unlearned(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**turn, "weight": 0} if turn["from"] == "gpt" else turn for turn in turns]
+    return [{"from": "gpt", "value": turn["value"], "weight": 0} if turn["from"] == "gpt" else turn for turn in turns]

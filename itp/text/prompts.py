@@ -156,26 +156,38 @@ def world_model_target(next_state: str) -> str:
 _LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 
 
-def dialogue_segments(conversations: Sequence[dict]) -> list[tuple[str, bool]]:
-    """(text, supervised) segments of a dialogue of human and gpt turns, one after the other.
+Segment = tuple[str, bool | str]
+"""Text of a training sequence, and whether it is learned; a string is what is to be learned in its place."""
+
+
+def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
+    """The segments of a dialogue of human and gpt turns, one after the other.
 
     A gpt turn starts with a label (``Action: ...``), which is given and not learned: just what
-    :func:`policy_prompt` ends with.  A turn with ``weight`` 0 is context only.  Joined, the segments
-    are the text of a state that grows, so one sequence teaches all prompts of an episode.
+    :func:`policy_prompt` ends with.  A turn with ``weight`` 0 is context only, and its ``correction`` is learned in its
+    place.  Joined, the segments are the text of a state that grows, so one sequence teaches all prompts of an episode.
     """
-    segments: list[tuple[str, bool]] = []
+    segments: list[Segment] = []
     for turn in conversations:
-        value, learned = turn["value"], turn["from"] == "gpt" and turn.get("weight", 1) != 0
         if turn["from"] == "gpt":
-            label = _LABEL.match(value)
-            cut = label.end() if label else 0
-            segments += [(value[:cut], False)] * bool(cut) + [(value[cut:] + END, learned)]
+            label, text = _labelled(turn["value"])
+            learned: bool | str = turn.get("weight", 1) != 0
+            if "correction" in turn:
+                learned = _labelled(turn["correction"])[1]
+            segments += [(label, False)] * bool(label) + [(text, learned)]
         else:
-            segments.append((value + END, False))
+            segments.append((turn["value"] + END, False))
     return segments
 
 
-def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> list[list[tuple[str, bool]]]:
+def _labelled(value: str) -> tuple[str, str]:
+    """A gpt turn as its label, which may be empty, and what follows."""
+    label = _LABEL.match(value)
+    cut = label.end() if label else 0
+    return value[:cut], value[cut:] + END
+
+
+def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> list[list[Segment]]:
     """Training sequences of a dialogue, each a list of segments.
 
     Plain text: one for all of it.  In turns of a chat the label stands behind the user's turn, so every learned
@@ -184,11 +196,12 @@ def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> li
     segments = dialogue_segments(conversations)
     if turns == PLAIN:
         return [segments]
-    examples, before = [], ""
+    examples: list[list[Segment]] = []
+    before = ""
     for i, (text, learned) in enumerate(segments):
         if learned:
             label = segments[i - 1][0] if i and _LABEL.fullmatch(segments[i - 1][0]) else ""
             asked = before.removesuffix(label).removesuffix(END)
-            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (text, True)])
+            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (learned if isinstance(learned, str) else text, True)])
         before += text
     return examples

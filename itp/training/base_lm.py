@@ -29,6 +29,7 @@ from itp.games import ENVIRONMENTS
 from itp.runtime import run_main
 from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES, dialogue_segments
+from itp.training.drills import drills
 from itp.training.examples import Example
 from itp.training.finetune import FinetuneSettings, claim_run, finetune
 from itp.training.learned_tokenizer import learn_tokenizer
@@ -57,6 +58,8 @@ class BaseLMSettings(FinetuneSettings):
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(4, help="attention heads")
+    drills: int = flag(0, at_least=0, help="ALFWorld: before the transcripts, so many short exercises in finding the "
+                                           "object of a task in what is seen (32000 are enough)")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
     model_path: str = ""
@@ -79,7 +82,18 @@ def main() -> None:
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial, words)
-    finetune(settings, [transcript(episode) for episode in episodes])
+    finetune(_drilled(settings, episodes), [transcript(episode) for episode in episodes])
+
+
+def _drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
+    """The settings to go on with after ``--drills``, which are a run of their own in OUT_DIR/drills."""
+    if not settings.drills:
+        return settings
+    first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), epochs=1.0, batch_size=64,
+                                lr_scheduler_type="constant")
+    if not first.merged_path.exists():
+        finetune(first, list(drills(episodes, settings.drills, settings.seed)))
+    return dataclasses.replace(settings, model_path=str(first.merged_path))
 
 
 def _episodes(path: str) -> Iterator[list[Transition]]:
@@ -110,9 +124,11 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads, intermediate_size=settings.intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=16384, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     with torch.no_grad():
+        _prepare_matching(model)
         words = model.get_input_embeddings().weight
         for token, index in tokenizer.get_vocab().items():
             if match := re.fullmatch(r"([a-z]+) (\d+)", token):
@@ -120,6 +136,18 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
                 words[index] = words[kind] + words[number]
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+def _prepare_matching(model) -> None:
+    """Start out with attention to the same word, however far above, which a policy looks for its task's object with.
+
+    Keys like queries, embeddings that outweigh what the first layers add to them; and (in the configuration) rotary
+    frequencies so low that distance hardly matters.
+    """
+    model.get_input_embeddings().weight.mul_(5)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.mul_(3)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
 def _alfworld_names() -> Iterator[str]:

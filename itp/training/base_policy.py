@@ -6,7 +6,8 @@ r"""Train the base policy π_θ0: supervised fine-tuning on expert dialogues.
 
 A dialogue is ``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`` as ETO
 publishes them, or ``{"messages": [{"role": "user" | "assistant", "content": ...}, ...]}``.  What gpt
-says is learned, except turns with ``"weight": 0`` (explored, not the expert's).
+says is learned, except turns with ``"weight": 0`` (explored, not the expert's); a ``"correction"`` is learned in
+their place, up to where it parts from what was said, which the dialogue goes on from.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def _turns(row: Any, where: str) -> list[dict[str, Any]]:
     for number, turn in enumerate(row[name]):
         if not isinstance(turn, dict) or turn.get(who) not in SPEAKERS or not isinstance(turn.get(what), str):
             raise UserError(f"{where}: turn {number} needs {who!r} (one of {', '.join(SPEAKERS)}) and a text {what!r}")
-        learned = turn.get("weight", 1) != 0
-        turns.append({"from": SPEAKERS[turn[who]], "value": turn[what], "weight": int(learned)})
-    if not any(turn["from"] == "gpt" and turn["weight"] for turn in turns):
+        learned, correction = turn.get("weight", 1) != 0, turn.get("correction")
+        turns.append({"from": SPEAKERS[turn[who]], "value": turn[what], "weight": int(learned)}
+                     | ({"correction": correction} if isinstance(correction, str) else {}))
+    if not any(turn["from"] == "gpt" and (turn["weight"] or "correction" in turn) for turn in turns):
         raise UserError(f"{where}: no turn of gpt (assistant) to learn from")
     return turns
 

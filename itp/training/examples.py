@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from itp.runtime import UserError, bos_ids
+from itp.text.prompts import Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +24,13 @@ class Example:
     """One training sequence.
 
     ``segments``: (text, supervised), tokenised each on its own, so that what is given and what is
-    learned never share a token.  ``eos``: an end-of-sequence token follows, supervised.
+    learned never share a token.  What is to be learned in the place of a text is learned up to where the two
+    part: behind it the sequence goes on with the text.  ``eos``: an end-of-sequence token follows, supervised.
     ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: examples of one
     group (an episode) are held out together.
     """
 
-    segments: list[tuple[str, bool]]
+    segments: list[Segment]
     eos: bool = True
     keep_first: bool = False
     group: str = ""
@@ -54,7 +56,8 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
     its last supervised segment.  An example whose target alone is too long is left out.  ``counts``
     says how often each happened.
     """
-    texts = list(dict.fromkeys(text for example in examples for text, _ in example.segments))
+    texts = list(dict.fromkeys(text for example in examples for segment in example.segments for text in segment
+                               if isinstance(text, str)))
     ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
     bos = bos_ids(tokenizer)
     if any(example.eos for example in examples) and tokenizer.eos_token_id is None:
@@ -64,11 +67,11 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
     counts = encoding.counts
     for example in examples:
         counts["examples"] += 1
-        parts = [(ids_of[text], supervised) for text, supervised in example.segments]
+        parts = [(ids_of[text], _labels(ids_of, text, learned)) for text, learned in example.segments]
         if example.eos:
-            parts.append(([tokenizer.eos_token_id], True))
+            parts.append(([tokenizer.eos_token_id], [tokenizer.eos_token_id]))
         ids = bos + [i for part, _ in parts for i in part]
-        labels = [IGNORED] * len(bos) + [i if learned else IGNORED for part, learned in parts for i in part]
+        labels = [IGNORED] * len(bos) + [label for _, part in parts for label in part]
         if all(label == IGNORED for label in labels[1:]):  # the first token is predicted from nothing
             counts["unsupervised"] += 1
             continue
@@ -87,6 +90,16 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
         encoding.rows.append({"input_ids": ids, "labels": labels})
         encoding.groups.append(example.group)
     return encoding
+
+
+def _labels(ids_of: dict[str, list[int]], text: str, learned: bool | str) -> list[int]:
+    """What is to be predicted at each token of a text."""
+    ids = ids_of[text]
+    if not isinstance(learned, str):
+        return list(ids) if learned else [IGNORED] * len(ids)
+    better = ids_of[learned][:len(ids)]
+    parted = next((i + 1 for i, (a, b) in enumerate(zip(ids, better, strict=False)) if a != b), len(better))
+    return better[:parted] + [IGNORED] * (len(ids) - parted)
 
 
 def _last_target(labels: list[int]) -> int:

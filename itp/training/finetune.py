@@ -55,6 +55,8 @@ class FinetuneSettings:
     batch_size: int = flag(1, at_least=1, help="examples per device and forward pass")
     grad_accum: int = flag(16, at_least=1, help="forward passes per optimizer step")
     lr: float = flag(2e-5, above=0, help="peak learning rate")
+    optimizer: str = flag("adamw", choices=("adamw", "muon"),
+                          help="muon: for the matrices of the layers, with adamw for the rest; learns faster from nothing")
     wd: float = flag(0.0, at_least=0, help="weight decay")
     adam_beta2: float = flag(0.999, help="AdamW's second beta; .95 suits short runs from scratch")
     warmup_ratio: float = flag(0.03, at_least=0, below=1, help="share of the steps over which the learning rate rises")
@@ -118,6 +120,8 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
     if settings.deepspeed and not Path(settings.deepspeed).is_file():
         raise UserError(f"--deepspeed {settings.deepspeed}: no such file")
+    if settings.optimizer == "muon" and settings.deepspeed:
+        raise UserError("--optimizer muon isn't for DeepSpeed, whose configuration has its own; drop one of them")
     if settings.q_lora and not settings.lora_r:
         raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
     if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:

@@ -35,6 +35,7 @@ from transformers.trainer_callback import PrinterCallback
 from itp.runtime import MODEL_CARD, UserError, write_json
 from itp.training.examples import IGNORED, Row
 from itp.training.finetune import FinetuneSettings, is_first_process, whole_checkpoints
+from itp.training.optimizer import MuonAdamW
 
 if TYPE_CHECKING:
     from itp.policy.policy_with_heads import PolicyWithHeads
@@ -295,6 +296,12 @@ class FineTuner(Trainer):
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return SimilarLengths([len(row["input_ids"]) for row in rows], rows_per_step, self.args.seed,
                               lambda: int(self.state.epoch or 0))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.task.settings.optimizer == "muon":
+            self.optimizer = MuonAdamW(self.model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay,
+                                       betas=(self.args.adam_beta1, self.args.adam_beta2))
+        return super().create_optimizer(model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -1,0 +1,48 @@
+"""Drills: a task and a sight of one room in the engine's words, and what an expert does there."""
+
+from __future__ import annotations
+
+import re
+
+from itp.training.drills import drills
+from itp.transitions import Transition
+
+ROOM = "Task: {task}\nObservation: You are in the middle of a room. Looking quickly around you, you see a {places}."
+SEE = "You arrive at {0}. On the {0}, you see {1}."
+
+
+def episode(number: int, task: str, places: str, *sights: tuple[str, str]) -> list[Transition]:
+    state = ROOM.format(task=task, places=places)
+    return [Transition(f"e{number}", step, state, f"go to {place}", SEE.format(place, things))
+            for step, (place, things) in enumerate(sights)]
+
+
+KITCHEN = episode(1, "put a hot apple in fridge", "fridge 1, and a shelf 1", ("shelf 1", "a mug 2, and a apple 3"),
+                  ("shelf 2", "a apple 1"), ("shelf 3", "a knife 1, a mug 1, and a pan 1"), ("fridge 1", "nothing"))
+BATHROOM = episode(2, "look at soapbar under the desklamp", "toilet 1", ("toilet 1", "a cloth 1, and a soapbar 2"))
+ODD = episode(3, "put a statue in safe", "sofa 1", ("sofa 1", "a pillow 1"))
+
+
+def test_half_of_the_drills_show_the_things_of_their_tasks_and_all_are_right():
+    made = list(drills([KITCHEN, BATHROOM, ODD], 400, seed=1))
+    assert len(made) == 400 and made == list(drills([KITCHEN, BATHROOM, ODD], 400, seed=1))
+    assert made != list(drills([KITCHEN, BATHROOM, ODD], 400, seed=2))
+    seen = set()
+    for drill in made:
+        (text, given), (right, learned) = drill.segments
+        assert learned and not given and text.endswith("\nAction:")
+        task, sight = text.split("\n")[:2]
+        seen.add((task, sight, right))
+        kind = "apple" if "apple" in task else "soapbar"
+        shown = re.search(rf"a ({kind} \d)", sight)
+        place = re.match(r"Observation: You arrive at (\w+ \d)\.", sight)[1]
+        assert right == (f" take {shown[1]} from {place}\n" if shown else " go to")
+    # The statue is nowhere, so its task makes no drill; the bathroom has no sight without the soap.
+    assert {task for task, _, _ in seen} == {KITCHEN[0].state.split("\n")[0], BATHROOM[0].state.split("\n")[0]}
+    kitchen = [d for d in made if "apple" in d.segments[0][0].split("\n")[0]]
+    assert 0.4 < sum(d.segments[1][0] == " go to" for d in kitchen) / len(kitchen) < 0.6
+    assert all("shelf" in d.segments[0][0] for d in kitchen)  # sights of a task's own kind of room
+
+
+def test_transcripts_without_such_sights_make_no_drills():
+    assert list(drills([ODD[:0] or episode(4, "boil water", "a stove", ("hall", "a door"))], 5, seed=1)) == []
