@@ -356,8 +356,8 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     encoded = encode([example], make_tokenizer(), 100).rows[0]
     said = " ".join(WORDS[i] for i in encoded["input_ids"])
     assert said == "a \n Action : go to 1 \n c \n Action : b \n <eos>"  # the episode as it was
-    learned = [(WORDS[token], WORDS[label]) for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True)
-               if label >= 0]
+    pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+    learned = [(WORDS[token], WORDS[label]) for token, label in pairs if label >= 0]
     assert learned == [("go", "go"), ("to", "to"), ("1", "2"), ("b", "d"), ("<eos>", "<eos>")]
 
     chat = dialogue_examples(row["conversations"], Turns("<user>", "<assistant>"))

@@ -202,6 +202,7 @@ def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> li
         if learned:
             label = segments[i - 1][0] if i and _LABEL.fullmatch(segments[i - 1][0]) else ""
             asked = before.removesuffix(label).removesuffix(END)
-            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (learned if isinstance(learned, str) else text, True)])
+            target = learned if isinstance(learned, str) else text
+            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (target, True)])
         before += text
     return examples

@@ -56,7 +56,7 @@ class FinetuneSettings:
     grad_accum: int = flag(16, at_least=1, help="forward passes per optimizer step")
     lr: float = flag(2e-5, above=0, help="peak learning rate")
     optimizer: str = flag("adamw", choices=("adamw", "muon"),
-                          help="muon: for the matrices of the layers, with adamw for the rest; learns faster from nothing")
+                          help="muon: for the matrices of the layers, adamw for the rest; learns faster from nothing")
     wd: float = flag(0.0, at_least=0, help="weight decay")
     adam_beta2: float = flag(0.999, help="AdamW's second beta; .95 suits short runs from scratch")
     warmup_ratio: float = flag(0.03, at_least=0, below=1, help="share of the steps over which the learning rate rises")

@@ -3,7 +3,8 @@
 Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, so that all its directions learn at one
 pace.  A small model trained from nothing gets as far with it in a third of the steps; for LoRA on a large one
 AdamW stays the default.  Its update is scaled to the size of AdamW's (Liu et al., 2025), times three, so that both
-have one learning rate.  PyTorch has Muon too, matrix by matrix and in bfloat16, which takes three times as long on a CPU.
+have one learning rate.  PyTorch has Muon too, matrix by matrix and in bfloat16, which takes three times as long on
+a CPU.
 """
 
 from __future__ import annotations
