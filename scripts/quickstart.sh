@@ -86,7 +86,7 @@ python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transit
 
 step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
 python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
-  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --act_on all --config configs/demo/warm_up.yaml
+  --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
 python -m itp.training.train_adaptive_k rl_k --policy_model_path "$run/warm_up/merged_full" \
   --wm_model_path "$run/world_model/merged_full" --env_data_path "$run/data" --out_dir "$run/itp_r" \
   --missions "$MISSIONS" --episodes_per_epoch "$RL_EPISODES" --env_processes "$CPUS" --config configs/demo/rl_k.yaml

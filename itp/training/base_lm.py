@@ -60,6 +60,7 @@ class BaseLMSettings(FinetuneSettings):
     num_heads: int = flag(4, help="attention heads")
     drills: int = flag(0, at_least=0, help="ALFWorld: before the transcripts, so many short exercises in finding the "
                                            "object of a task in what is seen (32000 are enough)")
+    drill_lr: float = flag(0.003, above=0, help="their learning rate; at .005 nothing forms")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
     model_path: str = ""
@@ -90,7 +91,7 @@ def _drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]])
     if not settings.drills:
         return settings
     first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), epochs=1.0, batch_size=64,
-                                lr_scheduler_type="constant")
+                                lr=settings.drill_lr, lr_scheduler_type="constant")
     if not first.merged_path.exists():
         finetune(first, list(drills(episodes, settings.drills, settings.seed)))
     return dataclasses.replace(settings, model_path=str(first.merged_path))
