@@ -45,7 +45,7 @@ step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its
 collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
   --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
-  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.003 \
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.002 \
   --config configs/demo/from_nothing.yaml
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"

@@ -60,7 +60,7 @@ class BaseLMSettings(FinetuneSettings):
     num_heads: int = flag(4, help="attention heads")
     drills: int = flag(0, at_least=0, help="ALFWorld: before the transcripts, so many short exercises in finding the "
                                            "object of a task in what is seen (32000 are enough)")
-    drill_lr: float = flag(0.003, above=0, help="their learning rate; at .005 nothing forms")
+    drill_lr: float = flag(0.003, above=0, help="their learning rate; at .005 the demo's model learned nothing")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
     model_path: str = ""
