@@ -15,7 +15,7 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=14}" "${MIXED_MISSIONS:=5}"
+: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=5}"
 : "${MAX_STEPS:=40}" "${DRILLS:=32000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 

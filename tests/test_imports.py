@@ -84,7 +84,7 @@ def test_text_and_leaves_are_pure() -> None:
 
 HEAVY_BY_NATURE = {"itp.lm.decoding", "itp.lm.kv_cache", "itp.policy.policy_with_heads", "itp.training.hf_trainer",
                    "itp.training.rl_update", "itp.training.losses", "itp.training.text_task",
-                   "itp.training.warm_up", "itp.envs.alfworld_fast",
+                   "itp.training.optimizer", "itp.training.warm_up", "itp.envs.alfworld_fast",
                    "itp.envs.alfworld_translation", "itp.envs.alfworld_grammar"}
 """Modules that nothing imports at its top."""
 

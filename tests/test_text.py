@@ -122,7 +122,8 @@ def test_one_dialogue_holds_the_prompt_of_every_step_for_policy_and_world_model(
     for t, label in zip(rows, given, strict=True):
         prefix = "".join(text for text, _ in segments[:label + 1])
         assert prefix == policy_prompt(t.state)
-        assert segments[label + 1] == (f" {t.action}\n", t.action == t.expert_action)
+        better = True if t.action == t.expert_action else f" {t.expert_action}\n"
+        assert segments[label + 1] == (f" {t.action}\n", better)
         seen = segments[label + 2][0]
         assert seen.startswith("Observation:")
         asked = prefix + segments[label + 1][0] + "Observation:"
