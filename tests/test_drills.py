@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
+from itp.runtime import UserError
+from itp.training import base_lm
 from itp.training.drills import drills
-from itp.transitions import Transition
+from itp.transitions import Transition, write_transitions
 
 ROOM = "Task: {task}\nObservation: You are in the middle of a room. Looking quickly around you, you see a {places}."
 SEE = "You arrive at {0}. On the {0}, you see {1}."
@@ -42,6 +46,13 @@ def test_half_of_the_drills_show_the_things_of_their_tasks_and_all_are_right():
     kitchen = [d for d in made if "apple" in d.segments[0][0].split("\n")[0]]
     assert 0.4 < sum(d.segments[1][0] == " go to" for d in kitchen) / len(kitchen) < 0.6
     assert all("shelf" in d.segments[0][0] for d in kitchen)  # sights of a task's own kind of room
+
+
+def test_drills_of_transcripts_without_sights_are_refused_in_a_line(tmp_path):
+    write_transitions(tmp_path / "t.jsonl", episode(4, "boil water", "a stove", ("hall", "a door")))
+    settings = base_lm.BaseLMSettings(transitions=str(tmp_path / "t.jsonl"), out_dir=str(tmp_path / "out"), drills=10)
+    with pytest.raises(UserError, match="--drills 10: .*t.jsonl has no sights"):
+        base_lm.drilled(settings, [episode(4, "boil water", "a stove", ("hall", "a door"))])
 
 
 def test_transcripts_without_such_sights_make_no_drills():

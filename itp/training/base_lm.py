@@ -26,7 +26,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.games import ENVIRONMENTS
-from itp.runtime import run_main
+from itp.runtime import UserError, run_main
 from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES, dialogue_segments
 from itp.training.drills import drills
@@ -83,17 +83,21 @@ def main() -> None:
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial, words)
-    finetune(_drilled(settings, episodes), [transcript(episode) for episode in episodes])
+    finetune(drilled(settings, episodes), [transcript(episode) for episode in episodes])
 
 
-def _drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
+def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
     """The settings to go on with after ``--drills``, which are a run of their own in OUT_DIR/drills."""
     if not settings.drills:
         return settings
     first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), epochs=1.0, batch_size=64,
                                 lr=settings.drill_lr, lr_scheduler_type="constant")
     if not first.merged_path.exists():
-        finetune(first, list(drills(episodes, settings.drills, settings.seed)))
+        made = list(drills(episodes, settings.drills, settings.seed))
+        if not made:
+            raise UserError(f"--drills {settings.drills}: {settings.transitions} has no sights of ALFWorld to make "
+                            "them of; leave it out")
+        finetune(first, made)
     return dataclasses.replace(settings, model_path=str(first.merged_path))
 
 
