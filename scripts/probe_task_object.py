@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from itp.config import flag, parse_settings
 from itp.lm.local import LocalLM
-from itp.runtime import resolve_device, run_main
+from itp.runtime import check_model_path, resolve_device, run_main
+from itp.text.prompts import policy_prompt
 
 KINDS = ("apple", "bowl", "bread", "butterknife", "cup", "dishsponge", "egg", "fork", "kettle", "knife", "lettuce",
          "mug", "pan", "peppershaker", "plate", "pot", "potato", "saltshaker", "soapbottle", "spatula", "spoon",
@@ -35,8 +36,8 @@ class Settings:
 
 def prompt(kind: str, things: list[str]) -> str:
     listed = ", ".join(f"a {thing}" for thing in things[:-1]) + f", and a {things[-1]}"
-    return (f"Task: put a {kind} in drawer\nObservation: {ROOM}\nAction: go to countertop 1\nObservation: "
-            f"You arrive at countertop 1. On the countertop 1, you see {listed}.\nAction:")
+    return policy_prompt(f"Task: put a {kind} in drawer\nObservation: {ROOM}\nAction: go to countertop 1\nObservation: "
+                         f"You arrive at countertop 1. On the countertop 1, you see {listed}.")
 
 
 async def probe(lm: LocalLM) -> tuple[list[float], list[float]]:
@@ -57,6 +58,7 @@ async def probe(lm: LocalLM) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     settings = parse_settings(Settings, prog="python scripts/probe_task_object.py", description=__doc__)
+    check_model_path(settings.model_path)
     shown, absent = asyncio.run(probe(LocalLM.load(settings.model_path, device=resolve_device(settings.device))))
     auc = statistics.fmean((a > b) + 0.5 * (a == b) for a in shown for b in absent)
     print(f"P(take) with the object in sight {statistics.fmean(shown):.2f}, without it {statistics.fmean(absent):.2f}, "

@@ -369,6 +369,7 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     ({"conversations": [{"from": "human"}]}, "turn 0"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 0"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of gpt"),
+    ({"conversations": [{"from": "gpt", "value": "Action: x", "weight": 0, "correction": 1}]}, "must be a text"),
 ])
 def test_rows_that_are_no_dialogue_are_named(tmp_path, row, said):
     path = tmp_path / "d.jsonl"

@@ -31,7 +31,7 @@ from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES, dialogue_segments
 from itp.training.drills import drills
 from itp.training.examples import Example
-from itp.training.finetune import FinetuneSettings, claim_run, finetune
+from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune
 from itp.training.learned_tokenizer import learn_tokenizer
 from itp.transitions import Transition, read_rows, read_transitions
 
@@ -83,6 +83,7 @@ def main() -> None:
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial, words)
+    check_settings(settings)
     finetune(drilled(settings, episodes), [transcript(episode) for episode in episodes])
 
 
@@ -90,8 +91,9 @@ def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) 
     """The settings to go on with after ``--drills``, which are a run of their own in OUT_DIR/drills."""
     if not settings.drills:
         return settings
-    first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), epochs=1.0, batch_size=64,
-                                lr=settings.drill_lr, lr_scheduler_type="constant")
+    first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), merged_dir="",
+                                push_to_hub="", epochs=1.0, batch_size=64, lr=settings.drill_lr,
+                                lr_scheduler_type="constant")
     if not first.merged_path.exists():
         made = list(drills(episodes, settings.drills, settings.seed))
         if not made:

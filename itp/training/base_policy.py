@@ -54,8 +54,10 @@ def _turns(row: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(turn, dict) or turn.get(who) not in SPEAKERS or not isinstance(turn.get(what), str):
             raise UserError(f"{where}: turn {number} needs {who!r} (one of {', '.join(SPEAKERS)}) and a text {what!r}")
         learned, correction = turn.get("weight", 1) != 0, turn.get("correction")
+        if not isinstance(correction, str | None):
+            raise UserError(f"{where}: turn {number}: 'correction' must be a text")
         turns.append({"from": SPEAKERS[turn[who]], "value": turn[what], "weight": int(learned)}
-                     | ({"correction": correction} if isinstance(correction, str) else {}))
+                     | ({} if correction is None else {"correction": correction}))
     if not any(turn["from"] == "gpt" and (turn["weight"] or "correction" in turn) for turn in turns):
         raise UserError(f"{where}: no turn of gpt (assistant) to learn from")
     return turns

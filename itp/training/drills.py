@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from itp.text.prompts import END
+from itp.text.prompts import action_target, policy_prompt
 from itp.text.state import OBSERVATION
 from itp.training.examples import Example
 from itp.transitions import Transition
@@ -39,8 +39,8 @@ def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int) -> I
         sight = draw.choice(others if others and draw.random() < 0.5 else shown)
         place, things = _SIGHT.fullmatch(sight).groups()
         thing = next((name for name, its_kind in _THING.findall(things) if its_kind == kind), None)
-        right = f" take {thing} from {place}{END}" if thing else " go to"
-        yield Example([(f"{task}{END}{OBSERVATION}{sight}{END}Action:", False), (right, True)],
+        right = action_target(f"take {thing} from {place}") if thing else " go to"
+        yield Example([(policy_prompt(f"{task}\n{OBSERVATION}{sight}"), False), (right, True)],
                       eos=False, keep_first=True, group=f"drill {number}")
 
 
