@@ -57,10 +57,10 @@ class BaseLMSettings(FinetuneSettings):
     words_of: str = flag("", help="dialogues.json whose words the tokenizer is to know too")
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
-    num_heads: int = flag(4, help="attention heads")
+    num_heads: int = flag(8, help="attention heads")
     drills: int = flag(0, at_least=0, help="ALFWorld: before the transcripts, so many short exercises in finding the "
-                                           "object of a task in what is seen (32000 are enough)")
-    drill_lr: float = flag(0.003, above=0, help="their learning rate; at .005 the demo's model learned nothing")
+                                           "object of a task in what is seen (20000 are enough)")
+    drill_lr: float = flag(0.006, above=0, help="their learning rate")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
     model_path: str = ""
@@ -92,7 +92,7 @@ def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) 
     if not settings.drills:
         return settings
     first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), merged_dir="",
-                                push_to_hub="", epochs=1.0, batch_size=64, lr=settings.drill_lr,
+                                push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
                                 lr_scheduler_type="constant")
     if not first.merged_path.exists():
         made = list(drills(episodes, settings.drills, settings.seed))
@@ -132,7 +132,7 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads, intermediate_size=settings.intermediate_size,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        max_position_embeddings=16384, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=16384, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     with torch.no_grad():
         _prepare_matching(model)
@@ -141,6 +141,7 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
             if match := re.fullmatch(r"([a-z]+) (\d+)", token):
                 kind, number = tokenizer.convert_tokens_to_ids(list(match.groups()))
                 words[index] = words[kind] + words[number]
+        model.get_output_embeddings().weight.copy_(words)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

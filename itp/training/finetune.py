@@ -71,6 +71,7 @@ class FinetuneSettings:
     lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
     lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA")
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
+    frozen: str = flag("", help="with --lora_r 0: modules that stay as they are, separated by commas (embed_tokens)")
     q_lora: bool = flag(False, help="keep the base model in 4 bits (needs CUDA and bitsandbytes)")
     merge: bool = flag(True, help="also write the complete model to merged_dir")
     merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full")
@@ -122,6 +123,8 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise UserError(f"--deepspeed {settings.deepspeed}: no such file")
     if settings.optimizer == "muon" and settings.deepspeed:
         raise UserError("--optimizer muon isn't for DeepSpeed, whose configuration has its own; drop one of them")
+    if settings.frozen and settings.lora_r:
+        raise UserError("--frozen is for training every weight (--lora_r 0); LoRA trains none of the base model's")
     if settings.q_lora and not settings.lora_r:
         raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
     if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:

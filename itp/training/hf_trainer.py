@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,21 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
         model = peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=settings.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.frozen:
+        _freeze(model, settings.frozen.split(","))
     return model
+
+
+def _freeze(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Raises UserError for a module that ``model`` doesn't have."""
+    for wanted in names:
+        found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == wanted]
+        if not found:
+            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                            if any(True for _ in module.parameters(recurse=False))})
+            raise UserError(f"--frozen {wanted}: the model has no such module; it has {', '.join(there)}")
+        for module in found:
+            module.requires_grad_(False)
 
 
 def lora_config(settings: FinetuneSettings, model: PreTrainedModel) -> peft.LoraConfig:

@@ -2,9 +2,8 @@
 
 Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, so that all its directions learn at one
 pace.  A small model trained from nothing gets as far with it in two thirds of the steps; for LoRA on a large one
-AdamW stays the default.  Its update is scaled to the size of AdamW's (Liu et al., 2025), times three, so that both
-have one learning rate.  PyTorch has Muon too, matrix by matrix and in bfloat16, which takes three times as long on
-a CPU.
+AdamW stays the default.  Its update is scaled to the size of AdamW's (Liu et al., 2025), so that both have one
+learning rate.  PyTorch has Muon too, matrix by matrix and in bfloat16, which takes three times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class Muon(torch.optim.Optimizer):
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     # An orthogonal matrix's entries have a mean square of 1 / its longer side; AdamW's, about .2 ** 2.
-                    # From nothing, matrices bear three times as much, and embeddings don't.
-                    parameter.add_(direction, alpha=-3 * 0.2 * group["lr"] * max(shape) ** 0.5)
+                    parameter.add_(direction, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
 
     def _momentum(self, parameter: torch.nn.Parameter, momentum: float) -> torch.Tensor:
         state = self.state[parameter]
