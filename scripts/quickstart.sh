@@ -16,7 +16,7 @@ source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
 : "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=5}"
-: "${MAX_STEPS:=40}" "${DRILLS:=32000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2200}" "${WM_EPOCHS:=1}"
+: "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2600}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -45,7 +45,7 @@ step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its
 collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
   --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
-  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.002 \
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.006 \
   --config configs/demo/from_nothing.yaml
 
 step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world model must know"
@@ -54,7 +54,7 @@ collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_gam
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
 cat "$run"/{d_exp,d_mixed,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
-  LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
+  LR=2e-3 PER_DEVICE_BS=8 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 LORA_DROPOUT=0 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
 
 step "7/10 evaluation on unseen rooms: the base policy, and ITP-I"

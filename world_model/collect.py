@@ -248,16 +248,18 @@ def random_action(view: View, draw: random.Random) -> str:
     """An admissible action.  In ScienceWorld its verb is drawn first, because of a thousand actions most connect
     something to something; and it isn't ``focus``, which ends the episode where it is wrong."""
     admissible = view.observation.admissible
-    if view.game.env == "scienceworld":
-        verbs = sorted({action.split(" ")[0] for action in admissible} - {"focus"})
-        verb = draw.choice(verbs)
-        admissible = [action for action in admissible if action.split(" ")[0] == verb]
-    return draw.choice(admissible)
+    return _verb_first(admissible, {"focus"}, draw) if view.game.env == "scienceworld" else draw.choice(admissible)
+
+
+def _verb_first(actions: Sequence[str], without: set[str], draw: random.Random) -> str:
+    verb = draw.choice(sorted({action.split(" ")[0] for action in actions} - without))
+    return draw.choice([action for action in actions if action.split(" ")[0] == verb])
 
 
 class RandomWalk:
-    """Random actions that a world model can learn from: half of them visits, to few enough places that
-    it comes back to what it has seen and changed.  In ScienceWorld: see :func:`random_action`."""
+    """Random actions that a world model can learn from: half of them change something, of whatever thing (an expert's
+    are all of its task's); the others are visits, to few enough places that it comes back to them, and a few looks.
+    In ScienceWorld: see :func:`random_action`."""
 
     name, want_admissible = "random", True
 
@@ -265,10 +267,16 @@ class RandomWalk:
         draw = random.Random(view.seed)
         if view.game.env == "scienceworld":
             return Decision(random_action(view, draw))
-        visits = [a for a in view.observation.admissible if a.startswith("go to ")]
-        if visits and draw.random() < 0.5:
+        admissible, looks = view.observation.admissible, {"look", "inventory", "examine"}
+        changes = [action for action in admissible if action.split(" ")[0] not in {*looks, "go", "help"}]
+        visits = [action for action in admissible if action.startswith("go to ")]
+        visits.sort(key=lambda action: derive_seed(view.game.game_id, action))
+        what = draw.random()
+        if changes and what < 0.5:
+            return Decision(_verb_first(changes, set(), draw))
+        if visits and what < 0.9:
             return Decision(draw.choice(visits[:max(3, len(visits) // 3)]))
-        return Decision(draw.choice([a for a in view.observation.admissible if a != "help"]))
+        return Decision(_verb_first([action for action in admissible if action.split(" ")[0] in looks], set(), draw))
 
 
 class AnyAction:

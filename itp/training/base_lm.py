@@ -26,7 +26,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.games import ENVIRONMENTS
-from itp.runtime import UserError, run_main
+from itp.runtime import UserError, derive_seed, run_main
 from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES, dialogue_segments
 from itp.training.drills import drills
@@ -88,19 +88,22 @@ def main() -> None:
 
 
 def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
-    """The settings to go on with after ``--drills``, which are a run of their own in OUT_DIR/drills."""
+    """The settings to go on with after ``--drills``, which are two runs of their own in OUT_DIR: half as many more
+    follow, of which half are answers."""
     if not settings.drills:
         return settings
-    first = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / "drills"), merged_dir="",
-                                push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
-                                lr_scheduler_type="constant")
-    if not first.merged_path.exists():
-        made = list(drills(episodes, settings.drills, settings.seed))
-        if not made:
-            raise UserError(f"--drills {settings.drills}: {settings.transitions} has no sights of ALFWorld to make "
-                            "them of; leave it out")
-        finetune(first, made)
-    return dataclasses.replace(settings, model_path=str(first.merged_path))
+    for folder, count, answers in (("drills", settings.drills, 0.0), ("answers", settings.drills // 2, 0.5)):
+        run = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / folder), merged_dir="",
+                                  push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
+                                  lr_scheduler_type="constant")
+        if not run.merged_path.exists():
+            made = list(drills(episodes, count, derive_seed(settings.seed, folder), answers))
+            if not made:
+                raise UserError(f"--drills {settings.drills}: {settings.transitions} has no sights of ALFWorld to make "
+                                "them of; leave it out")
+            finetune(run, made)
+        settings = dataclasses.replace(settings, model_path=str(run.merged_path))
+    return settings
 
 
 def _episodes(path: str) -> Iterator[list[Transition]]:

@@ -1,10 +1,14 @@
-"""Drills for a small base LM from nothing: is what the task is about in front of me?
+"""Drills for a small base LM from nothing: is what the task is about in front of me, and what did I just name?
 
 That the thing in a list must be the one in the task is a circuit of its own: attention from one word to the same word
 far above.  Whole episodes don't form it in minutes: a policy learned from them takes something wherever it sees many
 things, whatever its task (the probability of ``take`` with and without the thing in sight is the same).  Some ten
 thousand short decisions do, quite suddenly, and episodes keep it.  A drill is a task and a sight, each in the engine's
 own words from the transcripts, of one room; learned is what an expert does there: take the thing, else go on.
+
+The engine's answer names the thing of the action.  An expert's is nearly always the task's too, so a world model
+learned from experts answers with the task's thing whatever is taken.  Some drills are such answers, about another
+thing.  They come second: together with the first kind from the start, that one doesn't form.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from itp.text.prompts import action_target, policy_prompt
+from itp.text.prompts import action_target, policy_prompt, world_model_prompt, world_model_target
 from itp.text.state import OBSERVATION
 from itp.training.examples import Example
 from itp.transitions import Transition
@@ -23,8 +27,11 @@ _SIGHT = re.compile(r"You arrive at (\w+ \d+)\. On the \1, you see (a \w+ \d+.*)
 _THING = re.compile(r"\ba ((\w+) \d+)")
 
 
-def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int) -> Iterator[Example]:
-    """``count`` drills from the tasks and sights of ALFWorld episodes; in half of them the thing is in sight."""
+def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int, answers: float = 0.0) -> Iterator[Example]:
+    """``count`` drills from the tasks and sights of ALFWorld episodes; in half of them the task's thing is in sight.
+
+    ``answers``: the probability of the second kind, wherever another thing is in sight.
+    """
     draw = random.Random(f"drills {seed}")
     where = _rooms_by_kind(episodes)
     tasks = []
@@ -37,11 +44,25 @@ def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int) -> I
         task, kind = draw.choice(tasks)
         shown, others = draw.choice(where[kind])
         sight = draw.choice(others if others and draw.random() < 0.5 else shown)
-        place, things = _SIGHT.fullmatch(sight).groups()
-        thing = next((name for name, its_kind in _THING.findall(things) if its_kind == kind), None)
-        right = action_target(f"take {thing} from {place}") if thing else " go to"
-        yield Example([(policy_prompt(f"{task}\n{OBSERVATION}{sight}"), False), (right, True)],
-                      eos=False, keep_first=True, group=f"drill {number}")
+        place, listed = _SIGHT.fullmatch(sight).groups()
+        right = [name for name, its_kind in _THING.findall(listed) if its_kind == kind]
+        wrong = [name for name, its_kind in _THING.findall(listed) if its_kind != kind]
+        state = f"{task}\n{OBSERVATION}{sight}"
+        if wrong and answers and draw.random() < answers:
+            given, learned = _answer(state, draw.choice(wrong), place, draw)
+        else:
+            given, learned = policy_prompt(state), action_target(f"take {right[0]} from {place}") if right else " go to"
+        yield Example([(given, False), (learned, True)], eos=False, keep_first=True, group=f"drill {number}")
+
+
+def _answer(state: str, thing: str, place: str, draw: random.Random) -> tuple[str, str]:
+    """The world model's prompt and target where ``thing`` is taken, or was taken and is moved back."""
+    taken = f"You pick up the {thing} from the {place}."
+    given = world_model_prompt(state, f"take {thing} from {place}")
+    if draw.random() < 0.5:
+        return given, world_model_target(taken)
+    given = world_model_prompt(f"{given}{world_model_target(taken)}", f"move {thing} to {place}")
+    return given, world_model_target(f"You move the {thing} to the {place}.")
 
 
 def _rooms_by_kind(episodes: Sequence[Sequence[Transition]]) -> dict[str, list[tuple[list[str], list[str]]]]:
