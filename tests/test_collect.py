@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_the_expert_teaches_in_the_states_that_a_policy_reaches(monkeypatch, gam
             teacher = teacher or Expert(task_params(game), game.task_type, parse(t.state).first)
             assert t.expert_action == teacher.act()
             teacher.observe(t.action, t.next_state)
+
+
+def test_walks_take_whatever_there_is_and_come_back(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    walks = by_episode(run(monkeypatch, games_root, tmp_path / "walks", "--actor", "random", "--max_steps", "30"))
+    verbs = Counter(t.action.split()[0] for walk in walks.values() for t in walk)
+    assert verbs["go"] < 0.7 * verbs.total() and verbs["take"] > 0.05 * verbs.total() and not verbs["help"]
+    others = 0
+    for walk in walks.values():
+        visits = [t.action for t in walk if t.action.startswith("go to ")]
+        assert len(set(visits)) < len(visits)
+        task = walk[0].state.split("\n")[0]
+        others += sum(t.action.startswith("take ") and t.action.split()[1] not in task for t in walk)
+    assert others > verbs["take"] / 2  # of things that the task isn't about
 
 
 def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path: Path) -> None:

@@ -48,6 +48,21 @@ def test_half_of_the_drills_show_the_things_of_their_tasks_and_all_are_right():
     assert all("shelf" in d.segments[0][0] for d in kitchen)  # sights of a task's own kind of room
 
 
+def test_answers_are_about_other_things_than_the_tasks():
+    made = list(drills([KITCHEN, BATHROOM], 400, seed=1, answers=0.5))
+    answers = [drill for drill in made if drill.segments[0][0].endswith("\nObservation:")]
+    assert 0.3 < len(answers) / len(made) < 0.5  # a sight of the task's thing alone has no other
+    verbs = set()
+    for drill in answers:
+        (given, _), (answer, learned) = drill.segments
+        verb, thing, place = re.search(r"Action: (take|move) (\w+ \d) (?:from|to) (\w+ \d)\nObservation:$", given).groups()
+        verbs.add(verb)
+        assert learned and thing.split()[0] not in given.split("\n")[0] and re.search(rf"a {thing}\b", given)
+        assert answer == {"take": f" You pick up the {thing} from the {place}.",
+                          "move": f" You move the {thing} to the {place}."}[verb]
+    assert verbs == {"take", "move"}
+
+
 def test_drills_of_transcripts_without_sights_are_refused_in_a_line(tmp_path):
     write_transitions(tmp_path / "t.jsonl", episode(4, "boil water", "a stove", ("hall", "a door")))
     settings = base_lm.BaseLMSettings(transitions=str(tmp_path / "t.jsonl"), out_dir=str(tmp_path / "out"), drills=10)

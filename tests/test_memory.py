@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 
 from itp.runtime import UserError
 from itp.training import memory
-from itp.training.finetune import FinetuneSettings
-from itp.training.hf_trainer import lora_config
+from itp.training.finetune import FinetuneSettings, check_settings
+from itp.training.hf_trainer import load_base, lora_config
 from itp.training.memory import GB, Shape, check, policy_bytes, world_model_bytes
 from tests.families import FAMILIES, write_family
 
@@ -46,6 +47,17 @@ def test_lora_targets(family: str, tmp_path: Path) -> None:
     settings.lora_targets = "q_proj,query"
     with pytest.raises(UserError, match="--lora_targets query: m has no such linear layers; it has down_proj, gate"):
         lora_config(settings, adapted.unload())
+
+
+def test_frozen_modules_dont_train_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    folder = str(write_family(tmp_path, "llama"))
+    whole = FinetuneSettings(model_path=folder, out_dir="", lora_r=0, frozen="embed_tokens")
+    model = load_base(whole, torch.float32)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"model.embed_tokens.weight"}
+    with pytest.raises(UserError, match="--frozen words: .* no such module; it has .*embed_tokens"):
+        load_base(replace(whole, frozen="words"), torch.float32)
+    with pytest.raises(UserError, match="--frozen is for training every weight"):
+        check_settings(replace(whole, lora_r=8))
 
 
 SHAPE = Shape(parameters=1000, linear=50, hidden=4, intermediate=6, layers=2, kv=8, vocabulary=10)
