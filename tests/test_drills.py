@@ -55,7 +55,8 @@ def test_answers_are_about_other_things_than_the_tasks():
     verbs = set()
     for drill in answers:
         (given, _), (answer, learned) = drill.segments
-        verb, thing, place = re.search(r"Action: (take|move) (\w+ \d) (?:from|to) (\w+ \d)\nObservation:$", given).groups()
+        action = re.compile(r"Action: (take|move) (\w+ \d) (?:from|to) (\w+ \d)\nObservation:$")
+        verb, thing, place = action.search(given).groups()
         verbs.add(verb)
         assert learned and thing.split()[0] not in given.split("\n")[0] and re.search(rf"a {thing}\b", given)
         assert answer == {"take": f" You pick up the {thing} from the {place}.",
