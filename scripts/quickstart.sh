@@ -43,7 +43,8 @@ python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/
 
 step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its corrections of the learner (DAgger)"
 collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
-  --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained --foresight_k "$MAX_K" --foresight_share 2
+  --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained \
+  --foresight_k "$MAX_K" --foresight_share 2
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.006 \
   --config configs/demo/from_nothing.yaml
