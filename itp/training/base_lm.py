@@ -92,7 +92,7 @@ def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) 
     follow, of which half are answers."""
     if not settings.drills:
         return settings
-    for folder, count, answers in (("drills", settings.drills, 0.0), ("answers", settings.drills // 2, 0.5)):
+    for folder, count, answers in (("drills", settings.drills, 0.0), ("answers", -(-settings.drills // 2), 0.5)):
         run = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / folder), merged_dir="",
                                   push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
                                   lr_scheduler_type="constant")
