@@ -54,8 +54,10 @@ def test_frozen_modules_dont_train_and_unknown_ones_are_refused(tmp_path: Path) 
     whole = FinetuneSettings(model_path=folder, out_dir="", lora_r=0, frozen="embed_tokens")
     model = load_base(whole, torch.float32)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"model.embed_tokens.weight"}
-    with pytest.raises(UserError, match="--frozen words: .* no such module; it has .*embed_tokens"):
+    with pytest.raises(UserError, match="--frozen 'words': .* no such module; it has .*embed_tokens"):
         load_base(replace(whole, frozen="words"), torch.float32)
+    with pytest.raises(UserError, match="--frozen '': .* no such module"):  # not the whole model
+        load_base(replace(whole, frozen="embed_tokens,"), torch.float32)
     with pytest.raises(UserError, match="--frozen is for training every weight"):
         check_settings(replace(whole, lora_r=8))
 

@@ -188,8 +188,8 @@ def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> lis
     more = draw.random() < settings.foresight_share % 1
     for _ in range(int(settings.foresight_share) + more if settings.foresight_k else 0):
         # As often where something is taken or cleaned as on the way: there it matters that it was just imagined.
-        kind = _verb_first([t.expert_action for t in episode], set(), draw).split(" ")[0]
-        step = draw.choice([i for i, t in enumerate(episode) if t.expert_action.split(" ")[0] == kind])
+        action = _verb_first([t.expert_action for t in episode], draw)
+        step = draw.choice([i for i, t in enumerate(episode) if t.expert_action == action])
         talks += [dialogues.foresight_dialogue(episode, step, draw.randint(1, settings.foresight_k)),
                   dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
     draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
@@ -251,11 +251,14 @@ def random_action(view: View, draw: random.Random) -> str:
     """An admissible action.  In ScienceWorld its verb is drawn first, because of a thousand actions most connect
     something to something; and it isn't ``focus``, which ends the episode where it is wrong."""
     admissible = view.observation.admissible
-    return _verb_first(admissible, {"focus"}, draw) if view.game.env == "scienceworld" else draw.choice(admissible)
+    if view.game.env == "scienceworld":
+        return _verb_first(admissible, draw, without=("focus",))
+    return draw.choice(admissible)
 
 
-def _verb_first(actions: Sequence[str], without: set[str], draw: random.Random) -> str:
-    verb = draw.choice(sorted({action.split(" ")[0] for action in actions} - without))
+def _verb_first(actions: Sequence[str], draw: random.Random, without: Sequence[str] = ()) -> str:
+    """One of ``actions``, each verb as probable as any other."""
+    verb = draw.choice(sorted({action.split(" ")[0] for action in actions}.difference(without)))
     return draw.choice([action for action in actions if action.split(" ")[0] == verb])
 
 
@@ -276,10 +279,10 @@ class RandomWalk:
         visits.sort(key=lambda action: derive_seed(view.game.game_id, action))
         what = draw.random()
         if changes and what < 0.5:
-            return Decision(_verb_first(changes, set(), draw))
+            return Decision(_verb_first(changes, draw))
         if visits and what < 0.9:
             return Decision(draw.choice(visits[:max(3, len(visits) // 3)]))
-        return Decision(_verb_first([action for action in admissible if action.split(" ")[0] in looks], set(), draw))
+        return Decision(_verb_first([action for action in admissible if action.split(" ")[0] in looks], draw))
 
 
 class AnyAction:

@@ -31,7 +31,7 @@ from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES, dialogue_segments
 from itp.training.drills import drills
 from itp.training.examples import Example
-from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune
+from itp.training.finetune import FinetuneSettings, check_options, claim_run, finetune
 from itp.training.learned_tokenizer import learn_tokenizer
 from itp.transitions import Transition, read_rows, read_transitions
 
@@ -59,7 +59,8 @@ class BaseLMSettings(FinetuneSettings):
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(8, help="attention heads")
     drills: int = flag(0, at_least=0, help="ALFWorld: before the transcripts, so many short exercises in finding the "
-                                           "object of a task in what is seen (20000 are enough)")
+                                           "object of a task in what is seen, and half as many that "
+                                           "end with the engine's answer (20000 are enough)")
     drill_lr: float = flag(0.006, above=0, help="their learning rate")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
@@ -73,6 +74,7 @@ class BaseLMSettings(FinetuneSettings):
 
 def main() -> None:
     settings = parse_settings(BaseLMSettings, prog="python -m itp.training.base_lm", description=__doc__)
+    check_options(settings)
     files = settings.transitions.split(",")
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
@@ -83,13 +85,11 @@ def main() -> None:
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial, words)
-    check_settings(settings)
     finetune(drilled(settings, episodes), [transcript(episode) for episode in episodes])
 
 
 def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
-    """The settings to go on with after ``--drills``, which are two runs of their own in OUT_DIR: half as many more
-    follow, of which half are answers."""
+    """The settings to go on with after ``--drills``: two runs in OUT_DIR, the second half as long with answers."""
     if not settings.drills:
         return settings
     for folder, count, answers in (("drills", settings.drills, 0.0), ("answers", -(-settings.drills // 2), 0.5)):

@@ -14,18 +14,14 @@ thing.  They come second: together with the first kind from the start, that one 
 from __future__ import annotations
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from itp.text.facts import facts
 from itp.text.prompts import action_target, policy_prompt, world_model_prompt, world_model_target
 from itp.text.state import OBSERVATION
 from itp.training.examples import Example
 from itp.transitions import Transition
-
-_SIGHT = re.compile(r"You arrive at (\w+ \d+)\. On the \1, you see (a \w+ \d+.*)\.")
-_THING = re.compile(r"\ba ((\w+) \d+)")
-
 
 def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int, answers: float = 0.0) -> Iterator[Example]:
     """``count`` drills from the tasks and sights of ALFWorld episodes; in half of them the task's thing is in sight.
@@ -44,9 +40,9 @@ def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int, answ
         task, kind = draw.choice(tasks)
         shown, others = draw.choice(where[kind])
         sight = draw.choice(others if others and draw.random() < 0.5 else shown)
-        place, listed = _SIGHT.fullmatch(sight).groups()
-        right = [name for name, its_kind in _THING.findall(listed) if its_kind == kind]
-        wrong = [name for name, its_kind in _THING.findall(listed) if its_kind != kind]
+        place, things = _seen(sight)
+        right = [thing for thing in things if _kind(thing) == kind]
+        wrong = [thing for thing in things if _kind(thing) != kind]
         state = f"{task}\n{OBSERVATION}{sight}"
         if wrong and answers and draw.random() < answers:
             given, learned = _answer(state, draw.choice(wrong), place, draw)
@@ -71,11 +67,25 @@ def _rooms_by_kind(episodes: Sequence[Sequence[Transition]]) -> dict[str, list[t
     for episode in episodes:
         sights = rooms[episode[0].state.partition("\n")[2].partition("\n")[0]]
         for transition in episode:
-            if match := _SIGHT.fullmatch(transition.next_state):
-                sights[transition.next_state] = {kind for _, kind in _THING.findall(match[2])}
+            if things := _seen(transition.next_state)[1]:
+                sights[transition.next_state] = set(map(_kind, things))
     where = defaultdict(list)
     for sights in rooms.values():
         for kind in sorted(set().union(*sights.values())):
             where[kind].append(([s for s, kinds in sights.items() if kind in kinds],
                                 [s for s, kinds in sights.items() if kind not in kinds]))
     return where
+
+
+def _seen(observation: str) -> tuple[str, list[str]]:
+    """The place where one arrives and the things on it, in the engine's order; none where it isn't such a sight."""
+    said = facts(observation)
+    place = next((fact[1] for fact in said if fact[0] == "at"), "")
+    if not observation.startswith(f"You arrive at {place}. On the {place}, you see "):
+        return place, []
+    things = [fact[1] for fact in said if fact[0] == "in"]
+    return place, sorted(things, key=lambda thing: observation.index(f"a {thing}"))
+
+
+def _kind(thing: str) -> str:
+    return thing.split(" ")[0]

@@ -117,6 +117,11 @@ def is_first_process() -> bool:
 def check_settings(settings: FinetuneSettings) -> None:
     """Raises UserError for settings that can't be carried out, before anything slow is started."""
     check_model_path(settings.model_path)
+    check_options(settings)
+
+
+def check_options(settings: FinetuneSettings) -> None:
+    """The same for all but the model, which may have to be made first."""
     if settings.fp16 and settings.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
     if settings.deepspeed and not Path(settings.deepspeed).is_file():

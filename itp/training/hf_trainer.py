@@ -130,11 +130,10 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
 def _freeze(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Raises UserError for a module that ``model`` doesn't have."""
     for wanted in names:
-        found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == wanted]
+        found = [module for name, module in model.named_modules() if name and name.rpartition(".")[2] == wanted]
         if not found:
-            there = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                            if any(True for _ in module.parameters(recurse=False))})
-            raise UserError(f"--frozen {wanted}: the model has no such module; it has {', '.join(there)}")
+            there = sorted({name.split(".")[-2] for name, _ in model.named_parameters()})
+            raise UserError(f"--frozen {wanted!r}: the model has no such module; it has {', '.join(there)}")
         for module in found:
             module.requires_grad_(False)
 
