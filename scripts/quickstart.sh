@@ -15,8 +15,8 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=130}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=4}"
-: "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2600}" "${WM_EPOCHS:=1}"
+: "${TRAIN_GAMES:=110}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=4}"
+: "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2800}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -35,7 +35,7 @@ collect() {
     --concurrency 32 "$@"
 }
 collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 3
-collect walks --actor random --max_games 100 --max_steps 40
+collect walks --actor random --missions 2 --max_steps 40
 
 step "3/10 base LM from nothing, on transcripts of the engine"
 python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
@@ -53,9 +53,9 @@ step "5/10 rollouts of the base policy (D_roll): what it does wrong, the world m
 collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_games 60 --max_steps 30
 
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
-cat "$run"/{d_exp,d_mixed,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
+cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
-  LR=2e-3 PER_DEVICE_BS=8 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 LORA_DROPOUT=0 SAVE_STEPS=0 FP16=False \
+  LR=3e-3 PER_DEVICE_BS=8 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 LORA_DROPOUT=0 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
 
 step "7/10 evaluation on unseen rooms: the base policy, and ITP-I"
