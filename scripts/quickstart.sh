@@ -15,7 +15,7 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=110}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=18}" "${MIXED_MISSIONS:=4}"
+: "${TRAIN_GAMES:=100}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=15}" "${MIXED_MISSIONS:=4}"
 : "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2800}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=2000}" "${RL_EPISODES:=4480}" "${ITP_R:=1}"
 
@@ -34,7 +34,7 @@ collect() {
   python -m world_model.collect --env_data_root "$run/data" --out_dir "$run/$name" --env_processes "$CPUS" \
     --concurrency 32 "$@"
 }
-collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3 --foresight_k 3
+collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3
 collect walks --actor random --missions 2 --max_steps 40
 
 step "3/10 base LM from nothing, on transcripts of the engine"

@@ -64,7 +64,8 @@ class Settings(EnvFlags):
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
     foresight_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)")
-    foresight_share: float = flag(0.1, at_least=0, help="so many of each an episode, on average; may be above 1")
+    foresight_share: float = flag(0.1, at_least=0, help="so many foresight dialogues an episode, on average; an "
+                                                     "episode's first comes with a horizon dialogue")
     reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
                                                         "into words: thoughts, reflections, yes and no")
     policy_model: str = flag("", help="model folder, with --actor policy")
@@ -186,12 +187,13 @@ def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> lis
     talks = [dialogues.episode_dialogue(episode)]
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
     more = draw.random() < settings.foresight_share % 1
-    for _ in range(int(settings.foresight_share) + more if settings.foresight_k else 0):
+    for i in range(int(settings.foresight_share) + more if settings.foresight_k else 0):
         # As often where something is taken or cleaned as on the way: there it matters that it was just imagined.
         action = _verb_first([t.expert_action for t in episode], draw)
-        step = draw.choice([i for i, t in enumerate(episode) if t.expert_action == action])
-        talks += [dialogues.foresight_dialogue(episode, step, draw.randint(1, settings.foresight_k)),
-                  dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k)]
+        step = draw.choice([at for at, t in enumerate(episode) if t.expert_action == action])
+        talks.append(dialogues.foresight_dialogue(episode, step, draw.randint(1, settings.foresight_k)))
+        if i == 0:
+            talks.append(dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.foresight_k))
     draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
     if draw.random() < settings.reasoning_share:
         talks += reasoning_dialogues(game, episode, draw, settings.foresight_k)
