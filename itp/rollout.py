@@ -7,13 +7,14 @@ episode; that its model calls become batches is the business of the LMs (:mod:`i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from itp.envs.base import EnvDied
+from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
 from itp.games import Game
 from itp.lm.base import Usage, metered
@@ -26,6 +27,12 @@ log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """How often an episode is started again after its environment process died."""
+
+AHEAD = 2
+"""Games that are loaded while others are played, so that no model waits for that."""
+
+Seat = Callable[[], contextlib.AbstractAsyncContextManager[None]]
+"""What an episode holds while it is played."""
 
 
 @dataclass
@@ -75,14 +82,26 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
                        concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    A game is taken from ``games`` when there is an environment for it.  An episode has ``max_steps`` steps at
-    most, or as many as its game's protocol says.
+    A game is taken from ``games`` when there is an environment for it, one of ``concurrency`` and AHEAD.  An episode
+    has ``max_steps`` steps at most, or as many as its game's protocol says.
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
     the games changes what happens in it.  The first error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
+    seats = asyncio.Semaphore(concurrency)
+
+    @contextlib.asynccontextmanager
+    async def seat() -> AsyncIterator[None]:
+        async with seats:
+            if quorum is not None:
+                quorum.add(live=1)
+            try:
+                yield
+            finally:
+                if quorum is not None:
+                    quorum.add(live=-1)
 
     async def worker() -> None:
         game = next(todo, None)
@@ -90,19 +109,10 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
             return
         async with pool.session() as env:
             while game is not None:
-                finished.put_nowait(await play(env, method, game, max_steps=max_steps, seed=seed))
+                finished.put_nowait(await play(env, method, game, max_steps=max_steps, seed=seed, seat=seat))
                 game = next(todo, None)
 
-    async def counted() -> None:
-        if quorum is not None:
-            quorum.add(live=1)
-        try:
-            await worker()
-        finally:
-            if quorum is not None:
-                quorum.add(live=-1)
-
-    workers = [asyncio.create_task(counted()) for _ in range(concurrency)]
+    workers = [asyncio.create_task(worker()) for _ in range(concurrency + AHEAD)]
     everyone = asyncio.gather(*workers)
     everyone.add_done_callback(lambda _: finished.put_nowait(None))
     try:
@@ -115,11 +125,18 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def play(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:
-    """One episode on one environment session, started again if the environment's process dies."""
+async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat) -> Episode:
+    """One episode on one environment session, started again if the environment's process dies.
+
+    The game is loaded first; ``seat`` is held from the first step to the last.
+    """
     for restarts in range(MAX_RESTARTS + 1):
         try:
-            episode = await _play_once(env, method, game, max_steps=max_steps, seed=seed)
+            observation = await env.reset(game)
+            async with seat():
+                if not env.alive:  # another game's accident, while this one waited
+                    observation = await env.reset(game)
+                episode = await _play_once(env, method, game, observation, max_steps=max_steps, seed=seed)
         except EnvDied as died:
             log.warning("%s: %s; starting the episode again", game.game_id, died)
             continue
@@ -128,8 +145,8 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int) ->
     return Episode(game, reason="env_died", restarts=MAX_RESTARTS)
 
 
-async def _play_once(env, method: Method, game: Game, *, max_steps: int, seed: int) -> Episode:
-    observation = await env.reset(game)
+async def _play_once(env, method: Method, game: Game, observation: Observation, *, max_steps: int,
+                     seed: int) -> Episode:
     state = State(observation.task, observation.text)
     episode = Episode(game)
     for step in range(game.max_steps or max_steps):

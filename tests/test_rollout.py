@@ -215,7 +215,7 @@ def test_a_killed_environment_is_replaced_and_its_episodes_start_again(games: li
     assert pool.deaths == 1
     assert episodes[games[4].game_id].restarts == 1
     restarted = [name for name, e in episodes.items() if e.restarts]
-    assert len(restarted) <= 3 and all(episodes[name].restarts == 1 for name in restarted)  # those in the process
+    assert len(restarted) <= 3 and all(episodes[name].restarts == 1 for name in restarted)  # those being played
     assert all(e.restarts == 0 for e in undisturbed.values())
 
 

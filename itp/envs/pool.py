@@ -60,6 +60,11 @@ class EnvHandle:
         self._number = number
         self._worker: _Worker | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Its process lives since the last ``reset``."""
+        return self._worker is not None and not self._worker.dead
+
     async def reset(self, game: Game) -> Observation:
         """Start ``game``, in a new process if the old one died."""
         self._worker = await self._slot.worker()
