@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,37 @@ def test_fetch_offline_is_one_line(tmp_path: Path) -> None:
                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
     assert run.returncode == 2 and "put data/alfworld_sft.json of the data set agent-eto/eto-sft-trajectory there" in \
         run.stderr and "Traceback" not in run.stderr
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_fetch_lists_over_http(tmp_path: Path) -> None:
+    """A real server: what is there is kept, what is missing or broken is one line that names the file and its place."""
+    site, folder = tmp_path / "site", tmp_path / "eto"
+    site.mkdir()
+    (site / "train_indices.json").write_text('[["task-1-boil", 0], ["task-3-find-plant", 7]]')
+    (site / "dev_indices.json").write_text('[["task-1-boil", 0], ["task-3-fi')  # cut short
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=f"eto/dev_indices.json: can't be downloaded .* put {url}/dev_indices.json"):
+            fetch.fetch_lists(folder, url)
+        assert [file.name for file in folder.iterdir()] == ["train_indices.json"]
+        (folder / "train_indices.json").write_text('[["task-1-boil", 3]]')  # the user's own
+        (site / "dev_indices.json").write_text('[["task-1-boil", 14]]')
+        with pytest.raises(UserError, match="test_indices.json: can't be downloaded .HTTPError"):
+            fetch.fetch_lists(folder, url)
+        (site / "test_indices.json").write_text('[["task-1-boil", "21"]]')
+        with pytest.raises(UserError, match=r"not a list of \[task, variation\]"):
+            fetch.fetch_lists(folder, url)
+        (folder / "test_indices.json").write_text('[["task-1-boil", 21]]')
+        server.shutdown()
+    fetch.fetch_lists(folder, url)  # nothing is asked for any more
+    assert json.loads((folder / "train_indices.json").read_text()) == [["task-1-boil", 3]]
+    assert json.loads((folder / "dev_indices.json").read_text()) == [["task-1-boil", 14]]
 
 
 def test_fetch_counts_games(games_root: Path, caplog: pytest.LogCaptureFixture) -> None:

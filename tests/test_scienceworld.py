@@ -224,9 +224,21 @@ def test_tasks_pairs_and_simplifications_that_are_none_are_said(tmp_path: Path) 
     for content in ('[["boil", 3], ["find-plant", 0]]', "boil:3\nfind-plant:0\n"):
         file.write_text(content)
         assert list(parse_pairs(str(file), KNOWN)) == [("boil", 3), ("find-plant", 0)]
-    for wrong in ("boil:4", "boil", "brew:1", "boil:x"):
+    for wrong in ("boil:4", "boil", "brew:1", "boil:x", "task-1-brew:0"):
         with pytest.raises(UserError, match=wrong):
             list(parse_pairs(wrong, KNOWN))
+
+
+def test_the_tasks_of_eto_s_lists() -> None:
+    """Their names, and the step limits that belong to them there."""
+    known = {task: {"train": [0]} for task in STEP_LIMITS}
+    for name, limit in (("task-1-boil", 100), ("task-10-measure-melting-point-(known-substance)", 120),
+                        ("task-2-power-component-(renewable-vs-nonrenewable-energy)", 30), ("task-3-find-plant", 15),
+                        ("task-2a-test-conductivity-of-unknown-substances", 30), ("task-7-identify-life-stages-2", 30),
+                        ("task-5-chemistry-mix-paint-(secondary-color)", 15), ("task-4-grow-fruit", 60),
+                        ("task-6-lifespan-(longest-lived-then-shortest-lived)", 12)):
+        (task, variation), = parse_pairs(f"{name}:0", known)
+        assert (STEP_LIMITS[task], variation) == (limit, 0)
 
 
 # ---------------------------------------------------------------- what stands on it

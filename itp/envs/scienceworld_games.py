@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,10 @@ def spread(variations: list[int], n: int) -> list[int]:
 
 
 def parse_pairs(text: str, known: dict[str, dict[str, list[int]]]) -> Iterator[tuple[str, int]]:
-    """(task, variation) of ``--pairs``: the list itself, or a file with it.  Raises UserError naming the pair."""
+    """(task, variation) of ``--pairs``: the list itself, or a file with it.  Raises UserError naming the pair.
+
+    The names of ETO's lists are known too: ``task-6-lifespan-(longest-lived)`` is ``lifespan-longest-lived``.
+    """
     if os.path.isfile(text):
         content = Path(text).read_text(encoding="utf-8").strip()
         entries = [f"{p[0]}:{p[1]}" for p in json.loads(content)] if content.startswith("[") else content.split()
@@ -104,7 +108,8 @@ def parse_pairs(text: str, known: dict[str, dict[str, list[int]]]) -> Iterator[t
     else:
         entries = text.split(",")
     for entry in entries:
-        task, _, variation = entry.strip().partition(":")
+        name, _, variation = entry.strip().partition(":")
+        task = name if name in known else re.sub(r"^task-\d+a?-|[()]", "", name)
         if task not in known or not variation.isdigit() or int(variation) >= sum(map(len, known[task].values())):
             raise UserError(f"--pairs {entry!r}: not task:variation with a task and a variation that there is "
                             "(nor a file of such pairs)")

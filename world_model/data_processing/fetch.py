@@ -1,10 +1,12 @@
-r"""Get the published data: ETO's expert dialogues from the Hugging Face hub, ALFWorld's games by alfworld's own tool.
+r"""Get the published data: ETO's expert dialogues from the Hugging Face hub, its lists of ScienceWorld's games from its
+repository, ALFWorld's games by alfworld's own tool.
 
     python -m world_model.data_processing.fetch --out_dir data                   # everything
     python -m world_model.data_processing.fetch --out_dir data --what eto        # dialogues only
 
-    OUT_DIR/eto/alfworld_sft.json, sciworld_sft.json     3,118 and 1,482 dialogues
-    OUT_DIR/alfworld/json_2.1.1/...                      games
+    OUT_DIR/eto/alfworld_sft.json, sciworld_sft.json            3,118 and 1,482 dialogues
+    OUT_DIR/eto/{train,dev,test}_indices.json                   ScienceWorld's games, for --pairs
+    OUT_DIR/alfworld/json_2.1.1/...                             ALFWorld's
 
 What is there and whole is kept, so the same command goes on where it was.  Without a network the message
 says which files are to be brought here, and where to put them.
@@ -12,29 +14,37 @@ says which files are to be brought here, and where to put them.
 
 from __future__ import annotations
 
+import http.client
+import json
 import logging
 import shutil
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.games import SPLITS, list_games
-from itp.runtime import UserError, read_json, run_main
+from itp.runtime import UserError, read_json, run_main, write_atomic
 
 log = logging.getLogger("itp.fetch")
 ETO = "agent-eto/eto-sft-trajectory"
 REVISION = "main"
 DIALOGUES = {"alfworld_sft.json": 3118, "sciworld_sft.json": 1482}
 """The files of ETO's data set and how many dialogues each holds, as its card says."""
-WHAT = ("all", "eto", "games")
+LISTS = ("https://raw.githubusercontent.com/Yifan-Song793/ETO/9cd80875322d255db0c9e20600b22f88450ca0d6/"
+         "eval_agent/data/sciworld")
+"""Where ETO's repository has its lists of ScienceWorld's games, at a fixed commit."""
+LIST_FILES = ("train_indices.json", "dev_indices.json", "test_indices.json")
+WHAT = ("all", "eto", "lists", "games")
 
 
 @dataclass
 class Settings:
     out_dir: str = flag("data", help="folder for the data; what is whole there is kept")
-    what: str = flag("all", choices=WHAT, help="ETO's dialogues, ALFWorld's games, or both")
+    what: str = flag("all", choices=WHAT,
+                     help="ETO's dialogues, its lists of ScienceWorld's games, ALFWorld's games; or all")
     revision: str = flag(REVISION, help="revision of ETO's data set on the hub")
 
 
@@ -65,6 +75,29 @@ def _download(name: str, revision: str, path: Path) -> str:
                         f"put data/{name} of the data set {ETO} there yourself") from error
 
 
+def fetch_lists(folder: Path, url: str = LISTS) -> None:
+    """ETO's lists of ScienceWorld's games, checked to be lists of (task, variation).  Raises UserError."""
+    for name in LIST_FILES:
+        path = folder / name
+        if not path.is_file():
+            write_atomic(path, _get(f"{url}/{name}", path))
+        pairs = read_json(path)
+        if not (isinstance(pairs, list) and pairs and all(
+                isinstance(pair, list) and [type(part) for part in pair] == [str, int] for pair in pairs)):
+            raise UserError(f"{path}: not a list of [task, variation]; delete it and try again")
+        log.info("%s: %d games", path, len(pairs))
+
+
+def _get(url: str, path: Path) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            text = answer.read().decode("utf-8")
+        json.loads(text)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{path}: can't be downloaded ({type(error).__name__}); put {url} there yourself") from error
+    return text
+
+
 def fetch_games(root: Path) -> None:
     """ALFWorld's games of all splits, checked by listing them.  Raises UserError."""
     if not all((root / "json_2.1.1" / split).is_dir() for split in SPLITS):
@@ -86,6 +119,8 @@ def main() -> None:
     out = Path(settings.out_dir)
     if settings.what in ("all", "eto"):
         fetch_dialogues(out / "eto", settings.revision)
+    if settings.what in ("all", "lists"):
+        fetch_lists(out / "eto")
     if settings.what in ("all", "games"):
         fetch_games(out / "alfworld")
     print(f"data in {out}")
