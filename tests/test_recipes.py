@@ -1,46 +1,55 @@
-"""configs/: every section is accepted by its program; the reproduction's script refuses what can't work."""
+"""configs/: every section is accepted by its program.  The scripts of the reproductions: their commands, and what they
+refuse."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from foresight_eval.settings import AlfworldSettings
+from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import add_flags, flag, flag_fields, from_args, parse_settings
 from itp.runtime import UserError
 from itp.training.base_policy import BasePolicySettings
 from itp.training.label import LabelSettings
-from itp.training.rl_k import RlSettings
+from itp.training.rl_k import RlSettings, data_root
 from itp.training.sft import SftSettings
+from world_model import collect
 from world_model.base_tuning.finetune import WorldModelSettings
-from world_model.collect import Settings as CollectSettings
-from world_model.data_processing.convert import Settings as ConvertSettings
+from world_model.data_processing import convert, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"convert": ConvertSettings, "base_policy": BasePolicySettings, "collect": CollectSettings,
-            "world_model": WorldModelSettings, "label": LabelSettings, "sft": SftSettings, "rl_k": RlSettings,
-            "evaluate": AlfworldSettings}
-RECIPES = sorted((ROOT / "configs/alfworld").glob("*.yaml"))
+PROGRAMS = {"convert": convert.Settings, "base_policy": BasePolicySettings, "collect": collect.Settings,
+            "world_model": WorldModelSettings, "label": LabelSettings, "sft": SftSettings, "rl_k": RlSettings}
+EVALUATIONS = {"alfworld": AlfworldSettings, "scienceworld": SciworldSettings}
+RECIPES = sorted(recipe for env in EVALUATIONS for recipe in (ROOT / "configs" / env).glob("*.yaml"))
 
 
-def settings_of(recipe: Path, section: str):
-    parser = argparse.ArgumentParser()
-    add_flags(parser, PROGRAMS[section])
-    required = [f"--{f.name}=x" for f in flag_fields(PROGRAMS[section]) if f.metadata["required"]]
-    return from_args(PROGRAMS[section], parser.parse_args([f"--config={recipe}:{section}", *required]))
+def settings_of(program: type, arguments: list[str]):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, program)
+    return from_args(program, parser.parse_args(arguments))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
-    sections = yaml.safe_load(recipe.read_text())
-    assert set(sections) == {"run", *PROGRAMS}
-    assert set(sections["run"]) == {"policy_base", "world_model_base", "data", "out"}
-    found = {name: settings_of(recipe, name) for name in PROGRAMS}
+    env, sections = recipe.parent.name, yaml.safe_load(recipe.read_text())
+    programs = PROGRAMS | {"evaluate": EVALUATIONS[env]}
+    assert set(sections) == {"run", *programs}
+    assert set(sections["run"]) == {"env", "policy_base", "world_model_base", "data", "out"}
+    assert (sections["run"]["env"], sections["run"]["out"]) == (env, f"runs/{env}/{recipe.stem}")
+    found = {}
+    for name, program in programs.items():
+        required = [f"--{f.name}=x" for f in flag_fields(program) if f.metadata["required"]]
+        found[name] = settings_of(program, [f"--config={recipe}:{name}", *required])
+    assert {found[name].env for name in ("convert", "collect", "label", "sft", "rl_k", "evaluate")} == {env}
     # Table 9 of the paper.
     for name in ("base_policy", "world_model", "sft"):
         s = found[name]
@@ -49,10 +58,22 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     rl, label = found["rl_k"], found["label"]
     assert (rl.gamma, rl.lr, rl.lambda_k, rl.step_cost, rl.success_bonus, rl.invalid_action_penalty, rl.value_coef,
             rl.entropy_coef, rl.max_grad_norm) == (0.99, 5e-6, 0.2, 0.01, 0.01, -0.1, 1.0, 0.01, 1.0)
-    assert (rl.action_temperature, rl.action_top_p, rl.action_max_new_tokens, rl.imagine_action_max_new_tokens,
-            rl.wm_max_new_tokens) == (0.7, 0.9, 16, 12, 192)
-    assert (found["sft"].kmax, found["sft"].beta_k, label.kmax, label.lambda_k) == (5, 0.5, 5, 0.2)
-    assert (found["evaluate"].split, found["evaluate"].max_k, found["evaluate"].max_steps) == ("dev", 5, 40)
+    assert (rl.action_temperature, rl.action_top_p, rl.wm_max_new_tokens) == (0.7, 0.9, 192)
+    kmax, tokens = {"alfworld": (5, (16, 12)), "scienceworld": (8, (48, 48))}[env]  # Table 9: 16 and 12 for both
+    assert (rl.action_max_new_tokens, rl.imagine_action_max_new_tokens) == tokens
+    assert (found["sft"].kmax, label.kmax, found["evaluate"].max_k) == (kmax, kmax, kmax)
+    assert (found["sft"].beta_k, label.lambda_k) == (0.5, 0.2)
+    assert found["evaluate"].max_steps == {"alfworld": 40, "scienceworld": 0}[env]  # 0: each game has its own
+
+
+@pytest.mark.parametrize("env", EVALUATIONS)
+def test_recipes_of_an_environment_differ_in_their_model_alone(env: str) -> None:
+    texts = {recipe.stem: recipe.read_text() for recipe in RECIPES if recipe.parent.name == env}
+    models = {name: yaml.safe_load(text)["run"]["policy_base"] for name, text in texts.items()}
+    assert models == {"qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct", "qwen3-8b": "Qwen/Qwen3-8B",
+                      "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct"}
+    assert len({text[text.index("\nrun:"):].replace(models[name], "MODEL").replace(name, "NAME")
+                for name, text in texts.items()}) == 1
 
 
 @dataclass
@@ -81,16 +102,152 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
     assert parse_settings(Small, ["--config", f"{tmp_path}/c.yaml:b", "--rate", "3"]).rate == 3.0
 
 
+# ---------------------------------------------------------------- the scripts
+
+FETCHES = {"eto": ["eto/alfworld_sft.json", "eto/sciworld_sft.json"], "games": ["alfworld/json_2.1.1/train/x"],
+           "lists": [f"eto/{split}_indices.json" for split in ("train", "dev", "test")]}
+LEAVES = {
+    "world_model.data_processing.convert": ["transitions.jsonl", "dialogues.json"],
+    "itp.training.base_policy": ["metrics.json", "merged_full/config.json"],
+    "world_model.collect": ["transitions.jsonl"],
+    "world_model.base_tuning.finetune": ["metrics.json", "merged_full/config.json"],
+    "itp.training.train_adaptive_k label": [""],
+    "itp.training.train_adaptive_k sft": ["metrics.json", "merged_full/policy_heads.json"],
+    "itp.training.train_adaptive_k rl_k": ["metrics.json", "last/policy_heads.json"],
+    "foresight_eval": ["summary.json"], "foresight_eval.runner_sciworld": ["summary.json"],
+}
+"""What each program leaves in its folder, as far as the scripts look."""
+PYTHON = """#!{python}
+import json, os, pathlib, sys
+if sys.argv[1] == "-":  # the script reads its YAML
+    os.execv(sys.executable, sys.argv)
+program, *words = sys.argv[2:]
+if not words[0].startswith("--") and program != "foresight_eval.report":
+    program += " " + words.pop(0)
+with open({log!r}, "a") as log:
+    log.write(json.dumps([program, *words]) + "\\n")
+flags = dict(zip(words, words[1:]))
+names = {fetches!r}[flags["--what"]] if program.endswith("fetch") else {leaves!r}.get(program, [])
+for name in names:
+    folder = next(flags[f] for f in ("--out_dir", "--output_path", "--out_labeled_jsonl") if f in flags)
+    path = pathlib.Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("here")
+"""
+"""A python that says how it was called, and leaves what the program would."""
+SERIES = {"cot": "cot", "react": "react", "itp-i": "foresight", "sft": "sft", "itp-r-warm-up": "foresight",
+          "itp-r": "foresight"}
+
+
+class Reproduction:
+    """The script of an environment with such a python, on its recipe for Qwen3."""
+
+    def __init__(self, env: str, folder: Path) -> None:
+        self.env, self.data, self.out, self.log = env, folder / "data", folder / "out put", folder / "log"
+        recipe = yaml.safe_load((ROOT / "configs" / env / "qwen3-8b.yaml").read_text())
+        recipe["run"] |= {"data": str(self.data), "out": str(self.out)}
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(recipe))
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.leave(LEAVES)
+
+    def leave(self, leaves: dict[str, list[str]]) -> None:
+        python = self.bin / "python3"
+        python.write_text(PYTHON.format(python=sys.executable, log=str(self.log), fetches=FETCHES, leaves=leaves))
+        python.chmod(0o755)
+
+    def run(self, *stages: str) -> tuple[int, str, list[list[str]]]:
+        """Exit status, what it said on stderr, and the commands."""
+        self.log.write_text("")
+        environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(["bash", str(ROOT / f"scripts/reproduce_{self.env}.sh"), str(self.recipe), *stages],
+                             capture_output=True, text=True, timeout=60, check=False, env=environment)
+        return run.returncode, run.stderr, [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("env", EVALUATIONS)
+def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
+    """Each is what its program takes, and reads what the one before it wrote."""
+    made = Reproduction(env, tmp_path)
+    status, said, commands = made.run()
+    assert status == 0, said
+    science = env == "scienceworld"
+    splits = ("dev", "test") if science else ("dev",)
+    evaluation = "foresight_eval.runner_sciworld" if science else "foresight_eval"
+    stages = [("convert", "world_model.data_processing.convert"), ("base_policy", "itp.training.base_policy"),
+              ("collect", "world_model.collect"), ("world_model", "world_model.base_tuning.finetune"),
+              *((stage, f"itp.training.train_adaptive_k {stage}") for stage in ("label", "sft", "rl_k"))]
+    fetches = ["world_model.data_processing.fetch"] * 2
+    assert [program for program, *_ in commands] == [
+        *fetches, *(program for _, program in stages), *[evaluation] * len(SERIES) * len(splits),
+        *["foresight_eval.report"] * len(splits)]
+    assert [settings_of(fetch.Settings, words).what for _, *words in commands[:2]] == [
+        "eto", "lists" if science else "games"]
+    found = {name: settings_of(PROGRAMS[name], words)
+             for (name, _), (_, *words) in zip(stages, commands[2:], strict=False)}
+
+    assert found["convert"].input == str(made.data / f"eto/{'sciworld' if science else 'alfworld'}_sft.json")
+    assert (found["convert"].env, found["convert"].put_to_move) == (env, not science)
+    assert found["base_policy"].train_json == str(made.out / "expert/dialogues.json")
+    assert found["base_policy"].model_path == found["world_model"].model_path == "Qwen/Qwen3-8B"
+    policy, world_model = (str(made.out / name / "merged_full") for name in ("policy", "world_model"))
+    assert found["collect"].policy_model == policy
+    collect.check(found["collect"])
+    assert Path(found["world_model"].data_path).read_text() == "herehere"  # the expert's transitions and the policy's
+    assert found["label"].expert_jsonl == str(made.out / "expert/transitions.jsonl")
+    assert found["sft"].train_jsonl == found["label"].out_labeled_jsonl
+    assert found["label"].policy_model_path == found["sft"].policy_model_path == policy
+    assert found["label"].wm_model_path == found["rl_k"].wm_model_path == world_model
+    assert found["rl_k"].policy_model_path == str(made.out / "warm_up/merged_full")
+    games = "" if science else str(made.data / "alfworld")
+    pairs = str(made.data / "eto/train_indices.json") if science else ""
+    assert (found["collect"].env_data_root, found["collect"].pairs) == (games, pairs)
+    assert (data_root(found["rl_k"]), found["rl_k"].pairs) == (games, pairs)
+    assert found["collect"].split == found["rl_k"].env_split == "train"
+
+    played = [settings_of(EVALUATIONS[env], words) for program, *words in commands if program == evaluation]
+    assert [(s.split, s.method, s.output_path) for s in played] == [
+        (split, method, str(made.out / "eval" / split / name)) for split in splits for name, method in SERIES.items()]
+    assert [s.policy_model for s in played[:len(SERIES)]] == [
+        *["Qwen/Qwen3-8B"] * 3, policy, str(made.out / "warm_up/merged_full"), str(made.out / "itp_r/last")]
+    for s in played:
+        assert s.wm_model == world_model
+        if science:
+            assert s.pairs == str(made.data / f"eto/{s.split}_indices.json")
+        else:
+            assert s.env_data_root == games
+    assert [words for _, *words in commands[-len(splits):]] == [
+        [str(made.out / "eval" / split / name) for name in SERIES] for split in splits]
+
+    status, said, commands = made.run("data", "sft")  # what is there isn't fetched again
+    assert [program for program, *_ in commands] == [stages[0][1], "itp.training.train_adaptive_k sft"]
+
+
+def test_a_stage_that_leaves_nothing_is_the_last(tmp_path: Path) -> None:
+    made = Reproduction("scienceworld", tmp_path)
+    made.leave(LEAVES | {"world_model.collect": []})
+    status, said, commands = made.run()
+    assert (status, commands[-1][0]) == (2, "world_model.collect")
+    assert f"stage rollouts: it left no {made.out}/rollouts/transitions.jsonl" in said
+
+
+@pytest.mark.parametrize("env", EVALUATIONS)
 @pytest.mark.parametrize("arguments, said", [
-    ([], "no configuration given"), (["none.yaml"], "none.yaml: no such file"),
+    ([], "no configuration given; one looks like configs/{env}/qwen2.5-7b.yaml"),
+    (["none.yaml"], "none.yaml: no such file; choose one of configs/{env}/llama-3.1-8b.yaml"),
     (["{config}", "labels"], "unknown stage labels"), (["{config}", "sft"], "stage sft needs {out}/labelled.jsonl"),
-    (["{empty}"], "the section `run` needs policy_base"),
+    (["{empty}"], "the section `run` needs env"),
+    (["{other}"], "is about {not_env}; start scripts/reproduce_{not_env}.sh"),
 ])
-def test_script_refuses(arguments: list[str], said: str, tmp_path: Path) -> None:
-    names = {"config": str(tmp_path / "c.yaml"), "empty": str(tmp_path / "e.yaml"), "out": str(tmp_path / "out")}
-    Path(names["config"]).write_text(yaml.safe_dump(
-        {"run": {"policy_base": "a", "world_model_base": "b", "data": "d", "out": names["out"]}}))
-    Path(names["empty"]).write_text("run: {}\n")
-    run = subprocess.run(["bash", str(ROOT / "scripts/reproduce_alfworld.sh"), *(a.format(**names) for a in arguments)],
-                         capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 2 and said.format(**names) in run.stderr and "Traceback" not in run.stderr
+def test_scripts_refuse(env: str, arguments: list[str], said: str, tmp_path: Path) -> None:
+    other, = set(EVALUATIONS) - {env}
+    names = {"env": env, "not_env": other, "out": str(tmp_path / "out"),
+             **{name: str(tmp_path / f"{name}.yaml") for name in ("config", "empty", "other")}}
+    run = {"env": env, "policy_base": "a", "world_model_base": "b", "data": "d", "out": names["out"]}
+    for name, section in (("config", run), ("empty", {}), ("other", run | {"env": other})):
+        Path(names[name]).write_text(yaml.safe_dump({"run": section}))
+    script = ROOT / f"scripts/reproduce_{env}.sh"
+    done = subprocess.run(["bash", str(script), *(a.format(**names) for a in arguments)],
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and said.format(**names) in done.stderr and "Traceback" not in done.stderr
