@@ -239,15 +239,23 @@ def bos_ids(tokenizer) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32"):
-    """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one."""
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that take a mask of any form."""
+
+
+def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32", attn_implementation: str = "sdpa"):
+    """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one.
+
+    ``attn_implementation``: of ``MASKED_ATTENTION``.  Not flash_attention_2: batches of unequal prefixes
+    (:mod:`itp.lm.kv_cache`) and token trees come with masks of their own (B, 1, S, T), of which it knows nothing.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(path)
     device = resolve_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device),
-                                                     attn_implementation="sdpa")
+                                                     attn_implementation=attn_implementation)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a causal language model ({str(error).splitlines()[0]})") from error
     return model.to(device).eval(), tokenizer

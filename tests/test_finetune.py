@@ -22,7 +22,7 @@ from itp.runtime import UserError
 from itp.text.prompts import Turns, dialogue_examples
 from itp.training import base_policy
 from itp.training.examples import Example, encode, hold_out
-from itp.training.finetune import FinetuneSettings, claim_run, finetune, whole_checkpoints
+from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune, whole_checkpoints
 from itp.training.hf_trainer import Collator, SimilarLengths
 from itp.training.text_task import TextTask
 
@@ -124,6 +124,37 @@ def test_logits_of_supervised_places_alone_give_the_loss_of_all_logits_under_a_m
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
     assert task.forward(model, batch, torch.tensor(10))["loss"].item() == pytest.approx(found["sums"][0].item() / 10)
     assert model(batch["input_ids"]).logits.shape == (7, width, len(VOCAB))  # as before, outside of training
+
+
+def test_attention_computed_in_another_way_gives_the_same_loss_and_gradients(model_path, tmp_path):
+    rows = encode(EXAMPLES[:7], make_tokenizer(), 99).rows
+    found = {}
+    for how in ("eager", "sdpa"):
+        task = TextTask(settings_for(model_path, tmp_path, attn_implementation=how, lora_r=0), [])
+        model = task.load(make_tokenizer(), torch.float32)
+        assert model.config._attn_implementation == how
+        loss = task.forward(model, Collator(EOS)(rows))["loss"]
+        loss.backward()
+        found[how] = [loss, *(p.grad for p in model.parameters())]
+    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=1e-4, atol=1e-6)
+
+
+def test_flash_attention_is_refused_where_it_cannot_run(model_path, tmp_path, monkeypatch):
+    """One line each, before a model is loaded; the package is a folder that does nothing."""
+    def refused(**changes) -> str:
+        with pytest.raises(UserError, match="--attn_implementation flash_attention_2") as error:
+            check_settings(settings_for(model_path, tmp_path, attn_implementation="flash_attention_2", **changes))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "flash_attn").exists()])
+    assert "half precision only; add --bf16, or take sdpa" in refused()
+    assert "needs the package flash_attn, which isn't installed; pip install flash-attn" in refused(bf16=True)
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    if not torch.cuda.is_available():
+        assert "needs a CUDA device and there is none; take sdpa" in refused(fp16=True)
 
 
 def test_too_long_examples_lose_the_left_of_their_context_never_their_target():

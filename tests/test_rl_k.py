@@ -106,7 +106,8 @@ def corridor(monkeypatch: pytest.MonkeyPatch) -> None:
     {"action_selection": "generate", "action_temperature": 0.7, "action_top_p": 0.9, "history_keep_steps": 2,
      "foresight_format": "last_obs"},
     {"action_selection": "constrained", "lora_r": 4, "lora_dropout": 0.0, "bootstrap_at_limit": True},
-], ids=["constrained", "nucleus", "lora"])
+    {"action_selection": "constrained", "attn_implementation": "eager"},
+], ids=["constrained", "nucleus", "lora", "eager"])
 def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
     """With unchanged weights log π_θ(a|·), log P_θ(K|s) and V_θ(s) of the packed episodes are those of acting."""
     from itp.training.rl_play import prepare
@@ -128,6 +129,7 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
     samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes())
     rows = [make_row(episode) for episode in samples]
     read = learner.read(rows)
+    assert learner.policy.causal_lm.config._attn_implementation == chosen.attn_implementation
     decisions = [step.decision for episode in episodes for step in episode.steps]
     assert read.action_logprobs.tolist() == pytest.approx([d.trace.logprob for d in decisions], abs=1e-4)
     assert read.k_logprobs.tolist() == pytest.approx([d.k_logprobs[d.k] for d in decisions], abs=1e-4)

@@ -88,6 +88,15 @@ def slow_loss(policy: PolicyWithHeads, tokenizer, rows: list[dict], beta_k: floa
     return nll / tokens + beta_k * k_nll / len(rows)
 
 
+def test_flash_attention_is_not_for_steps_that_share_a_sequence(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "check_settings", lambda settings: None)  # a machine that has it
+    settings = settings_for(model_path, tmp_path, episode(0), attn_implementation="flash_attention_2",
+                            steps_per_sequence=0)
+    with pytest.raises(UserError, match="give --steps_per_sequence 1, or take sdpa"):
+        sft.run(settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("act_on", ("label", "all"))
 def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path, tmp_path, act_on):
     rows = [row for i in range(3) for row in episode(i, 2 + 2 * i)]

@@ -140,10 +140,11 @@ class PolicyWithHeads(nn.Module):
         return cls(model, heads, prompt_style)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: str = "fp32",
-                        device: str = "cpu") -> tuple[PolicyWithHeads, PreTrainedTokenizerBase]:
-        """(policy, tokenizer) of a folder with heads, in evaluation mode."""
-        model, tokenizer = load_causal_lm(str(folder), device=device, dtype=dtype)
+    def from_pretrained(cls, folder: str | Path, *, dtype: str = "fp32", device: str = "cpu",
+                        attn_implementation: str = "sdpa") -> tuple[PolicyWithHeads, PreTrainedTokenizerBase]:
+        """(policy, tokenizer) of a folder with heads, in evaluation mode, as :func:`itp.runtime.load_causal_lm`."""
+        model, tokenizer = load_causal_lm(str(folder), device=device, dtype=dtype,
+                                          attn_implementation=attn_implementation)
         return cls.around(model, tokenizer, folder), tokenizer
 
     @classmethod

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("itp.finetune")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 @dataclass
@@ -67,6 +68,9 @@ class FinetuneSettings:
     fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
     bf16: bool = flag(False, help="train in bfloat16")
     gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
+    attn_implementation: str = flag("sdpa", choices=ATTENTION,
+                                    help="how attention is computed, which changes time and memory only; "
+                                         "flash_attention_2 needs CUDA, the package flash_attn, and bf16 or fp16")
     lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
     lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
     lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA")
@@ -102,7 +106,7 @@ def trained_form(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase)
 
 
 NOT_THE_RESULT = ("out_dir", "merge", "merged_dir", "save_every_steps", "save_total_limit", "logging_steps",
-                  "eval_every_epoch", "report_to", "push_to_hub")
+                  "eval_every_epoch", "report_to", "push_to_hub", "attn_implementation")
 """Settings that may change between a run and its resumption."""
 
 
@@ -124,6 +128,8 @@ def check_options(settings: FinetuneSettings) -> None:
     """The same for all but the model, which may have to be made first."""
     if settings.fp16 and settings.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
+    if settings.attn_implementation == "flash_attention_2":
+        _check_flash_attention(settings)
     if settings.deepspeed and not Path(settings.deepspeed).is_file():
         raise UserError(f"--deepspeed {settings.deepspeed}: no such file")
     if settings.optimizer == "muon" and settings.deepspeed:
@@ -138,6 +144,19 @@ def check_options(settings: FinetuneSettings) -> None:
         raise UserError(f"--report_to {settings.report_to}: it isn't installed; pip install {settings.report_to}")
     if settings.push_to_hub and not settings.merge and settings.lora_r:
         raise UserError("--push_to_hub uploads the merged model, which --merge false leaves out; drop one of them")
+
+
+def _check_flash_attention(settings: FinetuneSettings) -> None:
+    wanted, instead = "--attn_implementation flash_attention_2", "or take sdpa"
+    if not (settings.bf16 or settings.fp16):
+        raise UserError(f"{wanted} computes in half precision only; add --bf16, {instead}")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UserError(f"{wanted} needs the package flash_attn, which isn't installed; pip install flash-attn "
+                        f"--no-build-isolation, {instead}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"{wanted} needs a CUDA device and there is none; {instead.removeprefix('or ')}")
 
 
 def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], ignore: tuple[str, ...] = ()) -> bool:

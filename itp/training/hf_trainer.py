@@ -109,7 +109,8 @@ def choose_dtype(settings: FinetuneSettings) -> torch.dtype:
 
 def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model to start from: the frozen base of LoRA in ``dtype``, what is trained whole in float32."""
-    options["dtype"] = dtype if settings.lora_r else torch.float32
+    options |= {"dtype": dtype if settings.lora_r else torch.float32,
+                "attn_implementation": settings.attn_implementation}
     if settings.q_lora:
         options |= _four_bits(dtype)
     try:

@@ -39,6 +39,7 @@ from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
 from itp.runtime import (
     DTYPES,
+    MASKED_ATTENTION,
     UserError,
     check_model_path,
     claim_output,
@@ -127,6 +128,9 @@ class RlSettings(EnvFlags):
     lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in updates only")
     fp16: bool = flag(False, help="update in float16 with loss scaling (needs a GPU, else float32)")
     bf16: bool = flag(False, help="update in bfloat16")
+    attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
+                                    help="how the policy computes attention, acting and learning; changes time and "
+                                         "memory only (their masks are none that flash_attention_2 knows)")
     update_batch_tokens: int = flag(8192, at_least=1,
                                     help="tokens of a forward pass of the update at most; changes memory only")
     eval_every: int = flag(10, at_least=0, help="updates between evaluations on held-out games (0: none, and no best)")
@@ -157,7 +161,7 @@ class RlSettings(EnvFlags):
 
 NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_model_path", "wm_model_path", "num_envs",
                 "env_processes", "max_minutes", "save_every", "update_batch_tokens", "env_data_path",
-                "alfworld_config", "padding_side", "kmax")
+                "alfworld_config", "padding_side", "kmax", "attn_implementation")
 """Settings that don't change what is learned, or count by what they lead to."""
 
 
@@ -340,7 +344,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     dtype = choose_dtype(settings)
     memory.report(settings, (device, wm_device), 4 if dtype == torch.float32 else 2)
     policy, tokenizer = PolicyWithHeads.from_pretrained(
-        settings.policy_model_path, device=device,
+        settings.policy_model_path, device=device, attn_implementation=settings.attn_implementation,
         dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32") if settings.lora_r else "fp32")
     learner = Learner(policy, tokenizer, settings, dtype, processes)
     progress, state = Progress(), folder.state()

@@ -139,6 +139,9 @@ def run(settings: SftSettings) -> dict[str, Any] | None:
     if settings.device_map and settings.deepspeed:
         raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "
                         "give one of them")
+    if settings.attn_implementation == "flash_attention_2" and settings.steps_per_sequence != 1:
+        raise UserError("--attn_implementation flash_attention_2 knows no mask of who sees whom, which sequences of "
+                        "several steps need; give --steps_per_sequence 1, or take sdpa")
     if has_heads(settings.model_path) and (there := kmax_of(settings.model_path)) != settings.kmax:
         raise UserError(f"{settings.model_path} has a K-head for kmax {there}, and --kmax is {settings.kmax}; "
                         f"give --kmax {there}, or start from a policy without heads")
