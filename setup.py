@@ -14,6 +14,9 @@ SERVING = ["transformers[serving]"]
 REPORT = ["matplotlib>=3.8"]
 """For the figures of `foresight_eval.report`."""
 
+QLORA = ["bitsandbytes>=0.46.1"]
+"""For `--q_lora`, on a GPU or a CPU.  Not needed by default: every training would take two seconds more to start."""
+
 setup(
     name="itp",
     version=VERSION[1],
@@ -46,6 +49,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.5", "psutil>=5.9", "playwright>=1.50", *REPORT,
                 *SERVING],
+        "qlora": QLORA,
         "report": REPORT,
         "serving": SERVING,
     },

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -31,8 +32,10 @@ from itp.text.actions import without_thinking
 from itp.text.prompts import PLAIN, Turns, dialogue_examples, policy_prompt
 from itp.text.state import State
 from itp.training import base_policy, label, rl_k, sft
-from itp.training.examples import IGNORED, Example, encode
+from itp.training.examples import IGNORED, Example, encode, hold_out
 from itp.training.finetune import finetune, trained_form
+from itp.training.hf_trainer import Collator
+from itp.training.text_task import TextTask
 from itp.training.warm_up import WarmUpTask
 from itp.transitions import Transition, write_transitions
 from itp.world_model import WorldModel
@@ -122,12 +125,18 @@ class Seen:
         return len(compared)
 
 
-@pytest.mark.parametrize("family, form", [("qwen2", "chat"), ("qwen3", "chat"), ("llama", "chat"), ("llama", "plain")])
-def test_one_family_through_everything(family: str, form: str, tmp_path: Path, games_root: Path,
+FOUR_BITS = pytest.param("qwen3", "chat", True, marks=pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed"))
+
+
+@pytest.mark.parametrize("family, form, q_lora", [
+    ("qwen2", "chat", False), ("qwen3", "chat", False), ("llama", "chat", False), ("llama", "plain", False), FOUR_BITS])
+def test_one_family_through_everything(family: str, form: str, q_lora: bool, tmp_path: Path, games_root: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     base = str(write_family(tmp_path / "base", family))
     write_transitions(tmp_path / "expert.jsonl", transitions())
-    run = {"epochs": 1.0, "batch_size": 3, "grad_accum": 1, "eval_share": 0.0, "prompt_form": form, "lr": 1e-3}
+    run = {"epochs": 1.0, "batch_size": 3, "grad_accum": 1, "eval_share": 0.0, "prompt_form": form, "lr": 1e-3,
+           "q_lora": q_lora}
 
     wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", **run)
     tokenizer = load_tokenizer(base)
@@ -165,6 +174,37 @@ def test_one_family_through_everything(family: str, form: str, tmp_path: Path, g
     assert seen.check(form, base, policy_path) > 20
     assert {p.control for p, *_ in seen.policy} == {True, False}
     assert {"Action", "Helps"} <= {name for _, _, name, _ in seen.policy}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_trained_in_4_bits_is_what_is_saved(family: str, tmp_path: Path) -> None:
+    """The merged model is a plain one; its held-out loss is the one of training, and not that of other weights."""
+    pytest.importorskip("bitsandbytes", reason="4 bits need it")
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = str(write_family(tmp_path / "base", family))
+    wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", epochs=10.0, batch_size=3,
+                            grad_accum=1, eval_share=0.3, lr=1e-2, lora_dropout=0.0, q_lora=True)
+    tokenizer = load_tokenizer(base)
+    examples = fit(transitions(), tokenizer, 2048, trained_form(wm, tokenizer))
+    metrics = finetune(wm, examples)
+    task = TextTask(wm, examples)
+    encoding = task.encode(tokenizer)
+    held = [encoding.rows[i] for i in hold_out(encoding.groups, wm.eval_share, wm.seed)[1]]
+
+    @torch.no_grad()
+    def loss(model: torch.nn.Module) -> float:
+        return task.forward(model.eval(), Collator(tokenizer.eos_token_id)(held))["loss"].item()
+
+    start = AutoModelForCausalLM.from_pretrained(base)
+    assert metrics["eval_loss"] < loss(start) - 1
+    merged = AutoModelForCausalLM.from_pretrained(wm.merged_path)
+    assert {type(m) for m in merged.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert merged.dtype == start.dtype and not hasattr(merged.config, "quantization_config")
+    assert loss(merged) == pytest.approx(metrics["eval_loss"], abs=1e-4)
+    assert abs(loss(peft.PeftModel.from_pretrained(start, wm.out_dir)) - metrics["eval_loss"]) > 0.01
 
 
 # ---------------------------------------------------------------- templates

@@ -76,7 +76,7 @@ class FinetuneSettings:
     lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA")
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
     frozen: str = flag("", help="with --lora_r 0: modules that stay as they are, separated by commas (embed_tokens)")
-    q_lora: bool = flag(False, help="keep the base model in 4 bits (needs CUDA and bitsandbytes)")
+    q_lora: bool = flag(False, help="keep the frozen base model in 4 bits, NF4 (needs bitsandbytes)")
     merge: bool = flag(True, help="also write the complete model to merged_dir")
     merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full")
     prompt_form: str = flag("auto", choices=("auto", "plain", "chat"),

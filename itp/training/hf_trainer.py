@@ -112,10 +112,10 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
     options |= {"dtype": dtype if settings.lora_r else torch.float32,
                 "attn_implementation": settings.attn_implementation}
     if settings.q_lora:
-        options |= _four_bits(dtype)
+        options |= _four_bits(dtype, int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(settings.model_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a bitsandbytes that is too old
         raise UserError(f"{settings.model_path}: no model could be loaded ({str(error).splitlines()[0]})") from error
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -153,12 +153,21 @@ def lora_config(settings: FinetuneSettings, model: PreTrainedModel) -> peft.Lora
         target_modules=targets if targets == "all-linear" else targets.split(","), task_type="CAUSAL_LM")
 
 
-def _four_bits(dtype: torch.dtype) -> dict[str, Any]:
-    if not torch.cuda.is_available():
-        raise UserError("--q_lora needs a CUDA device and there is none; train without it (Q_LORA=false)")
+def _four_bits(dtype: torch.dtype, device: int | str) -> dict[str, Any]:
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": four, "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))}}
+    return {"quantization_config": four, "device_map": {"": device}}
+
+
+def load_plain_base(settings: FinetuneSettings) -> PreTrainedModel:
+    """The weights that an adapter was trained on, on the CPU, to merge it with: of a 4-bit base what its 4 bits say.
+
+    Merged with the original weights instead, the model would not be the one that was trained.
+    """
+    if not settings.q_lora:
+        return AutoModelForCausalLM.from_pretrained(settings.model_path)
+    four = _four_bits(torch.float32, "cpu")
+    return AutoModelForCausalLM.from_pretrained(settings.model_path, **four).dequantize()
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -18,7 +18,9 @@ from itp.lm.chat import card_of
 from itp.policy.policy_with_heads import logits_only_at
 from itp.training.examples import Encoding, Example, Row, encode
 from itp.training.finetune import FinetuneSettings, trained_form
-from itp.training.hf_trainer import Collator, FineTuner, load_base, lora_config, merge_adapter, save_whole
+from itp.training.hf_trainer import (
+    Collator, FineTuner, load_base, load_plain_base, lora_config, merge_adapter, save_whole,
+)
 
 if TYPE_CHECKING:
     from itp.policy.policy_with_heads import PolicyWithHeads
@@ -87,8 +89,7 @@ class TextTask:
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
         """Base and adapter, as they lie in ``out_dir``, as plain weights."""
-        base = AutoModelForCausalLM.from_pretrained(self.settings.model_path)
-        return merge_adapter(base, self.settings.out_dir)
+        return merge_adapter(load_plain_base(self.settings), self.settings.out_dir)
 
     def measure(self, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row], device: torch.device) -> dict[str, Any]:
         """More metrics of the trained model, in the first process."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from itp.lm.chat import asked_as, card_of
@@ -25,7 +25,7 @@ from itp.text.state import State
 from itp.training import fitting
 from itp.training.examples import Encoding, Row
 from itp.training.finetune import trained_form
-from itp.training.hf_trainer import FineTuner, load_base, lora_config, merge_adapter, save_whole
+from itp.training.hf_trainer import FineTuner, load_base, load_plain_base, lora_config, merge_adapter, save_whole
 from itp.training.sft import SftSettings, Step
 from itp.training.text_task import TextTask
 from itp.training.token_tree import TokenTree, batch
@@ -234,8 +234,7 @@ class WarmUpTask(TextTask):
                    **options)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
-        model = AutoModelForCausalLM.from_pretrained(self.settings.model_path)
-        policy = self._with_heads(model, load_tokenizer(self.settings.model_path))
+        policy = self._with_heads(load_plain_base(self.settings), load_tokenizer(self.settings.model_path))
         policy.backbone = merge_adapter(policy.backbone, self.settings.out_dir)
         policy.heads.load_state_dict(read_heads(self.settings.out_dir))
         return policy
