@@ -15,9 +15,8 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo.
-: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=60}" "${NOISY:=20}" "${HELD_OUT:=34}"
-: "${CPUS:=$(nproc)}"
-: "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=4}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=10}" "${MAX_K:=2}"
+: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=60}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
+: "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=4}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${WALKS:=4}" "${MAX_K:=2}"
 : "${LABEL_ROWS:=600}" "${RL_EPISODES:=192}"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -26,21 +25,19 @@ started=$SECONDS
 games=(--env scienceworld --tasks "$TASKS")
 jvms=(--env_processes "$CPUS" --concurrency "$((2 * CPUS))")
 
-step "1/8 trajectories: the simulator's gold paths (D_exp), some of them with detours, and random walks"
+step "1/8 trajectories: the simulator's gold paths (D_exp), and random walks"
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$TRAIN" --out_dir "$run/d_exp" \
   --foresight_k "$MAX_K" --foresight_share 1
-# The simulator takes five times as long for a step where it must list what is possible, as detours need.
-python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$NOISY" --out_dir "$run/d_noisy" \
-  --noise 0.1,0.2,0.3 --foresight_k "$MAX_K" --foresight_share 1
-python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$ROLLOUTS" --out_dir "$run/walks" --actor random
+# Few: where the simulator must list what is possible, it takes five times as long for a step.
+python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$WALKS" --out_dir "$run/walks" --actor random
 
 step "2/8 base LM from nothing, on transcripts of the simulator"
 python -m itp.training.base_lm --env scienceworld --out_dir "$run/base_lm" \
-  --transitions "$run/d_exp/transitions.jsonl,$run/d_noisy/transitions.jsonl,$run/walks/transitions.jsonl" \
+  --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
   --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
 
 step "3/8 base policy: supervised fine-tuning on the gold paths"
-python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_noisy/dialogues.json" \
+python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
   --config configs/demo/from_nothing.yaml
 
@@ -49,7 +46,7 @@ python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$ROLLOUTS
   --actor policy --policy_model "$run/policy/merged_full" --temperature 0.7
 
 step "5/8 world model: LoRA under DeepSpeed on D_exp and D_roll"
-cat "$run"/{d_exp,d_noisy,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
+cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model \
   EPOCHS=$WM_EPOCHS LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
   bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
@@ -79,7 +76,7 @@ evaluate itp-r "$run/itp_r/last"
 evaluate itp-r-k0 "$run/itp_r/last" --fixed_k 0
 evaluate "itp-r-k$MAX_K" "$run/itp_r/last" --fixed_k "$MAX_K"
 for actor in expert random; do
-  python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 10 --actor "$actor" \
+  python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 4 --actor "$actor" \
     --out_dir "$run/held_out/$actor"
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
@@ -96,6 +93,6 @@ python -m foresight_eval.report "$run"/eval/{sft,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
 cat <<EOF
 
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
-trajectories  $run/{d_exp,d_noisy,d_roll,walks}, $run/labelled.jsonl
+trajectories  $run/{d_exp,d_roll,walks}, $run/labelled.jsonl
 results       $run/eval/*/{0,1,...}.json, summary.json, log.txt
 EOF
