@@ -16,7 +16,7 @@ import difflib
 import operator
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,17 +66,31 @@ def flag_fields(settings: type) -> list[dataclasses.Field]:
 
 def from_args(settings: type[T], args: argparse.Namespace) -> T:
     """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file and values out of bounds are errors."""
-    fields = {f.name: f for f in flag_fields(settings)}
+    fields = {f.name for f in flag_fields(settings)}
     given = _read_yaml(args.config, settings) if args.config else {}
-    given.update({k: v for k, v in vars(args).items() if k in fields})
+    return _made(settings, given | {k: v for k, v in vars(args).items() if k in fields})
+
+
+def from_values(settings: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The settings that ``values`` ask for, as YAML gives them; ``config`` among them is the file below the others.
+
+    ``where``: what an error names as their place.
+    """
+    flags = {name: value for name, value in values.items() if name != "config"}
+    given = _read_yaml(str(values["config"]), settings) if values.get("config") else {}
+    return _made(settings, given | _typed(flags, settings, where), f"{where}: ")
+
+
+def _made(settings: type[T], given: Mapping[str, Any], where: str = "") -> T:
+    fields = {f.name: f for f in flag_fields(settings)}
     missing = [name for name, f in fields.items() if f.metadata["required"] and given.get(name) is None]
     if missing:
-        raise UserError(f"missing required {', '.join('--' + m for m in missing)} (see --help)")
+        raise UserError(f"{where}missing required {', '.join('--' + m for m in missing)} (see --help)")
     for name, value in given.items():
         bounds = fields[name].metadata["bounds"]
         if not all(_HOLDS[word](value, limit) for word, limit in bounds.items()):
             said = " and ".join(f"{word} {limit}" for word, limit in bounds.items())
-            raise UserError(f"--{name} {value}: must be {said}")
+            raise UserError(f"{where}--{name} {value}: must be {said}")
     return settings(**given)
 
 
@@ -108,21 +122,24 @@ def _read_yaml(path: str, settings: type) -> dict[str, Any]:
         raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold `name: value` lines")
-    values = _section(values, path, section)
+    return _typed(_section(values, path, section), settings, f"--config {path}")
+
+
+def _typed(values: Mapping[str, Any], settings: type, where: str) -> dict[str, Any]:
+    """``values`` in the types of their settings.  Unknown names and other types are errors, which name ``where``."""
+    values = dict(values)
     hints = typing.get_type_hints(settings)
     types = {f.name: hints[f.name] for f in flag_fields(settings)}
     choices = {f.name: f.metadata["choices"] for f in flag_fields(settings)}
     for name, value in values.items():
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--config {path}: unknown setting {name!r}{hint}")
+            raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(name, types)}")
         if types[name] is float and _is_number(value):
             values[name] = float(value)
         elif type(value) is not types[name]:
-            raise UserError(f"--config {path}: {name} must be {types[name].__name__}, not {value!r}")
+            raise UserError(f"{where}: {name} must be {types[name].__name__}, not {value!r}")
         if choices[name] and value not in choices[name]:
-            raise UserError(f"--config {path}: {name} must be one of {list(choices[name])}, not {value!r}")
+            raise UserError(f"{where}: {name} must be one of {list(choices[name])}, not {value!r}")
     return values
 
 
@@ -132,10 +149,15 @@ def _section(values: dict[str, Any], path: str, section: str) -> dict[str, Any]:
     if not section and sections:
         raise UserError(f"--config {path}: holds sections; name one of {', '.join(sections)}, as {path}:{sections[0]}")
     if section and section not in sections:
-        near = difflib.get_close_matches(section, sections, n=1)
-        raise UserError(f"--config {path}: no section {section!r}" + (f", did you mean {near[0]!r}?" if near else
-                        f"; it has {', '.join(sections) or 'none'}"))
+        near = did_you_mean(section, sections) or f"; it has {', '.join(sections) or 'none'}"
+        raise UserError(f"--config {path}: no section {section!r}{near}")
     return values[section] if section else values
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a complaint about an unknown name: the nearest known one, where one is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _is_number(value: Any) -> bool:
