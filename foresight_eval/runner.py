@@ -20,7 +20,7 @@ from foresight_eval.methods.settings import (
 from foresight_eval.ranks import Ranks
 from foresight_eval.settings import EvalSettings
 from itp.envs.pool import EnvPool
-from itp.games import Game
+from itp.games import Game, spread
 from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
@@ -36,8 +36,8 @@ from itp.world_model import WorldModel
 
 log = logging.getLogger(__name__)
 
-NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "only_ids", "device", "policy_device",
-                "wm_device", "concurrency", "env_processes", "wm_api_timeout_s", "wm_api_max_retries")
+NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "only_ids", "max_games", "device",
+                "policy_device", "wm_device", "concurrency", "env_processes", "wm_api_timeout_s", "wm_api_max_retries")
 """Settings that don't change the result of a game: where, how many at a time, and which of the games."""
 
 DEEPSEEK_URL = "https://api.deepseek.com"
@@ -86,6 +86,7 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
             raise UserError(f"--only_ids {unknown}: the split has games 0..{n - 1}")
     if settings.debug:
         chosen = chosen[:5]
+    chosen = list(spread(chosen, settings.max_games))
     if settings.part_idx >= settings.part_num:
         raise UserError(f"--part_idx {settings.part_idx}: shares are numbered 0..{settings.part_num - 1}")
     if settings.part_idx >= 0:

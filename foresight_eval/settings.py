@@ -29,6 +29,7 @@ class EvalSettings:
     debug: bool = flag(False, help="play the first 5 games only")
     part_num: int = flag(1, at_least=1, help="share the games out over this many runs")
     part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)")
+    max_games: int = flag(0, at_least=0, help="play so many games only, at equal distances over the split (0: all)")
     only_ids: str = flag("", help="play these games only: indices such as 0,5,7")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)

@@ -15,9 +15,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from itp.runtime import UserError
+
+T = TypeVar("T")
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 SPLIT_ALIASES = {
@@ -89,6 +91,14 @@ def list_games(env: str, split: str, root: str | Path, only_ids: Sequence[int] =
     if out_of_range:
         raise UserError(f"only_ids {out_of_range}: split {split!r} has games 0..{len(games) - 1}")
     return [games[i] for i in only_ids] if only_ids else games
+
+
+def spread(items: Sequence[T], n: int) -> Sequence[T]:
+    """``n`` of the items, at equal distances (0, or more than there are: all).
+
+    Lists of games are sorted by task, so that the first ``n`` would be of one type.
+    """
+    return [items[i * len(items) // n] for i in range(n)] if 0 < n < len(items) else items
 
 
 def with_other_missions(game: Game, n: int) -> list[Game]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from itp.config import flag
 from itp.envs.scienceworld import Engine, find_jar
-from itp.games import Game, resolve_split
+from itp.games import Game, resolve_split, spread
 from itp.runtime import UserError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,6 @@ def check_simplification(text: str) -> None:
     known = ("easy", "teleportAction", "openDoors", "openContainers", "selfWateringFlowerPots", "noElectricalAction")
     if unknown := [name for name in text.split(",") if name and name not in known]:
         raise UserError(f"--simplification {unknown[0]!r}: choose some of {', '.join(known)}")
-
-
-def spread(variations: list[int], n: int) -> list[int]:
-    """``n`` of the variations, at equal distances (0, or more than there are: all)."""
-    if not 0 < n < len(variations):
-        return variations
-    return [variations[i * len(variations) // n] for i in range(n)]
 
 
 def parse_pairs(text: str, known: dict[str, dict[str, list[int]]]) -> Iterator[tuple[str, int]]:
