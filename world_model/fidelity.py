@@ -9,6 +9,8 @@ Several world models (comma-separated) are judged on the same samples, those of 
 * open loop: the same by depth 1..K, the world model fed with its own predictions under the recorded actions;
 * consistency (with ``--policy_model`` and ``--env_data_root``): see :mod:`world_model.consistency`.
 
+Figures that ``--out_json`` has already, of the same models and data, are printed and not measured again.
+
 Kinds (ALFWorld): what the state determines, what nobody can know, and what must be remembered:
 
 =============  ==========================================================================================
@@ -26,6 +28,7 @@ ScienceWorld's (``--env scienceworld``) are the verbs of the actions; with two w
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import random
 import re
@@ -43,7 +46,8 @@ from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, load_policy_lm
 from itp.runtime import (
-    DTYPES, UserError, check_model_path, derive_seed, run_main, short_names, versions, write_json,
+    DTYPES, UserError, check_model_path, derive_seed, model_fingerprint, read_json, run_main, short_names, versions,
+    write_json,
 )
 from itp.text.facts import fact_f1
 from itp.text.state import State, parse
@@ -219,6 +223,25 @@ def print_figures(model: str, figures: Mapping[str, Any]) -> None:
               f"when these plans were replayed in the real one ({c['both']} both): consistency {ratio}")
 
 
+def identify(settings: Settings) -> dict[str, Any]:
+    """What the figures depend on: settings, and the models and transitions by their content."""
+    files = settings.transitions.split(",")
+    for path in files:
+        if not Path(path).is_file():
+            raise UserError(f"--transitions {path}: no such file")
+    models = {path: model_fingerprint(path) for path in (*settings.wm_model.split(","), settings.policy_model) if path}
+    content = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
+    return {"config": asdict(settings), "fingerprints": models, "sha256": content}
+
+
+def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by world model that this very measurement has left; none where it is to be made."""
+    if not out_json or not Path(out_json).is_file():
+        return {}
+    found = read_json(out_json)
+    return found["models"] if all(found.get(key) == value for key, value in identity.items()) else {}
+
+
 def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.fidelity", description=__doc__)
     if settings.policy_model and not settings.env_data_root:
@@ -228,6 +251,11 @@ def main() -> None:
     paths = settings.wm_model.split(",")
     for path in (*paths, *filter(None, [settings.policy_model])):
         check_model_path(path)
+    identity = identify(settings)
+    if measured := read_measured(settings.out_json, identity):
+        for name, figures in measured.items():
+            print_figures(name, figures)
+        return
     sources: dict[str, list[Transition]] = {}
     for path in settings.transitions.split(","):
         for t in read_transitions(path):
@@ -238,7 +266,7 @@ def main() -> None:
         models[name] = asyncio.run(judge(settings, path, sources))
         print_figures(name, models[name])
     if settings.out_json:
-        write_json(settings.out_json, {"config": asdict(settings), "versions": versions(), "models": models})
+        write_json(settings.out_json, identity | {"versions": versions(), "models": models})
 
 
 if __name__ == "__main__":
