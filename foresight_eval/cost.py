@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
+from itp.runtime import TIMING
 from itp.transitions import read_rows
 
-TIMING = "timing.jsonl"
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
 MEASURED = ("cached_tokens", "seconds")
 

@@ -5,6 +5,7 @@ Nothing here imports torch at module level, so that ``--help`` stays fast.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -15,7 +16,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,21 @@ def claim_output(out_dir: str | Path, config: Mapping[str, Any], *, override: bo
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})
     return out_dir
+
+
+TIMING = "timing.jsonl"
+"""In the output folder of a program: a line with its ``seconds`` for every time that it worked there."""
+
+
+@contextlib.contextmanager
+def timed(folder: str | Path) -> Iterator[None]:
+    """Put on record in ``folder`` how long the block took, also where it was interrupted (a kill leaves nothing)."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        with open(Path(folder) / TIMING, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"seconds": round(time.monotonic() - start, 3)}) + "\n")
 
 
 DTYPES = ("fp16", "bf16", "fp32")

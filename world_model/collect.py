@@ -36,8 +36,8 @@ from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
-    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, run_main,
-    write_json,
+    DTYPES, TIMING, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, run_main,
+    timed, write_json,
 )
 from itp.text import dialogues
 from itp.transitions import Transition, read_appended, write_transitions
@@ -93,6 +93,7 @@ def main() -> None:
     episodes_file = out / "episodes.jsonl"
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         episodes_file.unlink(missing_ok=True)
+        (out / TIMING).unlink(missing_ok=True)
     config = dataclasses.asdict(settings)
     config |= {f"{role}_fingerprint": model_fingerprint(folder) for role, folder in policies.items()}
     claim_output(out, config, override=settings.override,
@@ -102,7 +103,8 @@ def main() -> None:
     todo = [game for game in games if game.game_id not in done]
     log.info("%d episodes to play, %d there already", len(todo), len(games) - len(todo))
     if todo:
-        asyncio.run(_play(settings, todo, episodes_file))
+        with timed(out):
+            asyncio.run(_play(settings, todo, episodes_file))
         done = _finished(episodes_file)
     kept = [(game, episode) for game in games if (episode := done[game.game_id])]
     if not kept:

@@ -41,8 +41,8 @@ from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.runtime import (
-    DTYPES, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, write_atomic,
-    write_json,
+    DTYPES, TIMING, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, timed,
+    write_atomic, write_json,
 )
 from itp.text.prompts import FORESIGHT_FORMATS, action_target, foresight_text
 from itp.text.state import State, parse
@@ -278,7 +278,8 @@ def run(settings: LabelSettings) -> None:
     log.info("%d rows to label, %d labelled before", len(todo), len(rows) - len(todo))
     unfit: list[str] = []
     if todo:
-        asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
+        with timed(folder):
+            asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
         finished = read_finished(folder / "rows.jsonl")
     kept = [(row, finished[row.index]) for row in rows if row.index in finished]
     lines = [json.dumps({**dataclasses.asdict(row.transition), **added}, ensure_ascii=False) for row, added in kept]
@@ -314,7 +315,8 @@ def claim(settings: LabelSettings) -> Path:
     config["policy_fingerprint"] = model_fingerprint(settings.policy_model_path)
     config["wm_fingerprint"] = model_fingerprint(settings.wm_model_path)
     if settings.override:  # first: a run killed in between must not leave old rows under a new configuration
-        (folder / "rows.jsonl").unlink(missing_ok=True)
+        for name in ("rows.jsonl", TIMING):
+            (folder / name).unlink(missing_ok=True)
     return claim_output(folder, config, override=settings.override, ignore=NOT_THE_RESULT)
 
 
