@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +14,14 @@ from itp.envs.alfworld import AlfworldEnv
 from itp.envs.alfworld_expert import Expert
 from itp.games import Game, list_games, task_params
 from itp.policy.agent import Choice
+from itp.runtime import UserError
 from itp.text.facts import fact_f1, facts
 from itp.text.state import State
 from itp.transitions import Transition
 from world_model.consistency import consistency
-from world_model.fidelity import kind_of, measure, measure_depth, token_f1, windows_of
+from world_model.fidelity import (
+    Settings, identify, kind_of, measure, measure_depth, read_measured, token_f1, windows_of,
+)
 
 CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
 
@@ -225,3 +230,23 @@ def test_nothing_dreamed_has_no_ratio(games_root: Path) -> None:
     env.close()
     said = asyncio.run(consistency(Teacher(by_first), Real(by_first), games, max_steps=1, seed=1))
     assert said == {"games": 1, "dreamed": 0, "replayed": 0, "both": 0, "ratio": None}
+
+
+def test_what_was_measured_is_kept_until_models_or_data_change(tmp_path: Path) -> None:
+    out, model, rows = tmp_path / "fidelity.json", tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    rows.write_text("{}\n")
+    settings = Settings(wm_model=str(model), transitions=str(rows), out_json=str(out))
+    measured = {"model": {"one_step": {}}}
+    assert read_measured(str(out), identify(settings)) == {}
+    out.write_text(json.dumps(identify(settings) | {"models": measured}))
+    assert read_measured(str(out), identify(settings)) == measured
+    assert read_measured(str(out), identify(dataclasses.replace(settings, max_depth=1))) == {}
+    rows.write_text("{} \n")
+    assert read_measured(str(out), identify(settings)) == {}
+    rows.write_text("{}\n")
+    (model / "config.json").write_text("{} ")
+    assert read_measured(str(out), identify(settings)) == {}
+    with pytest.raises(UserError, match="--transitions .*gone.jsonl: no such file"):
+        identify(dataclasses.replace(settings, transitions=str(tmp_path / "gone.jsonl")))
