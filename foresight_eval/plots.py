@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foresight_eval.hindsight import fact_f1_by_depth
-from foresight_eval.results import Result, bucket
+from foresight_eval.results import Result, bucket, mean_k_by_golden_steps
 from foresight_eval.statistics import mean_interval
 from foresight_eval.tables import task_types
 from itp.runtime import UserError
@@ -187,12 +187,7 @@ def k_against_golden_steps(results: Sequence[Result]) -> Plot | None:
     figure, (axes,) = _canvas(1, width=5.4)
     drawn = 0
     for i, result in enumerate(results):
-        by_length: dict[int, list[float]] = {}
-        for record in result.records.values():
-            # Recorded since there is a column for it; some games come without a solution.
-            if (length := record["meta"].get("golden_steps")) and record["foresight_steps"] and _chooses(result):
-                ks = [step["k"] for step in record["foresight_steps"]]
-                by_length.setdefault(length, []).append(sum(ks) / len(ks))
+        by_length = mean_k_by_golden_steps(result) if _chooses(result) else {}
         if by_length:
             lengths = sorted(by_length)
             axes.scatter(lengths, [sum(by_length[n]) / len(by_length[n]) for n in lengths],

@@ -84,6 +84,17 @@ class Result:
         return fixed if self.config["method"] == "foresight" and fixed >= 0 else None
 
 
+def mean_k_by_golden_steps(result: Result) -> dict[int, list[float]]:
+    """Length of the expert's solution -> the mean k of each episode that has one of that length."""
+    by_length: dict[int, list[float]] = {}
+    for record in result.records.values():
+        # Recorded since there is a column for it; some games come without a solution.
+        if (length := record["meta"].get("golden_steps")) and record["foresight_steps"]:
+            ks = [step["k"] for step in record["foresight_steps"]]
+            by_length.setdefault(length, []).append(sum(ks) / len(ks))
+    return by_length
+
+
 def read_results(folders: Sequence[Path]) -> list[Result]:
     """Result folders that have their ``summary.json``, by names that tell them apart.
 
