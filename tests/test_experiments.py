@@ -1,0 +1,298 @@
+"""configs/experiments/ and the program that runs them: what they may hold, what they plan, what they print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from foresight_eval import analyses
+from itp.config import add_flags, from_args
+from itp.runtime import UserError, timed
+from tests.made_results import PLAYED, make_episode, make_games, write_result
+from tests.test_docs import PAGES, commands
+from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import experiment as program  # noqa: E402
+from experiment_file import PROGRAMS, plan, read_experiment  # noqa: E402
+
+SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
+SMALL: dict[str, Any] = {
+    "title": "Small",
+    "parameters": {"policy": {"default": "p", "help": "a policy"}, "max_k": {"default": 2, "help": "K_max"},
+                   "run": {"default": "r", "help": "a folder"}},
+    "parts": {
+        "play": {"program": "foresight_eval", "flags": {"policy_model": "{policy}", "max_k": "{max_k}"},
+                 "runs": {"k{k}": {"fixed_k": "{k}"}, "best-{max_k}": None}},
+        "truth": {"program": "world_model.fidelity", "flags": {"transitions": "t.jsonl"},
+                  "runs": {"wm": {"wm_model": "{out}/train/x"}}},
+        "cost": {"metrics": {"stage 2": "{run}/metrics.json", "rollouts": "{run}/timing.jsonl", "none": "{run}/no"}},
+    },
+    "tables": [{"table": "overview", "part": "play", "columns": ["All", "NB"],
+                "paper": {"paper": {"best-{max_k}": 88.5, "k1": 7, "k7": 6}}},
+               {"table": "depth"}, {"table": "training", "paper": {"paper": {"stage 2": 12.8, "rollouts": 9.55}}}],
+    "figures": ["k_of"],
+}
+
+
+def write(tmp_path: Path, change: Callable[[dict[str, Any]], Any] = lambda said: None) -> str:
+    said = json.loads(json.dumps(SMALL))
+    change(said)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    return str(tmp_path / "small.yaml")
+
+
+def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    """A change: the last of ``keys`` under the others."""
+    def change(said: Any) -> None:
+        *path, last, value = keys
+        for key in path:
+            said = said[key]
+        said[last] = value
+    return change
+
+
+# ---------------------------------------------------------------- what a file may hold
+
+
+@pytest.mark.parametrize("change, said", [
+    (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
+    (put("tables", []), "needs tables"),
+    (put("tables", {"table": "overview"}), "tables: must be a list"),
+    (put("figures", ["k_off"]), "figures: unknown figure 'k_off', did you mean 'k_of'"),
+    (put("parameters", "policy", "defualt", "x"), "parameter policy: unknown key 'defualt', did you mean 'default'"),
+    (put("parameters", "policy", "default", None), "parameter policy: needs a default"),
+    (put("parameters", "only", {"default": "x", "help": "h"}), "parameter only: this name is taken"),
+    (put("parameters", "idle", {"default": "x", "help": "h"}), "parameter idle: no run uses it"),
+    (put("parts", "play", "program", "foresight_evil"), "unknown program 'foresight_evil', did you mean"),
+    (put("parts", "play", "run", {}), "part play: unknown key 'run', did you mean 'runs'"),
+    (put("parts", "play", "runs", "a/b", None), "run 'a/b' names a folder"),
+    (put("parts", "play", "runs", "x", {"output_path": "o"}), "output_path is the experiment's own to set"),
+    (put("parts", "play", "runs", "x", {"fixed_q": 1}), "part play, run x: unknown setting 'fixed_q', did you mean "
+                                                        "'fixed_k'"),
+    (put("parts", "play", "runs", "x", {"fixed_k": "one"}), "part play, run x: fixed_k must be int, not 'one'"),
+    (put("parts", "play", "runs", "x", {"method": "foreseen"}), "part play, run x: method must be one of"),
+    (put("parts", "play", "runs", "x", {"candidates": 0}), "part play, run x: --candidates 0: must be at least 1"),
+    (put("parts", "play", "runs", "x", {"seed": "{max_q}"}), "run x, seed: unknown parameter 'max_q', did you mean "
+                                                             "'max_k'"),
+    (put("parts", "play", "runs", "x", {"seed": "{k}"}), "run x, seed: unknown parameter 'k'"),
+    (put("parts", "play", "runs", "best-2", None), "part play has two runs named best-2"),
+    (put("parts", "play", "flags", {"wm_model": "{policy}"}), "part play, run k{k}: missing required --policy_model"),
+    (put("parameters", "max_k", "default", "two"), "needs a parameter max_k, a whole number"),
+    (put("tables", 0, "table", "overvue"), "tables, number 1: unknown table 'overvue', did you mean 'overview'"),
+    (put("tables", 0, "part", "plays"), "unknown part 'plays', did you mean 'play'"),
+    (put("tables", 0, "part", "truth"), "overview is of results, which part truth"),
+    (put("tables", 0, "columns", ["Al"]), "unknown column 'Al', did you mean 'All'"),
+    (put("tables", 0, "paper", {"paper": {"best-k": 1}}), "paper, paper: unknown run 'best-k'"),
+    (put("tables", 0, "paper", {"paper": {"k1": "high"}}), "k1 must be a number, not 'high'"),
+    (put("common", "none.yaml"), "none.yaml: no such file"),
+])
+def test_what_is_not_known_is_refused_in_a_line(change: Callable, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        found, settings = program.parse([write(tmp_path, change)])
+        plan(found, settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_files_and_names_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none.yaml: no such file"):
+        read_experiment("none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="bad.yaml: not YAML"):
+        read_experiment(str(tmp_path / "bad.yaml"))
+    found, settings = program.parse([write(tmp_path), "--only", "k1,truth"])
+    assert [run.name for run in program.chosen(plan(found, settings), found, settings.only)] == ["k1", "wm"]
+    with pytest.raises(UserError, match="unknown part or run 'k3'"):
+        program.chosen(plan(found, settings), found, "k3")
+
+
+def test_parameters_reach_the_flags_and_common_flags_lie_below(tmp_path: Path) -> None:
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump({
+        "parameters": {"split": {"default": "seen", "help": "a split"}, "policy": {"default": "common", "help": "p"}},
+        "flags": {"foresight_eval": {"split": "{split}", "max_k": 9}}}))
+    found, settings = program.parse([write(tmp_path, put("common", "common.yaml")), "--max_k", "1", "--split", "unseen",
+                                     "--out", "o", "--override"])
+    k0, k1, best, truth = plan(found, settings)
+    assert [run.name for run in (k0, k1, best)] == ["k0", "k1", "best-1"]
+    said = k1.settings
+    assert (said.fixed_k, said.split, said.max_k, said.policy_model) == (1, "unseen", 1, "p")
+    assert (k1.settings.override, k1.settings.output_path, best.settings.fixed_k) == (True, "o/play/k1", -1)
+    assert (truth.settings.wm_model, truth.settings.out_json) == ("o/train/x", "o/truth/wm.json")
+
+
+# ---------------------------------------------------------------- the experiments of the project
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_experiments_plan_what_the_programs_take(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found, settings = program.parse([str(path)])
+    runs = plan(found, settings)
+    assert len(runs) == len({run.out for run in runs}) and (runs or path.stem == "training_cost")
+    for run in runs:
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        add_flags(parser, PROGRAMS[run.program][0])
+        assert from_args(PROGRAMS[run.program][0], parser.parse_args(run.arguments)) == run.settings
+        assert run.line.startswith(f"python -m {run.program} --")
+
+
+def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+    def names(stem: str, *flags: str) -> list[str]:
+        found, settings = program.parse([f"configs/experiments/{stem}.yaml", *flags])
+        return [f"{run.part}/{run.name}" for run in plan(found, settings)]
+
+    assert {path.stem for path in SHIPPED} == {
+        "table1", "methods", "lookahead", "without_rl", "world_models", "depth", "k_by_length", "deployment",
+        "training_cost"}
+    assert names("lookahead", "--max_k", "5") == [*(f"play/fixed-k{k}" for k in range(6)), "play/random",
+                                                  "play/adaptive"]
+    methods = ["CoT", "ReAct", "RAP", "ITP-I", "SFT", "ITP-R"]
+    assert names("table1") == [f"{part}/{method}" for part in ("alfworld", "scienceworld-seen", "scienceworld-unseen")
+                               for method in methods]
+    splits = {run.part: run.settings.split for run in plan(*program.parse(["configs/experiments/table1.yaml"]))}
+    assert splits == {"alfworld": "unseen", "scienceworld-seen": "dev", "scienceworld-unseen": "test"}
+    from foresight_eval.methods.settings import METHODS
+    runs = plan(*program.parse(["configs/experiments/methods.yaml"]))
+    assert {run.settings.method for run in runs} == set(METHODS)
+
+
+def test_commands_of_the_pages_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = [words[2:] for page in PAGES for words in commands(page) if words[1:2] == ["scripts/experiment.py"]]
+    assert len(found) >= 4
+    for words in found:
+        experiment, settings = program.parse(words)
+        assert program.chosen(plan(experiment, settings), experiment, settings.only)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+@pytest.fixture
+def played(tmp_path: Path) -> tuple[str, Path]:
+    """The small experiment with results of K fixed at 0, 1 and 2, figures of a world model, and metrics."""
+    games, out = make_games(tmp_path / "games", 4), tmp_path / "out"
+    for k, won in ((0, 1), (1, 3), (2, 2)):
+        episodes = [make_episode(game, success=i < won, imagined=[PLAYED[:k]], tokens=100 * (k + 1))
+                    for i, game in enumerate(games)]
+        write_result(out / f"play/k{k}", episodes, fixed_k=k)
+    write_result(out / "play/best-2", [make_episode(game, success=True, imagined=[PLAYED[:1]], tokens=150)
+                                       for game in games])
+    row = {"exact_match": .5, "token_f1": .5, "fact_f1": .625, "fact_f1_interval": [.5, .75], "n": 9}
+    (out / "truth").mkdir()
+    (out / "truth/wm.json").write_text(json.dumps(
+        {"models": {"merged": {"one_step": {"expert": {"all": row}}, "by_depth": {"expert": {"1": row, "3": row}}}}}))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.json").write_text('{"seconds": 1800, "world_size": 4, "steps": 7, "tokens_per_second": 12.3}')
+    (folder / "timing.jsonl").write_text('{"seconds": 30}\n{"seconds": 60.5}\n')
+    return write(tmp_path), out
+
+
+def test_the_papers_figures_stand_beside_their_rows(played: tuple[str, Path], tmp_path: Path) -> None:
+    path, out = played
+    found, settings = program.parse([path, "--out", str(out), "--run", str(tmp_path / "run")])
+    text = program.show(found, settings, plan(found, settings))
+    made = json.loads((out / "result.json").read_text())["tables"]
+    overview, depth, training = made
+    assert overview["header"] == ["", "All", "NB", "paper"]
+    # Tokens an episode: three steps of (tokens + 4): 312, 612, 912; of best: 462.
+    assert overview["rows"] == [["k0", "25.0", "0.00", "-"], ["k1", "75.0", "0.50", "7.0"], ["k2", "50.0", "1.00", "-"],
+                                ["best-2", "100.0", "0.25", "88.5"]]
+    assert depth["header"] == ["K", "success", "Fact-F1, expert", "Fact-F1, own", "tokens/ep"]
+    assert [row[:3] for row in depth["rows"]] == [
+        ["0", "25.0 [5, 70]", "-"], ["1", "75.0 [30, 95]", "62.5 [50, 75]"], ["2", "50.0 [15, 85]", "-"],
+        ["3", "-", "62.5 [50, 75]"]]
+    assert [row[3] for row in depth["rows"]] == ["-", "100.0 [100, 100]", "100.0 [100, 100]", "-"]
+    assert training["rows"] == [["stage 2", "1800", "2.000", "12", "7", "12.80"],
+                                ["rollouts", "90", "0.025", "-", "-", "9.55"], ["none", "-", "-", "-", "-", "-"]]
+    assert sorted(path.name for path in (out / "figures").glob("*.svg")) == [
+        "k_of_best-2.svg", "k_of_k1.svg", "k_of_k2.svg"]  # k0 chose nothing
+    page = (out / "result.md").read_text()
+    assert page.startswith("# Small\n") and "| best-2 | 100.0 | 0.25 | 88.5 |" in page
+    assert "- max_k: 2" in page and re.search(r"best-2 +100\.0 +0\.25 +88\.5", text)
+
+
+def test_only_what_was_asked_for_and_found_is_shown(played: tuple[str, Path]) -> None:
+    path, out = played
+    found, settings = program.parse([path, "--out", str(out), "--max_k", "4"])
+    found = dataclasses.replace(found, figures=())
+    program.show(found, settings, program.chosen(plan(found, settings), found, "k1,k4"))
+    overview, depth, *_ = json.loads((out / "result.json").read_text())["tables"]
+    assert [row[0] for row in overview["rows"]] == ["k1"] and [row[0] for row in depth["rows"]] == ["1"]
+
+
+def test_k_by_length_and_deployment(tmp_path: Path) -> None:
+    games = make_games(tmp_path / "games", 3)  # solutions of 4, 5 and 6 steps
+    episodes = [make_episode(game, success=True, imagined=[PLAYED[:2]] * i, tokens=100)
+                for i, game in enumerate(games)]
+    result = write_result(tmp_path / "r", episodes)
+    table = analyses.k_by_length([result, dataclasses.replace(result, name="none", records={})])
+    assert table.header == ("steps", "r", "none")
+    # Mean k of 3 steps: none, one of k = 2, two of k = 2.
+    assert table.rows == (("4", "0.00 (1)", "-"), ("5", "0.67 (1)", "-"), ("6", "1.33 (1)", "-"))
+    profile = analyses.deployment([result])
+    row = dict(zip(profile.header, profile.rows[0], strict=True))
+    # Each step: 0.1, 0.2 or 0.3 s, two calls, 100 tokens read and 4 written.
+    columns = ("p50 s", "calls", "tokens/ep", "tokens/s", "M s")
+    assert [row[name] for name in columns] == ["0.20", "2.0", "312", "20.0", "-"]
+
+
+def test_what_a_program_took_adds_up_over_its_starts(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), timed(tmp_path):
+        raise KeyboardInterrupt
+    with timed(tmp_path):
+        time.sleep(0.05)
+    assert 0.05 <= program.read_metrics(tmp_path / "timing.jsonl")["seconds"] < 5
+    assert len((tmp_path / "timing.jsonl").read_text().splitlines()) == 2
+
+
+# ---------------------------------------------------------------- a real one
+
+
+def test_a_real_experiment_goes_on_where_it_was(tmp_path: Path, games_root: Path) -> None:
+    write_tiny_model(tmp_path / "policy")
+    said = {
+        "title": "Tiny", "common": str(ROOT / "configs/experiments/common/alfworld.yaml"),
+        "parameters": {"policy": {"default": str(tmp_path / "policy"), "help": "a policy"}},
+        "parts": {"play": {"program": "foresight_eval", "flags": {
+            "policy_model": "{policy}", "prompt_style": "tuned", "act_tokens": 4, "method": "sft"},
+            "runs": {"k{k}": {"seed": "{k}"}, "lost": {"env_data_root": "nowhere"}}}},
+        "tables": [{"table": "overview", "columns": ["n", "mean k"], "paper": {"paper": {"k0": 1.5}}}],
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(said))
+    command = [sys.executable, "scripts/experiment.py", str(tmp_path / "tiny.yaml"), "--data",
+               str(games_root), "--max_games", "1", "--max_steps", "2", "--max_k", "0", "--out", str(tmp_path / "out"),
+               "--env_processes", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+    first = start()
+    assert first.returncode == 2, first.stderr[-2000:]
+    assert "1 of 2 runs failed: play/lost" in first.stderr and "no such folder: nowhere/" in first.stderr
+    table, = json.loads((tmp_path / "out/result.json").read_text())["tables"]
+    assert table["rows"] == [["k0", "1", "0.00", "1.5"]]
+    written = (tmp_path / "out/play/k0/0.json").stat().st_mtime_ns
+    again = start("--only", "k0")
+    assert again.returncode == 0 and "1 finished before" in again.stderr, again.stderr[-2000:]
+    assert (tmp_path / "out/play/k0/0.json").stat().st_mtime_ns == written
+    missing = start("--policy", str(tmp_path / "gone"), "--only", "k0")
+    assert missing.returncode == 2 and "error: play/k0: " in missing.stderr and "Traceback" not in missing.stderr
