@@ -15,9 +15,9 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo.
-: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=60}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
-: "${LM_EPOCHS:=3}" "${POLICY_EPOCHS:=4}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${WALKS:=4}" "${MAX_K:=2}"
-: "${LABEL_ROWS:=600}" "${RL_EPISODES:=192}"
+: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
+: "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${WALKS:=4}" "${MAX_K:=2}"
+: "${LABEL_ROWS:=600}" "${RL_EPISODES:=96}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -27,18 +27,18 @@ jvms=(--env_processes "$CPUS" --concurrency "$((2 * CPUS))")
 
 step "1/8 trajectories: the simulator's gold paths (D_exp), and random walks"
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$TRAIN" --out_dir "$run/d_exp" \
-  --foresight_k "$MAX_K" --foresight_share 1
+  --foresight_k "$MAX_K" --foresight_share 0.5
 # Few: where the simulator must list what is possible, it takes five times as long for a step.
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$WALKS" --out_dir "$run/walks" --actor random
 
 step "2/8 base LM from nothing, on transcripts of the simulator"
 python -m itp.training.base_lm --env scienceworld --out_dir "$run/base_lm" \
   --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
-  --epochs "$LM_EPOCHS" --config configs/demo/from_nothing.yaml
+  --epochs "$LM_EPOCHS" --batch_size 4 --config configs/demo/from_nothing.yaml
 
 step "3/8 base policy: supervised fine-tuning on the gold paths"
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
-  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 \
+  --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.006 \
   --config configs/demo/from_nothing.yaml
 
 step "4/8 rollouts of the base policy (D_roll)"
