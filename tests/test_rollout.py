@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from itp import rollout
 from itp.envs.alfworld import AlfworldEnv
+from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
 from itp.games import Game, list_games
 from itp.lm.base import Usage
@@ -233,3 +235,46 @@ def test_an_environment_that_always_dies_costs_its_own_game_only(games: list[Gam
     assert (lost.reason, lost.success, lost.steps, lost.restarts) == ("env_died", False, [], 1)
     assert 99 - killer.times == pool.deaths == 2
     assert all(len(episodes[g.game_id].steps) == 6 for g in (games[0], games[2]))
+
+
+def test_games_are_loaded_while_others_are_played() -> None:
+    """With a stand-in for the pool, whose loading takes as long as an episode."""
+    events: list[tuple[str, str]] = []
+    quorum = Quorum()
+
+    class Env:
+        alive = True
+
+        async def reset(self, game: Game) -> Observation:
+            events.append(("load", game.game_id))
+            await asyncio.sleep(0.02)
+            return Observation("You are in a room.", "look around")
+
+        async def step(self, action: str) -> StepResult:
+            await asyncio.sleep(0.01)
+            return StepResult(Observation("Nothing happens.", "look around"), 0.0, False, False, 0.0, False, True)
+
+    class Pool:
+        @contextlib.asynccontextmanager
+        async def session(self):
+            yield Env()
+
+    class Look:
+        name, want_admissible = "look", False
+
+        async def act(self, view: View) -> Decision:
+            assert quorum.live == 1  # loading doesn't count
+            if view.step == 0:
+                events.append(("play", view.game.game_id))
+            return Decision("look")
+
+    async def main() -> list[str]:
+        games = [Game("alfworld", "train", str(i), "", "") for i in range(6)]
+        return [e.game.game_id async for e in run_episodes(Pool(), Look(), games, max_steps=2, seed=1, concurrency=1,
+                                                           quorum=quorum)]
+
+    assert asyncio.run(main()) == list("012345")
+    assert quorum.live == 0
+    assert [game for what, game in events if what == "play"] == list("012345")
+    loaded = [sum(what == "load" for what, _ in events[:events.index(("play", str(i)))]) for i in range(6)]
+    assert loaded[:3] == [3, 4, 5] and max(loaded) == 6  # the one played next, and two more
