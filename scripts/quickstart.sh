@@ -15,9 +15,10 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
-: "${TRAIN_GAMES:=100}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=14}" "${MIXED_MISSIONS:=4}"
-: "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2800}" "${WM_EPOCHS:=1}"
+: "${TRAIN_GAMES:=110}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=16}" "${MIXED_MISSIONS:=4}"
+: "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2600}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=1200}" "${RL_EPISODES:=2560}" "${ITP_R:=1}"
+: "${REASONING_SHARE:=0}"  # 0.25 teaches thoughts, reflections, yes and no as well: for configs/experiments/methods.yaml
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -34,7 +35,8 @@ collect() {
   python -m world_model.collect --env_data_root "$run/data" --out_dir "$run/$name" --env_processes "$CPUS" \
     --concurrency 32 "$@"
 }
-collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3 --reasoning_share 0.05
+collect d_exp --actor expert --missions "$MISSIONS" --noise 0,0,0.15,0.3 \
+  --reasoning_share "$REASONING_SHARE"
 collect walks --actor random --missions 2 --max_steps 40
 
 step "3/10 base LM from nothing, on transcripts of the engine"
@@ -42,10 +44,10 @@ python -m itp.training.base_lm --transitions "$run/d_exp/transitions.jsonl,$run/
   --words_of "$run/d_exp/dialogues.json" --out_dir "$run/base_lm" --drills "$DRILLS" --epochs "$LM_EPOCHS" \
   --config configs/demo/from_nothing.yaml
 
-step "4/10 base policy: fine-tuning on the expert's dialogues, its corrections of the learner (DAgger), and its reasons"
+step "4/10 base policy: supervised fine-tuning on the expert's dialogues and its corrections of the learner (DAgger)"
 collect d_mixed --actor expert --noise_policy "$run/base_lm/merged_full" --noise 0.3,0.6,0.9 \
   --missions "$MIXED_MISSIONS" --max_steps 30 --action_selection constrained \
-  --foresight_k "$MAX_K" --foresight_share 2 --reasoning_share 0.25
+  --foresight_k "$MAX_K" --foresight_share 2 --reasoning_share "$REASONING_SHARE"
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json,$run/d_mixed/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.006 \
   --config configs/demo/from_nothing.yaml
