@@ -38,7 +38,7 @@ from foresight_eval.settings import AlfworldSettings
 from itp.config import flag, parse_settings
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games
+from itp.games import Game, list_games, spread
 from itp.lm.base import LM, GenParams, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
@@ -60,7 +60,7 @@ class BenchSettings:
     expert_jsonl: str = flag("", help="the expert's transitions, for the parts label and wm_training")
     parts: str = flag(",".join(PARTS), help="what to measure")
     split: str = flag("unseen", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
-    games: int = flag(32, help="games to play, spread evenly over the split")
+    games: int = flag(32, at_least=1, help="games to play, spread evenly over the split")
     sequential_games: int = flag(2, help="how many of them the yardstick plays (0: leave it out)")
     rows: int = flag(128, help="rows to label, of whole episodes")
     sequential_rows: int = flag(8, help="how many of them the yardstick labels (0: leave it out)")
@@ -146,13 +146,6 @@ def check(settings: BenchSettings) -> tuple[list[str], list[int]]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"--concurrency {settings.concurrency!r}: give numbers from 1 on, such as 1,4,16")
     return parts, numbers
-
-
-def spread(games: Sequence[Game], wanted: int) -> list[Game]:
-    """``wanted`` games at even distances, since lists of games are sorted by task type."""
-    if not 1 <= wanted <= len(games):
-        raise UserError(f"--games {wanted}: the split has {len(games)} games; choose from 1 to that many")
-    return [games[i * len(games) // wanted] for i in range(wanted)]
 
 
 def sequential_share(settings: BenchSettings, part: str) -> int:
