@@ -16,6 +16,7 @@ import yaml
 
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import add_flags, flag, flag_fields, from_args, parse_settings
+from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.runtime import UserError
 from itp.training.base_policy import BasePolicySettings
 from itp.training.label import LabelSettings
@@ -63,6 +64,9 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     assert (rl.action_max_new_tokens, rl.imagine_action_max_new_tokens) == tokens
     assert (found["sft"].kmax, label.kmax, found["evaluate"].max_k) == (kmax, kmax, kmax)
     assert (found["sft"].beta_k, label.lambda_k) == (0.5, 0.2)
+    # All that may be imagined fits beside two observations of a thousand tokens together.
+    longest = kmax * (IMAGINED_ACTION_TOKENS[env] + rl.wm_max_new_tokens) + rl.action_max_new_tokens
+    assert min(rl.max_seq_len, label.max_seq_len) - longest >= 1000
     assert found["evaluate"].max_steps == {"alfworld": 40, "scienceworld": 0}[env]  # 0: each game has its own
 
 
