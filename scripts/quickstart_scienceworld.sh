@@ -25,6 +25,13 @@ started=$SECONDS
 games=(--env scienceworld --tasks "$TASKS")
 jvms=(--env_processes "$CPUS" --concurrency "$((2 * CPUS))")
 
+evaluate() {
+  local name=$1 policy=$2
+  shift 2
+  python -m foresight_eval.runner_sciworld --policy_model "$policy" --tasks "$TASKS" --variations "$HELD_OUT" \
+    --split test --max_k "$MAX_K" "${jvms[@]}" --output_path "$run/eval/$name" "$@"
+}
+
 step "1/8 trajectories: the simulator's gold paths (D_exp), and random walks"
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$TRAIN" --out_dir "$run/d_exp" \
   --foresight_k "$MAX_K" --foresight_share 0.5
@@ -36,10 +43,11 @@ python -m itp.training.base_lm --env scienceworld --out_dir "$run/base_lm" \
   --transitions "$run/d_exp/transitions.jsonl,$run/walks/transitions.jsonl" \
   --epochs "$LM_EPOCHS" --batch_size 4 --config configs/demo/from_nothing.yaml
 
-step "3/8 base policy: supervised fine-tuning on the gold paths"
+step "3/8 base policy: supervised fine-tuning on the gold paths; $HELD_OUT held-out variations of each task"
 python -m itp.training.base_policy --train_json "$run/d_exp/dialogues.json" \
   --model_path "$run/base_lm/merged_full" --out_dir "$run/policy" --epochs "$POLICY_EPOCHS" --lora_r 0 --lr 0.006 \
   --config configs/demo/from_nothing.yaml
+evaluate sft "$run/policy/merged_full" --method sft
 
 step "4/8 rollouts of the base policy (D_roll)"
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$ROLLOUTS" --out_dir "$run/d_roll" \
@@ -63,18 +71,11 @@ python -m itp.training.train_adaptive_k rl_k "${games[@]}" --policy_model_path "
   --wm_model_path "$run/world_model/merged_full" --out_dir "$run/itp_r" --episodes_per_epoch "$RL_EPISODES" \
   --env_processes "$CPUS" --config configs/demo/rl_k_scienceworld.yaml
 
-step "8/8 evaluation on $HELD_OUT held-out variations of each task"
-evaluate() {
-  local name=$1 policy=$2
-  shift 2
-  python -m foresight_eval.runner_sciworld --policy_model "$policy" --wm_model "$run/world_model/merged_full" \
-    --tasks "$TASKS" --variations "$HELD_OUT" --split test --max_k "$MAX_K" "${jvms[@]}" \
-    --output_path "$run/eval/$name" "$@"
-}
-evaluate sft "$run/policy/merged_full" --method sft
-evaluate itp-r "$run/itp_r/last"
-evaluate itp-r-k0 "$run/itp_r/last" --fixed_k 0
-evaluate "itp-r-k$MAX_K" "$run/itp_r/last" --fixed_k "$MAX_K"
+step "8/8 evaluation on the same variations"
+wm=(--wm_model "$run/world_model/merged_full")
+evaluate itp-r "$run/itp_r/last" "${wm[@]}"
+evaluate itp-r-k0 "$run/itp_r/last" "${wm[@]}" --fixed_k 0
+evaluate "itp-r-k$MAX_K" "$run/itp_r/last" "${wm[@]}" --fixed_k "$MAX_K"
 for actor in expert random; do
   python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 4 --actor "$actor" \
     --out_dir "$run/held_out/$actor"
