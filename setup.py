@@ -47,7 +47,7 @@ setup(
         "tensorboard>=2.16",
     ],
     extras_require={
-        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.5", "psutil>=5.9", "playwright>=1.50", *REPORT,
+        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "playwright>=1.50", *REPORT,
                 *SERVING],
         "qlora": QLORA,
         "report": REPORT,

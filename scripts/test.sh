@@ -11,4 +11,4 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 export TOKENIZERS_PARALLELISM=false  # the tests start processes after they have used a tokenizer
 export OMP_NUM_THREADS=1             # two files at a time, with a core each, are faster than one with two
-exec python -m pytest -q -n 2 --dist loadfile "$@"
+exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
