@@ -23,6 +23,7 @@ from itp.text.state import OBSERVATION
 from itp.training.examples import Example
 from itp.transitions import Transition
 
+
 def drills(episodes: Sequence[Sequence[Transition]], count: int, seed: int, answers: float = 0.0) -> Iterator[Example]:
     """``count`` drills from the tasks and sights of ALFWorld episodes; in half of them the task's thing is in sight.
 
