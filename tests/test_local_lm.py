@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from itp.lm.base import GenParams, metered
-from itp.lm.local import LocalLM
+from itp.lm.kv_cache import Batch
+from itp.lm.local import LocalLM, Quorum
 from itp.runtime import UserError
 from tests.tiny import write_tiny_model
 
@@ -54,6 +55,28 @@ def test_greedy_batches_equal_transformers_generate(lm: LocalLM) -> None:
         expected = lm.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
         assert answer.text == lm.tokenizer.decode(expected, skip_special_tokens=True)
         assert answer.completion_tokens == len(expected)
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 1 << 20], ids=["many_passes", "one_pass"])
+def test_passes_that_save_padding_change_nothing(folder: Path, lm: LocalLM, pass_tokens: int,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [run(LocalLM.load(str(folder)).generate([p], GenParams(max_new_tokens=8)))[0] for p in PROMPTS]
+    shapes = []
+    forward = Batch.forward
+
+    def watched(batch: Batch, new, keep: int = 1):
+        shapes.append((len(new), max(map(len, new))))
+        return forward(batch, new, keep)
+
+    monkeypatch.setattr(Batch, "forward", watched)
+    monkeypatch.setattr("itp.lm.decoding.WORTH", 1 << 20)  # or one of them would be computed after the other
+    lm.engine.pass_tokens = pass_tokens
+    answers = run(lm.generate(PROMPTS, GenParams(max_new_tokens=8)))
+    assert [a.text for a in answers] == [a.text for a in alone]
+    assert [a.logprob for a in answers] == pytest.approx([a.logprob for a in alone], abs=1e-5)
+    begun = [rows for rows, width in shapes if width > 1]
+    assert begun[-1] == 5  # all rows
+    assert (len(begun) > 1) == (pass_tokens == 0)
 
 
 def test_cached_prefixes_change_nothing(folder: Path, lm: LocalLM) -> None:
@@ -164,6 +187,40 @@ def test_an_episode_with_several_requests_waits_for_the_others(lm: LocalLM) -> N
 
     run(episodes())
     assert lm.batches == [8]
+
+
+@pytest.mark.parametrize("imagine, turns", [
+    (4, [("policy", 8), ("policy", 8), ("policy", 4), ("policy", 4), ("world_model", 8)]),
+    (6, [("policy", 8), ("policy", 8), ("world_model", 6), ("policy", 2), ("policy", 2), ("world_model", 2)])])
+def test_the_world_model_waits_until_two_thirds_want_it(folder: Path, imagine: int, turns: list) -> None:
+    quorum = Quorum()
+    policy, world_model = (LocalLM.load(str(folder), role=role, quorum=quorum) for role in ("policy", "world_model"))
+    order = []
+
+    async def episode(i: int, imagines: bool) -> None:
+        params = GenParams(max_new_tokens=1)
+        with metered():
+            for _ in range(2 if imagines else 4):
+                await policy.generate([PROMPTS[i % 5]], params)
+            await world_model.generate([PROMPTS[i % 5]], params)
+
+    def noting(lm: LocalLM):
+        answer = lm.run_batch
+
+        async def run_batch() -> None:
+            order.append((lm.role, lm.asked))
+            await answer()
+        return run_batch
+
+    for lm in (policy, world_model):
+        lm.run_batch = noting(lm)
+
+    async def episodes() -> None:
+        quorum.add(live=8)
+        await asyncio.gather(*(episode(i, imagines=i < imagine) for i in range(8)))
+
+    run(episodes())
+    assert order == turns
 
 
 def test_a_prompt_that_does_not_fit_is_refused(lm: LocalLM) -> None:

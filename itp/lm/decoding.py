@@ -24,12 +24,19 @@ from itp.lm.kv_cache import KV, Batch, Memory, PrefixCache, tokens_of
 WORTH = 64
 """Rows that share so many uncomputed tokens aren't computed side by side, but one after the other."""
 
+PASS = {"cpu": 64}
+"""A forward pass costs about as much as so many tokens, whatever it holds: less padding isn't worth another one.
+By device; 1,024 elsewhere, since a GPU has computed many tokens by the time Python has started a pass."""
+
 
 class Decoder(Protocol):
     """What chooses the tokens of one row."""
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
         """Given log p of the next token (V,), the tokens to append; empty when the row is finished."""
+
+    def result(self, prompt_tokens: int, cached: int) -> Generation:
+        """What was chosen, with the sizes of its prompt."""
 
 
 @dataclass
@@ -61,6 +68,7 @@ class Engine:
         self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
         self.cache = PrefixCache(cache_bytes)
         self.memory = Memory()
+        self.pass_tokens = PASS.get(model.device.type, 1024)
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self.eos |= end_of_turn(tokenizer)
@@ -73,47 +81,60 @@ class Engine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Complete every request, in order."""
-        answers: list[Generation | None] = [None] * len(requests)
-        room = [len(r.ids) + _longest_completion(r) for r in requests]
-        for group in self._groups(room):
-            for i, answer in zip(group, self._generate_group([requests[i] for i in group]), strict=True):
-                answers[i] = answer
-        return answers
+        rows = [_Row(request, self) for request in requests]
+        for group in self._groups([1] * len(rows), [row.total for row in rows]):
+            self._complete([rows[i] for i in group])
+        return [row.result() for row in rows]
 
-    def _generate_group(self, requests: Sequence[Request]) -> list[Generation]:
-        batch, logits, cached = self._start([r.ids for r in requests], [_longest_completion(r) for r in requests])
-        decoders = [_Choose(r) if r.choices else _Sample(r, self) for r in requests]
-        live, sequences = list(range(len(requests))), [list(r.ids) for r in requests]
+    def _complete(self, rows: Sequence[_Row]) -> None:
+        """Complete rows in one batch."""
+        live, batch, logits = self._start(rows)
         while True:
             logprobs = logits.float().log_softmax(-1)  # (live rows, V)
-            new = [decoders[i].advance(row) for i, row in zip(live, logprobs, strict=True)]
+            new = [row.decoder.advance(p) for row, p in zip(live, logprobs, strict=True)]
             done = [j for j, tokens in enumerate(new) if not tokens]
             for j, kv in zip(done, batch.rows(done), strict=True):
-                self.cache.put(sequences[live[j]], kv)
+                self.cache.put(live[j].ids, kv)
             if done:
                 order = batch.drop(done)
                 live, new = [live[j] for j in order], [new[j] for j in order]
             if not live:
                 break
             logits = batch.forward(new)[:, -1]
-            for i, tokens in zip(live, new, strict=True):
-                sequences[i] += tokens
-        return [d.result(len(r.ids), c) for d, r, c in zip(decoders, requests, cached, strict=True)]
+            for row, tokens in zip(live, new, strict=True):
+                row.ids += tokens
 
-    def _start(self, prompts: Sequence[list[int]], more: Sequence[int]) -> tuple[Batch, torch.Tensor, list[int]]:
-        """The prompts as one batch to go on from, the logits (B, V) after them, and cached tokens.
+    def _start(self, rows: Sequence[_Row]) -> tuple[list[_Row], Batch, torch.Tensor]:
+        """The rows in another order, as a batch to go on from, and the logits (B, V) after their prompts."""
+        known = {row: self.cache.longest(tuple(row.ids)) for row in rows}
+        skip = {row: 0 if kv is None else tokens_of(kv) for row, kv in known.items()}
+        rows = sorted(rows, key=lambda row: skip[row] - len(row.ids))  # most tokens to compute first
+        total = [row.total for row in rows]
+        if len(self._leaders([row.ids for row in rows], [skip[row] for row in rows])) == len(rows):
+            batch = Batch(self.model, self.memory, [known[row] for row in rows], total)
+            logits, cached = self._feed(batch, [row.ids[skip[row]:] for row in rows]), [skip[row] for row in rows]
+        else:
+            kvs, logits, cached = self.prefill([row.ids for row in rows])
+            batch = Batch(self.model, self.memory, kvs, total)
+        for row, n in zip(rows, cached, strict=True):
+            row.cached_tokens = n
+        return rows, batch, logits
 
-        ``more``: how many tokens each may still get.
+    def _feed(self, batch: Batch, todo: Sequence[list[int]]) -> torch.Tensor:
+        """Append new tokens to a batch's rows, most tokens first.  Returns the logits (B, V) after them.
+
+        Where that saves padding the beginnings of the long ones have a pass of their own.
         """
-        known = [self.cache.longest(tuple(ids)) for ids in prompts]
-        skip = [0 if kv is None else tokens_of(kv) for kv in known]
-        todo = [ids[n:] for ids, n in zip(prompts, skip, strict=True)]
-        total = [len(ids) + n for ids, n in zip(prompts, more, strict=True)]
-        if len(self._leaders(prompts, skip)) == len(prompts) and len(self._groups(list(map(len, todo)))) == 1:
-            batch = Batch(self.model, self.memory, known, total)
-            return batch, batch.forward(todo)[:, -1], skip
-        rows, logits, cached = self.prefill(prompts)
-        return Batch(self.model, self.memory, rows, total), logits, cached
+        counts = list(map(len, todo))
+
+        def padded(width: int) -> int:
+            return sum(n > width for n in counts) * (counts[0] - width) + width * len(counts)
+
+        width = min(counts, key=padded)
+        if padded(width) + self.pass_tokens < padded(counts[0]):
+            self._feed(batch, [ids[:-width] for ids in todo if len(ids) > width])
+            todo = [ids[-width:] for ids in todo]
+        return batch.forward(todo)[:, -1]
 
     def prefill(self, prompts: Sequence[list[int]]) -> tuple[list[KV], torch.Tensor, list[int]]:
         """Compute prompts, each distinct one once: their KV, the logits (B, V) after them, cached tokens."""
@@ -129,9 +150,10 @@ class Engine:
                 skipped[ids] = n
             todo = [ids[skipped[ids]:] for ids in wave]
             for group in self._groups([len(ids) for ids in todo], [len(ids) for ids in wave]):
+                group.reverse()  # most tokens first
                 chosen = [wave[i] for i in group]
                 batch = Batch(self.model, self.memory, [known[ids] for ids in chosen], list(map(len, chosen)))
-                last = batch.forward([todo[i] for i in group])[:, -1]
+                last = self._feed(batch, [todo[i] for i in group])
                 for j, (ids, kv) in enumerate(zip(chosen, batch.rows(range(len(chosen))), strict=True)):
                     rows[ids], logits[ids] = kv, last[j]
                     self.cache.put(ids, kv)
@@ -205,13 +227,12 @@ class Engine:
         """
         total = total or new
         groups: list[list[int]] = []
-        for i in sorted(range(len(new)), key=lambda i: new[i]):
+        for i in sorted(range(len(new)), key=lambda i: (new[i], total[i])):
             group = groups[-1] if groups else []
             padded, real = new[i] * (len(group) + 1), sum(new[j] for j in group) + new[i]
             size = max([total[i], *(total[j] for j in group)]) * (len(group) + 1)
-            # A forward pass costs about as much as 256 tokens whatever it holds: less padding isn't worth one.
             room = size <= self.max_batch_tokens and not 0 < self.max_batch_rows <= len(group)
-            if group and room and padded <= 1.5 * real + 256:
+            if group and room and padded <= 1.5 * real + self.pass_tokens:
                 group.append(i)
             else:
                 groups.append([i])
@@ -223,6 +244,21 @@ class Engine:
             text = self.tokenizer.decode([token])
             self._ends[stop, token] = any(s[-1] in text for s in stop)
         return self._ends[stop, token]
+
+
+class _Row:
+    """A request on its way; ``ids`` are its tokens so far."""
+
+    def __init__(self, request: Request, engine: Engine) -> None:
+        self.ids = list(request.ids)
+        self.prompt_tokens, self.cached_tokens = len(request.ids), 0
+        self.decoder: Decoder = _Choose(request) if request.choices else _Sample(request, engine)
+        longest = max(map(len, request.choices)) if request.choices else request.params.max_new_tokens
+        self.total = len(request.ids) + longest
+        """Tokens that it will have at most."""
+
+    def result(self) -> Generation:
+        return self.decoder.result(self.prompt_tokens, self.cached_tokens)
 
 
 class _Sample:
@@ -338,7 +374,3 @@ class _Choose:
             allowed = tuple(options.get(depth, (token,)) for depth, token in enumerate(ids))
             trace = Trace(tuple(ids), allowed, self.params.temperature, self.traced_logprob)
         return Generation(self.params.choices[chosen], prompt_tokens, len(ids), cached, "stop", self.logprob, trace)
-
-
-def _longest_completion(request: Request) -> int:
-    return max(map(len, request.choices)) if request.choices else request.params.max_new_tokens

@@ -49,7 +49,8 @@ class PrefixCache:
     BLOCK = 16
 
     def __init__(self, max_bytes: int) -> None:
-        self._rows: OrderedDict[tuple[int, ...], KV] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, ...], tuple[KV, list[int]]] = OrderedDict()
+        """With the hashes under which they are registered."""
         self._owner: dict[int, tuple[int, ...]] = {}
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -63,15 +64,15 @@ class PrefixCache:
             shared = _common_prefix(key, ids, len(ids) - 1)
             if shared:
                 self._rows.move_to_end(key)
-                return beginning(self._rows[key], shared)
+                return beginning(self._rows[key][0], shared)
         return None
 
     def put(self, ids: Sequence[int], kv: KV) -> None:
         """Remember a row.  ``ids`` may be longer than ``kv``, whose tokens are the ones known."""
         key = tuple(ids[:tokens_of(kv)])
         self._drop(key)
-        self._rows[key] = kv
-        self._owner.update(dict.fromkeys(self.beginnings(key), key))
+        self._rows[key] = kv, self.beginnings(key)
+        self._owner.update(dict.fromkeys(self._rows[key][1], key))
         self._bytes += _bytes(kv)
         while self._bytes > self._max_bytes and self._rows:
             self._drop(next(iter(self._rows)))
@@ -83,8 +84,9 @@ class PrefixCache:
 
     def _drop(self, key: tuple[int, ...]) -> None:
         if key in self._rows:
-            self._bytes -= _bytes(self._rows.pop(key))
-            for start in self.beginnings(key):
+            kv, beginnings = self._rows.pop(key)
+            self._bytes -= _bytes(kv)
+            for start in beginnings:
                 if self._owner.get(start) == key:
                     del self._owner[start]
 
@@ -106,7 +108,14 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     limit = min(limit, len(a))
     if a[:limit] == b[:limit]:  # usual, and much faster than a loop
         return limit
-    return next(i for i in range(limit) if a[i] != b[i])
+    low, high = 0, limit  # alike up to low, not up to high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class Memory:
@@ -179,7 +188,10 @@ class Batch:
         return self._block
 
     def forward(self, new: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
-        """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions."""
+        """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions.
+
+        ``new`` may be that of the first rows only; the others stay as they are.
+        """
         return self.model(**self._inputs(new), logits_to_keep=keep).logits
 
     def hidden(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -190,11 +202,13 @@ class Batch:
         device, counts = self.model.device, [len(ids) for ids in new]
         width = max(counts)
         padded = [[0] * (width - n) + list(row) for row, n in zip(new, counts, strict=True)]
-        before = torch.tensor(self.lengths)[:, None] - torch.tensor([width - n for n in counts])[:, None]
+        known = self.lengths[:len(new)]
+        before = torch.tensor(known)[:, None] - torch.tensor([width - n for n in counts])[:, None]
         positions = before + torch.arange(width)  # (B, S); what lies left of a row's own new tokens is padding
-        padding = positions < torch.tensor(self.lengths)[:, None]
-        self.lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
-        used = max(self.lengths)
+        padding = positions < torch.tensor(known)[:, None]
+        known = [n + more for n, more in zip(known, counts, strict=True)]
+        self.lengths[:len(new)] = known
+        used = max(known)
         columns = positions.masked_fill(padding, self.columns - 1).to(device)
         self.places = (torch.arange(len(new), device=device)[:, None], columns, used)
         # A query sees the tokens up to itself; a padding query sees the first, because a softmax over

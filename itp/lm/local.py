@@ -1,7 +1,8 @@
 """A Hugging Face model in this process: requests of concurrent episodes become batches.
 
-Coroutines only queue what they want.  One worker per model takes everything that waits, runs it as a
-batch in a thread, and hands the answers out.  When it starts is what makes batches full: see Quorum.
+Coroutines only queue what they want.  One worker per device takes everything that waits for a model, runs it as a
+batch in a thread, and hands the answers out.  When it starts, and which model is next, is what makes batches full:
+see Quorum and Turns.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ log = logging.getLogger(__name__)
 class Quorum:
     """Counts the live episodes and how many of them wait for a model.
 
-    A model starts its batch when every live episode waits for some model, since then nobody can still
-    join; or when nobody has come for ``patience_s``, because an environment is slow.  Shared by the models of
-    a run.  Models on one device take turns (``turn``): while one computes, the other's requests gather into a
-    fuller batch.
+    A batch starts when every live episode waits for some model, since then nobody can still join; or when nobody
+    has come for ``patience_s``, because an environment is slow.  Shared by the models of a run.
     """
 
     def __init__(self, patience_s: float = 0.03) -> None:
@@ -39,10 +38,10 @@ class Quorum:
         self.live = 0
         self.waiting: Counter[int] = Counter()
         self.changed = asyncio.Event()
-        self._turns: dict[str, asyncio.Lock] = {}
+        self._turns: dict[str, Turns] = {}
 
-    def turn(self, device: str) -> asyncio.Lock:
-        return self._turns.setdefault(device, asyncio.Lock())
+    def turns(self, device: str) -> Turns:
+        return self._turns.setdefault(device, Turns(self))
 
     def add(self, live: int) -> None:
         self.live += live
@@ -71,6 +70,46 @@ class Quorum:
             except asyncio.TimeoutError:  # an alias of TimeoutError since Python 3.11
                 if not self.changed.is_set():  # or somebody came while the event loop was busy
                     return
+
+
+class Turns:
+    """The models on one device, one of which computes at a time: meanwhile the others' requests gather."""
+
+    def __init__(self, quorum: Quorum) -> None:
+        self.quorum = quorum
+        self._models: list[LocalLM] = []
+        self._worker: asyncio.Task | None = None
+
+    def join(self, lm: LocalLM) -> None:
+        self._models.append(lm)
+
+    def leave(self, lm: LocalLM) -> None:
+        self._models.remove(lm)
+
+    def go(self) -> None:
+        """See to it that what is asked will be answered."""
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
+        """Run batches until nobody asks any more."""
+        while True:
+            await self.quorum.complete()
+            lm = self._next()
+            if lm is None:
+                return
+            await lm.run_batch()
+            for _ in range(4):
+                await asyncio.sleep(0)  # those who were answered stop waiting before the next turn
+
+    def _next(self) -> LocalLM | None:
+        """The policy, until twice as many prompts wait for the world model.
+
+        What the policy is asked mostly leads to the world model, whose long answers cost little more for many
+        prompts than for few.
+        """
+        asked = [lm for lm in self._models if lm.asked]
+        return max(asked, key=lambda lm: lm.asked * (1 if lm.role == "world_model" else 2), default=None)
 
 
 CALLS = ("control", "score", "generate")
@@ -115,7 +154,8 @@ class LocalLM:
         self.batches: list[int] = []
         """Rows of every batch so far: its mean is the occupancy."""
         self._jobs: list[_Job] = []
-        self._worker: asyncio.Task | None = None
+        self._turns = self.quorum.turns(str(self.model.device))
+        self._turns.join(self)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"lm-{name}")
 
     @classmethod
@@ -153,9 +193,7 @@ class LocalLM:
         return await self._ask("control", prompts, [self._fitting] * len(prompts))
 
     async def close(self) -> None:
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+        self._turns.leave(self)
         self._thread.shutdown(wait=True)
 
     def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
@@ -174,36 +212,34 @@ class LocalLM:
         loop = asyncio.get_running_loop()
         jobs = [_Job(call, prompt, make, loop.create_future()) for prompt, make in zip(prompts, work, strict=True)]
         self._jobs += jobs
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._serve())
+        self._turns.go()
         with self.quorum.wait(asker()), asking(self.role) as answers:
             answers += await asyncio.gather(*(job.answer for job in jobs))
         return answers
 
-    async def _serve(self) -> None:
-        """Run batches until nobody waits any more."""
-        loop = asyncio.get_running_loop()
-        while self._jobs:
-            async with self.quorum.turn(str(self.model.device)):
-                await self.quorum.complete()
-                # Readings go first and alone: whoever gets one asks for an action next, in one batch with the rest.
-                call = min((job.call for job in self._jobs), key=CALLS.index)
-                jobs = [job for job in self._jobs if job.call == call]
-                self._jobs = [job for job in self._jobs if job.call != call]
-                start = time.monotonic()
-                await self._answer(loop, call, jobs)
-                self.busy_s += time.monotonic() - start
-                for _ in range(4):
-                    await asyncio.sleep(0)  # those who were answered stop waiting before the next turn is taken
+    @property
+    def asked(self) -> int:
+        """Prompts that wait for an answer."""
+        return len(self._jobs)
+
+    async def run_batch(self) -> None:
+        """Answer what waits, one kind of call at a time."""
+        # Readings go first and alone: whoever gets one asks for an action next, in one batch with the rest.
+        call = min((job.call for job in self._jobs), key=CALLS.index)
+        jobs = [job for job in self._jobs if job.call == call]
+        self._jobs = [job for job in self._jobs if job.call != call]
+        start = time.monotonic()
+        await self._answer(call, jobs)
+        self.busy_s += time.monotonic() - start
 
     def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
         """In the model's thread: the answers to jobs of one kind."""
         run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
         return run([job.work([*self.encode.start, *self.encode(job.prompt)]) for job in jobs])
 
-    async def _answer(self, loop: asyncio.AbstractEventLoop, call: str, jobs: list[_Job]) -> None:
+    async def _answer(self, call: str, jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))
-        running = loop.run_in_executor(self._thread, self._run, call, jobs)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, call, jobs)
         await asyncio.wait([running])
         error = running.exception()
         for i, job in enumerate(jobs):
