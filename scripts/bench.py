@@ -4,8 +4,8 @@
         --expert_jsonl transitions.jsonl
 
 The yardstick is a plain loop of Transformers' ``model.generate`` at batch 1 (``scripts/sequential.py``), asked by the
-same planners.  It plays the first --sequential_games of the games (labels the first --sequential_rows rows), since
-rates are compared.  Parts:
+same planners.  It plays --sequential_games of the games (labels about --sequential_rows of the rows, whole episodes),
+spread evenly, since rates are compared.  Parts:
 
 foresight     evaluation: game steps/s, once for every number in --concurrency
 label         pseudo-labels (stage 1): rows/s
@@ -62,8 +62,8 @@ class BenchSettings:
     split: str = flag("unseen", help="dev = seen = valid_seen; test = unseen = valid_unseen; train")
     games: int = flag(32, at_least=1, help="games to play, spread evenly over the split")
     sequential_games: int = flag(2, help="how many of them the yardstick plays (0: leave it out)")
-    rows: int = flag(128, help="rows to label, of whole episodes")
-    sequential_rows: int = flag(8, help="how many of them the yardstick labels (0: leave it out)")
+    rows: int = flag(1200, help="rows to label, of whole episodes")
+    sequential_rows: int = flag(100, help="how many of them the yardstick labels (0: leave it out)")
     concurrency: str = flag("16", help="episodes at a time; several, as 1,4,16,64, give a curve in foresight")
     fixed_k: int = flag(2, help="steps that foresight and label imagine")
     action_selection: str = flag("constrained", help="as in foresight_eval", choices=SELECTIONS)
@@ -166,7 +166,7 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
         if part == "label":
             return await label(settings, lms, how, concurrency, quorum)
         method = (foresight if part == "foresight" else rl_actor)(settings, lms)
-        chosen = games[:settings.sequential_games] if alone else games
+        chosen = spread(games, settings.sequential_games) if alone else games
         make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
         async with EnvPool(make_env, settings.env_processes) as pool:
             await warm_up(pool, chosen, settings.env_processes, concurrency)
@@ -236,21 +236,23 @@ async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurren
         expert_jsonl=settings.expert_jsonl, policy_model_path=settings.policy_model, wm_model_path=settings.wm_model,
         out_labeled_jsonl="", kmax=settings.fixed_k, max_rows=settings.rows, seed=settings.seed)
     rows = choose_rows(read_expert(settings.expert_jsonl, None), own)
-    rows = rows[:settings.sequential_rows] if how == SEQUENTIAL else rows
+    episodes = [list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)]
+    if how == SEQUENTIAL:
+        episodes = spread(episodes, max(1, len(episodes) * settings.sequential_rows // len(rows)))
     style, turns = asked_as(settings.policy_model, lms["policy"].tokenizer)
     labeller = Labeller(Policy(lms["policy"], style=style, turns=turns),
                         world_model(settings, lms, own.wm_max_new_tokens), tuple(range(own.kmax + 1)), own)
-    episodes = iter([list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)])
+    todo = iter(episodes)
 
     async def worker() -> None:
         quorum.add(live=1)
-        for row in itertools.chain.from_iterable(episodes):  # an episode's rows follow each other, as in the program
+        for row in itertools.chain.from_iterable(todo):  # an episode's rows follow each other, as in the program
             await labeller.label(row)
         quorum.add(live=-1)
 
     async def work() -> int:
         await asyncio.gather(*(worker() for _ in range(concurrency)))
-        return len(rows)
+        return sum(map(len, episodes))
 
     return await measured("label", how, "rows", lms, work)
 
