@@ -16,8 +16,8 @@ source scripts/environment.sh
 
 # Sizes of the demo.
 : "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
-: "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=20}" "${WALKS:=4}" "${MAX_K:=2}"
-: "${LABEL_ROWS:=600}" "${RL_EPISODES:=96}"
+: "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=15}" "${WALKS:=4}" "${MAX_K:=2}"
+: "${LABEL_ROWS:=600}" "${RL_EPISODES:=64}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -75,7 +75,8 @@ step "8/8 evaluation on the same variations"
 wm=(--wm_model "$run/world_model/merged_full")
 evaluate itp-r "$run/itp_r/last" "${wm[@]}"
 evaluate itp-r-k0 "$run/itp_r/last" "${wm[@]}" --fixed_k 0
-evaluate "itp-r-k$MAX_K" "$run/itp_r/last" "${wm[@]}" --fixed_k "$MAX_K"
+# Imagining keeps the models busy, so more episodes share their batches; without it the simulators limit.
+evaluate itp-r-k1 "$run/itp_r/last" "${wm[@]}" --fixed_k 1 --concurrency "$((5 * CPUS))"
 for actor in expert random; do
   python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 4 --actor "$actor" \
     --out_dir "$run/held_out/$actor"
@@ -90,7 +91,7 @@ Success and mean score in percent on held-out variations.  sft: the base policy,
 K by its K-head; itp-r-kN: the same policy with K fixed.
 
 EOF
-python -m foresight_eval.report "$run"/eval/{sft,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
+python -m foresight_eval.report "$run"/eval/{sft,itp-r,itp-r-k0,itp-r-k1}
 cat <<EOF
 
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
