@@ -8,6 +8,7 @@ same planners.  It plays --sequential_games of the games (labels about --sequent
 spread evenly, since rates are compared.  Parts:
 
 foresight     evaluation: game steps/s, once for every number in --concurrency
+rap           the same with tree search, over the first --rap_steps steps of each game
 label         pseudo-labels (stage 1): rows/s
 rl_k          rollouts of online A2C (stage 3): game steps/s
 wm_training   world-model training, tokens/s of real tokens, against rows padded to --cutoff; and the losses of both
@@ -47,7 +48,7 @@ from itp.rollout import Episode, run_episodes
 from itp.runtime import DTYPES, UserError, run_main, versions, write_json
 from itp.world_model import WorldModel
 
-PARTS = ("foresight", "label", "rl_k", "wm_training")
+PARTS = ("foresight", "rap", "label", "rl_k", "wm_training")
 SEQUENTIAL = "one by one"
 
 
@@ -68,6 +69,8 @@ class BenchSettings:
     fixed_k: int = flag(2, help="steps that foresight and label imagine")
     action_selection: str = flag("constrained", help="as in foresight_eval", choices=SELECTIONS)
     max_steps: int = flag(40, help="steps of an episode at most")
+    rap_steps: int = flag(3, at_least=1, help="steps of an episode at most in the part rap")
+    rap_num_rollouts: int = flag(4, at_least=1, help="rollouts of a decision in the part rap")
     train_rows: int = flag(128, help="transitions of the training part")
     batch_size: int = flag(16, help="transitions of a training step")
     cutoff: int = flag(1024, help="tokens that the yardstick of training pads to")
@@ -165,7 +168,7 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
     try:
         if part == "label":
             return await label(settings, lms, how, concurrency, quorum)
-        method = (foresight if part == "foresight" else rl_actor)(settings, lms)
+        method = rl_actor(settings, lms) if part == "rl_k" else planner(settings, lms, part)
         chosen = spread(games, settings.sequential_games) if alone else games
         make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
         async with EnvPool(make_env, settings.env_processes) as pool:
@@ -173,8 +176,9 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
             episodes: list[Episode] = []
 
             async def play() -> int:
-                async for episode in run_episodes(pool, method, chosen, max_steps=settings.max_steps,
-                                                  seed=settings.seed, concurrency=concurrency, quorum=quorum):
+                max_steps = settings.rap_steps if part == "rap" else settings.max_steps
+                async for episode in run_episodes(pool, method, chosen, max_steps=max_steps, seed=settings.seed,
+                                                  concurrency=concurrency, quorum=quorum):
                     episodes.append(episode)
                 return sum(len(e.steps) for e in episodes)
 
@@ -201,12 +205,12 @@ def load(settings: BenchSettings, path: str, role: str, alone: bool, quorum: Quo
     return SequentialLM(path, heads=heads, **options)
 
 
-def foresight(settings: BenchSettings, lms: dict[str, LM]):
-    """ITP with K fixed, as the evaluation's own command line would say it."""
+def planner(settings: BenchSettings, lms: dict[str, LM], name: str):
+    """``foresight`` with K fixed, or ``rap``, as the evaluation's own command line would say it."""
     evaluation = AlfworldSettings(
         policy_model=settings.policy_model, wm_model=settings.wm_model, output_path="", fixed_k=settings.fixed_k,
-        action_selection=settings.action_selection, foresight_tokens=192)
-    return build("foresight", make_policy(evaluation, lms["policy"]), make_world_model(evaluation, lms["world_model"]),
+        action_selection=settings.action_selection, foresight_tokens=192, rap_num_rollouts=settings.rap_num_rollouts)
+    return build(name, make_policy(evaluation, lms["policy"]), make_world_model(evaluation, lms["world_model"]),
                  method_settings(evaluation))
 
 

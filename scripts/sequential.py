@@ -79,12 +79,18 @@ class SequentialLM:
             options |= {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": max(map(len, choices)) + 1}
         if params.stop:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, length, params.stop)]
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=eos, **options)
-        new = [i for i in out[0, length:].tolist() if i != eos]
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=eos, output_scores=True,
+                                  output_logits=True, return_dict_in_generate=True, **options)
+        written = out.sequences[0, length:].tolist()
+        # In scores what isn't allowed has probability 0, so that the choices' probabilities have the sum 1.
+        given = out.scores if choices else out.logits
+        logprob = sum(float(row[0].float().log_softmax(-1)[i]) for row, i in zip(given, written, strict=True))
+        new = [i for i in written if i != eos]
         text = choices[tuple(new)] if choices else self.tokenizer.decode(new, skip_special_tokens=True)
         for stop in params.stop:
             text = text.partition(stop)[0]
-        return Generation(text, length, len(new), 0, "stop" if len(new) < params.max_new_tokens else "length")
+        reason = "stop" if len(new) < params.max_new_tokens else "length"
+        return Generation(text, length, len(new), 0, reason, logprob)
 
     def _score(self, context: str, completion: str) -> TokenLogprobs:
         ids = self._ids(context)

@@ -32,7 +32,7 @@ def test_one_by_one_gives_the_same_answers_as_batched(tmp_path):
         scores = await lm.loglikelihood(pairs)
         await lm.close()
         return ([g.text.strip() for g in (*free, *stopped)], [g.text for g in chosen],
-                [p for score in scores for p in score.logprobs])
+                [p for score in scores for p in score.logprobs] + [g.logprob for g in (*free, *chosen)])
 
     one = asyncio.run(ask(SequentialLM(folder, role="policy", device="cpu", dtype="fp32")))
     batched = asyncio.run(ask(LocalLM.load(folder)))
