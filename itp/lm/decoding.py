@@ -26,7 +26,7 @@ WORTH = 64
 
 PASS = {"cpu": 64}
 """A forward pass costs about as much as so many tokens, whatever it holds: less padding isn't worth another one.
-By device; 1,024 elsewhere, since a GPU has computed many tokens by the time Python has started a pass."""
+By device; 1,024 elsewhere (not measured): a GPU computes many tokens in the time in which Python starts a pass."""
 
 
 class Decoder(Protocol):
@@ -82,6 +82,7 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Complete every request, in order."""
         rows = [_Row(request, self) for request in requests]
+        # For memory only: side by side they compute one token each, and what precedes that pads little (_feed).
         for group in self._groups([1] * len(rows), [row.total for row in rows]):
             self._complete([rows[i] for i in group])
         return [row.result() for row in rows]
@@ -220,12 +221,11 @@ class Engine:
             for values, (context, ids), already in zip(found, pairs, cached, strict=True)
         ]
 
-    def _groups(self, new: Sequence[int], total: Sequence[int] | None = None) -> list[list[int]]:
+    def _groups(self, new: Sequence[int], total: Sequence[int]) -> list[list[int]]:
         """Row indices in batches: alike in length, so that padding stays small, and within the budget.
 
-        ``new``: tokens of a row to be computed; ``total``: those it occupies (the same where not given).
+        ``new``: tokens of a row to be computed side by side; ``total``: those it occupies.
         """
-        total = total or new
         groups: list[list[int]] = []
         for i in sorted(range(len(new)), key=lambda i: (new[i], total[i])):
             group = groups[-1] if groups else []

@@ -105,8 +105,7 @@ class Turns:
     def _next(self) -> LocalLM | None:
         """The policy, until twice as many prompts wait for the world model.
 
-        What the policy is asked mostly leads to the world model, whose long answers cost little more for many
-        prompts than for few.
+        What the policy is asked mostly leads to the world model, whose long answers cost less apiece in a full batch.
         """
         asked = [lm for lm in self._models if lm.asked]
         return max(asked, key=lambda lm: lm.asked * (1 if lm.role == "world_model" else 2), default=None)
