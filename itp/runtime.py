@@ -210,16 +210,34 @@ def check_model_path(model_path: str) -> None:
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
         raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
     import huggingface_hub
+    import huggingface_hub.constants
 
-    if isinstance(huggingface_hub.try_to_load_from_cache(model_path, "config.json"), str):
-        return
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
-        huggingface_hub.hf_hub_download(model_path, "config.json")
+        huggingface_hub.snapshot_download(model_path, allow_patterns=SMALL_FILES)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
-                        f"({type(error).__name__}); check the name and the network") from error
+        if not (model_folder(model_path) / "config.json").is_file():
+            raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
+                            f"({type(error).__name__}); check the name and the network") from error
+
+
+SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
+"""What tells how a model is to be asked, and its heads: all that is read of it but weights and tokenizer."""
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where a model's small files lie: its folder, or for a hub name what :func:`check_model_path` fetched of it."""
+    if Path(path).is_dir():
+        return Path(path)
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        config = huggingface_hub.try_to_load_from_cache(str(path), "config.json")
+    except huggingface_hub.errors.HFValidationError:  # no hub name either
+        config = None
+    return Path(config).parent if isinstance(config, str) else Path(path)
 
 
 def _reach(url: str) -> None:
@@ -284,8 +302,8 @@ MODEL_CARD = "itp_model.json"
 
 def model_card(path: str) -> dict[str, Any]:
     """What training left beside a model (``prompt_style``, ...); empty for a model from elsewhere."""
-    card = Path(path) / MODEL_CARD
-    return read_json(card) if path and card.is_file() else {}
+    card = model_folder(path) / MODEL_CARD if path else None
+    return read_json(card) if card and card.is_file() else {}
 
 
 def prompt_style(path: str) -> str:
@@ -294,14 +312,15 @@ def prompt_style(path: str) -> str:
 
 
 def model_fingerprint(path: str) -> str:
-    """Identity of a model folder's weights (names, sizes and ends of its files); a hub name is itself.
+    """Identity of a model folder's weights (names, sizes and ends of its files); of a hub name, it with its revision.
 
     Two results with the same fingerprint come from the same weights, so a retrained model under an old
     path is noticed.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return path
+        there = model_folder(path)
+        return path if there == folder else f"{path}@{there.name}"
     digest = hashlib.sha256()
     kinds = ("*.safetensors", "*.json", "pytorch_model*.bin", "*.pt")
     for file in (file for kind in kinds for file in sorted(folder.glob(kind))):

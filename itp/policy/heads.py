@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itp.lm.local import LocalLM
-from itp.runtime import UserError, read_json
+from itp.runtime import UserError, model_folder, read_json
 
 if TYPE_CHECKING:
     from itp.policy.policy_with_heads import HeadsOutput, PolicyHeads, PolicyWithHeads
@@ -23,13 +23,13 @@ __all__ = ["HeadsOutput", "PolicyHeads", "PolicyWithHeads", "has_heads", "kmax_o
 
 
 def has_heads(folder: str | Path) -> bool:
-    """Whether the model in ``folder`` has a K-head and a value head."""
-    return any((Path(folder) / name).is_file() for name in (HEADS_CONFIG, RELEASE_HEADS))
+    """Whether the model in ``folder``, or of that hub name, has a K-head and a value head."""
+    return any((model_folder(folder) / name).is_file() for name in (HEADS_CONFIG, RELEASE_HEADS))
 
 
 def kmax_of(folder: str | Path) -> int:
     """K_max of a folder with heads."""
-    folder = Path(folder)
+    folder = model_folder(folder)
     if (folder / HEADS_CONFIG).is_file():
         return int(read_json(folder / HEADS_CONFIG)["kmax"])
     import torch
