@@ -27,6 +27,7 @@ from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
+from itp.policy.shown import as_trained
 from itp.rollout import run_episodes
 from itp.runtime import (
     UserError, check_model_path, claim_output, model_fingerprint, progress_bar, rank_devices,
@@ -49,6 +50,7 @@ async def evaluate(settings: EvalSettings) -> None:
     Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
     """
     ranks = Ranks()
+    settings = as_trained(settings, settings.policy_model)
     games = settings.games()
     chosen = choose_games(len(games), settings)
     folder = Path(settings.output_path)

@@ -13,8 +13,8 @@ from itp.envs.scienceworld_games import ScienceworldFlags, list_games
 from itp.envs.which import EnvFlags, engine_of, games_of, scienceworld_engine
 from itp.games import Game
 from itp.policy.agent import SELECTIONS
+from itp.policy.shown import FORMAT_CHOICES
 from itp.runtime import DTYPES
-from itp.text.prompts import FORESIGHT_FORMATS
 
 STYLES = ("auto", "tuned", "instruct")
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
@@ -54,9 +54,10 @@ class EvalSettings:
     chat_template: bool = flag(True, help="instruct prompts go through the tokenizer's chat template, if it has one")
     thinking: bool = flag(False, help="let a policy that can think (Qwen3) do so before it answers")
     thinking_tokens: int = flag(1024, help="new tokens of that thinking at most")
-    foresight_format: str = flag("full", help="what of the imagined trajectory the policy reads",
-                                 choices=FORESIGHT_FORMATS)
-    history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
+    foresight_format: str = flag("auto", help="what of the imagined trajectory the policy reads (auto: as it was "
+                                              "trained, else full)", choices=FORMAT_CHOICES)
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as the policy was "
+                                                        "trained, else all)")
     temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")
     candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates and multi_attempt propose")

@@ -17,7 +17,7 @@ source scripts/environment.sh
 # Sizes of the demo.
 : "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
 : "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=15}" "${WALKS:=4}" "${MAX_K:=2}"
-: "${LABEL_ROWS:=600}" "${RL_EPISODES:=64}"
+: "${LABEL_ROWS:=500}" "${RL_EPISODES:=64}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -76,12 +76,12 @@ wm=(--wm_model "$run/world_model/merged_full")
 evaluate itp-r "$run/itp_r/last" "${wm[@]}"
 evaluate itp-r-k0 "$run/itp_r/last" "${wm[@]}" --fixed_k 0
 for actor in expert random; do
-  python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 4 --actor "$actor" \
+  python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 3 --actor "$actor" \
     --out_dir "$run/held_out/$actor"
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --env scienceworld --wm_model "$run/world_model/merged_full" \
-  --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json"
+  --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json" --max_depth 0
 
 step "done in $(since)"
 cat <<EOF

@@ -54,7 +54,7 @@ def settings(models: tuple[Path, Path], games_root: Path, out: Path, **changes) 
         "policy_model_path": str(policy), "wm_model_path": str(world_model), "out_dir": str(out),
         "env_data_path": str(games_root), "policy_device": "cpu", "wm_device": "cpu", "wm_max_new_tokens": 3,
         "episodes_per_epoch": 8, "episodes_per_update": 2, "num_envs": 2, "env_processes": 1, "max_steps": 4,
-        "max_seq_len": 480,
+        "max_seq_len": 480, "history_keep_steps": 6, "foresight_format": "full",
         "action_selection": "constrained", "action_temperature": 1.3, "lr": 1e-3, "lora_r": 0, "eval_games": 1,
         "eval_every": 2, "save_every": 2, "value_updates": 1}
     return RlSettings(**(common | changes))

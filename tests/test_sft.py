@@ -19,7 +19,7 @@ from itp.text.prompts import CTRL, control_prompt, policy_prompt
 from itp.text.state import State
 from itp.training import sft
 from itp.training.finetune import whole_checkpoints
-from itp.training.sft import SftSettings, read_labelled
+from itp.training.sft import SftSettings, Step, as_labelled, read_labelled
 from itp.training.warm_up import StepCollator, WarmUp, WarmUpTask
 from tests.tiny import write_tiny_model
 
@@ -64,9 +64,13 @@ def settings_for(model_path: str, tmp_path: Path, rows: list[dict], **changes) -
 
 
 def task_for(settings: SftSettings) -> WarmUpTask:
-    settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
-    return WarmUpTask(settings, read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format,
-                                              settings.act_on))
+    settings = as_labelled(dataclasses.replace(settings, model_path=settings.policy_model_path))
+    return WarmUpTask(settings, read_labelled(settings))
+
+
+def read(path: str, **changes) -> list[Step]:
+    settings = SftSettings(train_jsonl=path, policy_model_path="", out_dir="", kmax=2, **changes)
+    return read_labelled(as_labelled(settings))
 
 
 # ---------------------------------------------------------------- the loss
@@ -233,7 +237,7 @@ async def test_the_k_head_learns_where_looking_ahead_helps(model_path, tmp_path)
     matched = sum(a == row["action"] for a, row in zip(actions, unseen, strict=True))
     assert right >= 0.9 * len(unseen) and matched >= 0.9 * len(unseen)
     card = json.loads((tmp_path / "out" / "merged_full" / "itp_model.json").read_text())
-    assert card == {"prompt_style": "tuned", "control": True}
+    assert card == {"prompt_style": "tuned", "control": True, "foresight_format": "full", "history_keep_steps": 0}
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
@@ -308,17 +312,17 @@ def test_a_bad_line_is_named(tmp_path, change, said):
     good = dict(episode(0)[0], k_label=2)
     path = write(tmp_path / "x.jsonl", [good, good | change])
     with pytest.raises(UserError, match=said) as error:
-        read_labelled(path, 2)
+        read(path)
     assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
 
 
 def test_what_the_policy_reads_and_does(tmp_path):
     row = dict(episode(0)[0], k_label=2, expert_action="look")
     released = {name: value for name, value in row.items() if name != "imagined"}
-    full, = read_labelled(write(tmp_path / "a.jsonl", [row]), 2)
-    last, old = read_labelled(write(tmp_path / "b.jsonl", [row, released]), 2, "last_obs")
+    full, = read(write(tmp_path / "a.jsonl", [row]))
+    last, old = read(write(tmp_path / "b.jsonl", [row, released]), foresight_format="last_obs")
     assert full.foresight.startswith("\nIf: open cabinet 1\nThen: In it") and full.foresight.count("Then:") == 2
     assert last.foresight == old.foresight == "\nThen: Nothing happens."
     assert full.action == "look" and full.k == 2
-    zero, = read_labelled(write(tmp_path / "c.jsonl", [released | {"k_label": 0}]), 2, "last_obs")
+    zero, = read(write(tmp_path / "c.jsonl", [released | {"k_label": 0}]), foresight_format="last_obs")
     assert zero.foresight == ""

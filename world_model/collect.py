@@ -33,6 +33,7 @@ from itp.lm.chat import asked_as
 from itp.lm.local import Quorum
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.heads import has_heads, load_policy_lm
+from itp.policy.shown import history_of
 from itp.policy.method import Decision, Direct, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import (
@@ -227,7 +228,8 @@ def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
                         quorum=quorum)
     style, turns = asked_as(folder, lm.tokenizer, env=settings.env)
     return Direct(Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
-                         control=has_heads(folder), temperature=settings.temperature, top_p=settings.top_p))
+                         control=has_heads(folder), keep_steps=history_of(folder), temperature=settings.temperature,
+                         top_p=settings.top_p))
 
 
 class ExpertActor:

@@ -45,6 +45,7 @@ from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
 from itp.policy.heads import has_heads, load_policy_lm
+from itp.policy.shown import history_of
 from itp.runtime import (
     DTYPES, UserError, check_model_path, derive_seed, model_fingerprint, read_json, run_main, short_names, versions,
     write_json,
@@ -197,7 +198,8 @@ async def judge(settings: Settings, model: str, sources: Mapping[str, list[Trans
         policy_lm = load_policy_lm(settings.policy_model, device=settings.device, dtype=settings.dtype, quorum=quorum)
         # It writes freely: nobody knows what an imagined state admits.
         style, turns = asked_as(settings.policy_model, policy_lm.tokenizer)
-        policy = Policy(policy_lm, style=style, turns=turns, control=has_heads(settings.policy_model))
+        policy = Policy(policy_lm, style=style, turns=turns, control=has_heads(settings.policy_model),
+                        keep_steps=history_of(settings.policy_model))
         figures["consistency"] = await consistency(policy, world_model, _sample(settings, "games", games,
                                                    settings.max_games), max_steps=settings.max_steps,
                                                    seed=settings.seed, quorum=quorum)

@@ -25,7 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.lm.chat import card_of, trained_turns
 from itp.policy.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
-from itp.runtime import MODEL_CARD, UserError, load_causal_lm, model_card, prompt_style, read_json, write_json
+from itp.policy.shown import OPEN
+from itp.runtime import (
+    MODEL_CARD, UserError, load_causal_lm, model_card, model_folder, prompt_style, read_json, write_json,
+)
 from itp.text.prompts import CTRL, PLAIN
 
 if TYPE_CHECKING:
@@ -72,6 +75,8 @@ class PolicyWithHeads(nn.Module):
         self.backbone, self.heads, self.prompt_style = backbone, heads, prompt_style
         self.turns = PLAIN
         """What stands around its prompts; saved with it, like their style."""
+        self.shown: dict[str, Any] = {}
+        """What it was trained to read (:mod:`itp.policy.shown`); saved too."""
 
     @property
     def kmax(self) -> int:
@@ -152,7 +157,9 @@ class PolicyWithHeads(nn.Module):
         """The heads of ``folder`` on ``model``, which was loaded from there."""
         kmax, weights = kmax_of(folder), read_heads(folder)
         policy = cls.create(model, tokenizer, kmax, prompt_style(str(folder)))
-        policy.turns = trained_turns(model_card(str(folder)))
+        card = model_card(str(folder))
+        policy.turns = trained_turns(card)
+        policy.shown = {name: card[name] for name in OPEN if name in card}
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         wanted = {name: tuple(weight.shape) for name, weight in policy.heads.state_dict().items()}
         if shapes != wanted:
@@ -176,7 +183,7 @@ class PolicyWithHeads(nn.Module):
         save_heads(self.heads, folder, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        write_json(folder / MODEL_CARD, card_of(self.turns, self.prompt_style) | {"control": True})
+        write_json(folder / MODEL_CARD, card_of(self.turns, self.prompt_style) | self.shown | {"control": True})
 
 
 @contextlib.contextmanager
@@ -256,7 +263,7 @@ def read_heads(folder: str | Path) -> dict[str, torch.Tensor]:
     """The heads' weights, ours or the release's, by their names in :class:`PolicyHeads`."""
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = model_folder(folder)
     if (folder / HEADS_CONFIG).is_file():
         read_json(folder / HEADS_CONFIG)
         if not (folder / HEADS_WEIGHTS).is_file():

@@ -14,9 +14,9 @@ executed instead.
 Rows are the fields of the expert file and ``k_label``; ``obs_list`` (obs_list[k]: the last imagined
 observation after k steps, obs_list[0] the current one; what isn't imagined repeats the last); ``imagined``
 [[action, observation], ...] of the largest k; ``scores`` {k: score}; ``logprobs`` {k: log π_θ0(a*|s, τ̂(k)),
-the sum over its tokens}; ``tokens``, what it cost.  ``OUT.run/`` holds the configuration, ``rows.jsonl``
-(a line a finished row, what a restart goes on from) and ``summary.json``; the output itself is written
-when all is done, in the order of the input.
+the sum over its tokens}; ``tokens``, what it cost; ``shown``, what the policy read (:mod:`itp.policy.shown`).
+``OUT.run/`` holds the configuration, ``rows.jsonl`` (a line a finished row, what a restart goes on from) and
+``summary.json``; the output itself is written when all is done, in the order of the input.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ from itp.lm.base import Usage, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
+from itp.policy.shown import FORMAT_CHOICES, as_trained, shown
 from itp.runtime import (
     DTYPES, TIMING, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, timed,
     write_atomic, write_json,
 )
-from itp.text.prompts import FORESIGHT_FORMATS, action_target, foresight_text
+from itp.text.prompts import action_target, foresight_text
 from itp.text.state import State, parse
 from itp.training.fitting import Fitting
 from itp.transitions import REQUIRED, Transition, locate_transitions, read_appended
@@ -69,9 +70,11 @@ class LabelSettings:
     imagination: str = flag("free", choices=("free", "teacher_forced"),
                             help="who acts in the imagined trajectory: the policy, or the expert as recorded "
                                  "(needs --foresight_format last_obs)")
-    foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
-                                 help="what of the imagined trajectory the policy reads")
-    history_keep_steps: int = flag(0, at_least=0, help="steps of history in a prompt (0: all)")
+    foresight_format: str = flag("auto", choices=FORMAT_CHOICES,
+                                 help="what of the imagined trajectory the policy reads (auto: as it was trained, "
+                                      "else full)")
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as the policy was "
+                                                        "trained, else all)")
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens of a prompt and what follows it; longer ones lose history, oldest first")
     wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of an imagined observation at most")
@@ -268,6 +271,7 @@ def choose_rows(rows: list[Row], settings: LabelSettings) -> list[Row]:
 def run(settings: LabelSettings) -> None:
     """Label what is missing, write the output, print the distribution of labels."""
     candidates = check(settings)
+    settings = as_trained(settings, settings.policy_model_path)
     skipped: list[str] | None = [] if settings.skip_bad_rows else None
     rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings)
     for message in skipped or ():
@@ -282,7 +286,8 @@ def run(settings: LabelSettings) -> None:
             asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
         finished = read_finished(folder / "rows.jsonl")
     kept = [(row, finished[row.index]) for row in rows if row.index in finished]
-    lines = [json.dumps({**dataclasses.asdict(row.transition), **added}, ensure_ascii=False) for row, added in kept]
+    lines = [json.dumps({**dataclasses.asdict(row.transition), **added, "shown": shown(settings)}, ensure_ascii=False)
+             for row, added in kept]
     write_atomic(settings.out_labeled_jsonl, "".join(line + "\n" for line in lines))
     summary = summarise([added for _, added in kept], len(skipped or ()) + len(unfit))
     write_json(folder / "summary.json", summary)
@@ -292,7 +297,7 @@ def run(settings: LabelSettings) -> None:
 
 def check(settings: LabelSettings) -> tuple[int, ...]:
     """The candidates.  Refuses, before any model is loaded, what can't work."""
-    if settings.imagination == "teacher_forced" and settings.foresight_format == "full":
+    if settings.imagination == "teacher_forced" and settings.foresight_format != "last_obs":
         raise UserError("--imagination teacher_forced writes the expert's action into the prompt that is to predict "
                         "it; add --foresight_format last_obs")
     candidates = parse_candidates(settings.k_candidates, settings.kmax)

@@ -37,6 +37,7 @@ from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
+from itp.policy.shown import EVERYTHING, FORMAT_CHOICES, as_trained, shown
 from itp.runtime import (
     DTYPES,
     MASKED_ATTENTION,
@@ -48,7 +49,6 @@ from itp.runtime import (
     rank_devices,
     resolve_device,
 )
-from itp.text.prompts import FORESIGHT_FORMATS
 from itp.training.finetune import is_first_process
 from itp.training.rl_play import Player, episode_games, prepare, statistics_of, summary
 from itp.training.rl_run import Processes, RunFolder
@@ -71,8 +71,8 @@ class RlSettings(EnvFlags):
     wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most")
     kmax: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same")
     force_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses")
-    foresight_format: str = flag("full", help="what of the imagined trajectory the policy sees",
-                                 choices=FORESIGHT_FORMATS)
+    foresight_format: str = flag("auto", help="what of the imagined trajectory the policy reads (auto: as it was "
+                                              "trained, else full)", choices=FORMAT_CHOICES)
     epochs: int = flag(1, at_least=1, help="rounds of episodes_per_epoch")
     episodes_per_epoch: int = flag(50, at_least=1, help="episodes of a round")
     episodes_per_update: int = flag(32, at_least=1, help="episodes of a batch, all played by the same weights")
@@ -117,7 +117,8 @@ class RlSettings(EnvFlags):
                                               help="tokens of an imagined action at most (-1: 12, ScienceWorld 48)")
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens of a prompt and its action at most; the oldest history goes first")
-    history_keep_steps: int = flag(6, at_least=0, help="steps of history in a prompt (0: all)")
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as the policy was "
+                                                        "trained, else 6)")
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so nothing depends on it")
@@ -168,6 +169,7 @@ NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_mod
 def run(settings: RlSettings) -> None:
     """Train; what the command line calls."""
     check(settings)
+    settings = as_trained(settings, settings.policy_model_path, unknown=EVERYTHING | {"history_keep_steps": 6})
     make_env, games, held_out = environment(settings)
     folder = claim(settings, games, held_out)
     asyncio.run(train(settings, folder, make_env, games, held_out))
@@ -267,7 +269,7 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
                 held_out: Sequence[Game]) -> None:
     processes = Processes()
     progress, player, learner = load(settings, folder, processes)
-    card = {"foresight_format": settings.foresight_format}
+    card = {}
     if resolve_split(settings.env_split) != "train":
         card["warning"] = f"trained on the evaluation split {settings.env_split}: don't report results on it"
 
@@ -346,6 +348,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
     policy, tokenizer = PolicyWithHeads.from_pretrained(
         settings.policy_model_path, device=device, attn_implementation=settings.attn_implementation,
         dtype={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32") if settings.lora_r else "fp32")
+    policy.shown = shown(settings)
     learner = Learner(policy, tokenizer, settings, dtype, processes)
     progress, state = Progress(), folder.state()
     if state is not None:

@@ -30,8 +30,9 @@ from typing import Any
 from itp.config import flag
 from itp.games import ENVIRONMENTS, K_MAX
 from itp.policy.heads import has_heads, kmax_of
+from itp.policy.shown import FORMAT_CHOICES, settle, shown
 from itp.runtime import UserError
-from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
+from itp.text.prompts import foresight_text
 from itp.text.state import State, parse
 from itp.training.finetune import FinetuneSettings, check_settings, claim_run, is_first_process, train
 from itp.transitions import read_rows
@@ -48,8 +49,11 @@ class SftSettings(FinetuneSettings):
     kmax: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 for "
                               "ScienceWorld)")
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
-    foresight_format: str = flag("full", choices=FORESIGHT_FORMATS,
-                                 help="what of the imagined trajectory the policy reads")
+    foresight_format: str = flag("auto", choices=FORMAT_CHOICES,
+                                 help="what of the imagined trajectory the policy reads (auto: as it was labelled, "
+                                      "else full)")
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as it was labelled, "
+                                                        "else all)")
     act_on: str = flag("label", choices=("label", "all"),
                        help="which imagined trajectories of a step the policy learns to act on: the labelled K's "
                             "(eq. 6), or every K's from 0 to kmax")
@@ -80,13 +84,20 @@ class Step:
     k: int | None
 
 
-def read_labelled(path: str, kmax: int, foresight_format: str = "full", act_on: str = "label") -> list[Step]:
+def as_labelled(settings: SftSettings) -> SftSettings:
+    """``settings`` with what the policy is shown as stage 1 showed it; files of others don't say."""
+    path = settings.train_jsonl
+    _, first = next(read_rows(path), ("", None))
+    return settle(settings, first.get("shown", {}) if isinstance(first, dict) else {}, path)
+
+
+def read_labelled(settings: SftSettings) -> list[Step]:
     """The steps of a file of stage 1, in its order.  Raises UserError naming the line that isn't one."""
-    steps = []
+    path, kmax, foresight_format, steps = settings.train_jsonl, settings.kmax, settings.foresight_format, []
     for where, row in read_rows(path):
-        labelled = _step(row, where, kmax, foresight_format)
+        labelled = _step(row, where, settings)
         steps.append(labelled)
-        if act_on == "all":
+        if settings.act_on == "all":
             steps += [dataclasses.replace(labelled, k=None, foresight=foresight_text(
                 _imagined(row, where, k, foresight_format), foresight_format))
                 for k in range(min(kmax, len(row.get("imagined", ()))) + 1) if k != labelled.k]
@@ -95,18 +106,22 @@ def read_labelled(path: str, kmax: int, foresight_format: str = "full", act_on: 
     return steps
 
 
-def _step(row: Any, where: str, kmax: int, foresight_format: str) -> Step:
+def _step(row: Any, where: str, settings: SftSettings) -> Step:
+    kmax, foresight_format = settings.kmax, settings.foresight_format
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a row of named fields; write the file with train_adaptive_k label")
     for name, kind in (("episode_id", (str, int)), ("state", str), ("action", str), ("k_label", int)):
         if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
             raise UserError(f"{where}: field {name!r} is {row.get(name)!r}, which isn't what train_adaptive_k label "
                             "writes; mend or remove the line")
+    if row.get("shown", shown(settings)) != shown(settings):
+        raise UserError(f"{where}: labelled with {row['shown']}, and this run is {shown(settings)}; label all rows the "
+                        "same way")
     k = row["k_label"]
     if not 0 <= k <= kmax:
         raise UserError(f"{where}: k_label is {k} and --kmax {kmax}; train with the kmax that the labels were made for")
     try:
-        state = parse(row["state"])
+        state = parse(row["state"]).last(settings.history_keep_steps)
     except ValueError as error:
         raise UserError(f"{where}: field 'state' isn't a state ({error}); mend or remove the line") from error
     foresight = foresight_text(_imagined(row, where, k, foresight_format), foresight_format)
@@ -133,8 +148,8 @@ def _imagined(row: dict[str, Any], where: str, k: int, foresight_format: str) ->
 
 def run(settings: SftSettings) -> dict[str, Any] | None:
     """Train; the metrics, or None where another run did it or in all but the first process."""
-    settings = dataclasses.replace(settings, model_path=settings.policy_model_path)
-    steps = read_labelled(settings.train_jsonl, settings.kmax, settings.foresight_format, settings.act_on)
+    settings = as_labelled(dataclasses.replace(settings, model_path=settings.policy_model_path))
+    steps = read_labelled(settings)
     check_settings(settings)
     if settings.device_map and settings.deepspeed:
         raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from itp.lm.chat import asked_as, card_of
 from itp.policy.heads import has_heads
 from itp.policy.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer, read_heads, save_heads
+from itp.policy.shown import shown
 from itp.runtime import UserError, bos_ids, load_tokenizer
 from itp.text.prompts import CTRL, Turns, action_target, policy_prompt
 from itp.text.state import State
@@ -182,6 +183,7 @@ class WarmUpTask(TextTask):
         else:
             policy = PolicyWithHeads.create(model, tokenizer, self.settings.kmax)
         policy.prompt_style, policy.turns = self.asked(tokenizer)
+        policy.shown = shown(self.settings)
         return policy
 
     def items(self, batch: Batch) -> torch.Tensor:
