@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from itp.envs.alfworld import AlfworldEnv
 from itp.envs.alfworld_expert import Expert
-from itp.games import list_games, task_params
+from itp.envs.base import EnvDied, Observation
+from itp.games import Game, list_games, task_params
 from itp.runtime import UserError
 from itp.text.state import parse
 from itp.training.base_policy import read_dialogues
@@ -156,6 +159,34 @@ def test_collection_goes_on_after_a_cut(monkeypatch, games_root: Path, tmp_path:
     assert episodes.read_bytes() == before
     with pytest.raises(UserError, match="max_steps: 8 there, 9 now"):
         run(monkeypatch, games_root, cut, "--actor", "random", "--max_steps", "9")
+
+
+class Mortal(AlfworldEnv):
+    """Its engine dies of one game, as long as there is a file that says so."""
+
+    def __init__(self, want_admissible: bool, expert: str, fatal: str) -> None:
+        super().__init__(want_admissible, expert=expert)
+        self.fatal = Path(fatal)
+
+    def reset(self, game: Game) -> Observation:
+        if self.fatal.exists() and game.task_type == self.fatal.read_text():
+            raise EnvDied("the engine is gone")
+        return super().reset(game)
+
+
+def test_an_episode_that_the_engine_lost_is_no_failure(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    flags, fatal = ("--actor", "random", "--max_steps", "3"), tmp_path / "fatal"
+    expected = run(monkeypatch, games_root, tmp_path / "whole", *flags)
+    monkeypatch.setattr(collect, "engine_of", lambda settings, want_admissible, expert: functools.partial(
+        Mortal, want_admissible, expert, str(fatal)))
+    fatal.write_text("look_at_obj_in_light")
+    with pytest.raises(UserError, match=r"1 episodes lost .*\(look_at_obj.*start the same command again"):
+        run(monkeypatch, games_root, tmp_path / "out", *flags)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all(row["transitions"] for row in rows)
+    assert not (tmp_path / "out" / "transitions.jsonl").exists()
+    fatal.unlink()
+    assert run(monkeypatch, games_root, tmp_path / "out", *flags) == expected
 
 
 @pytest.mark.parametrize("flags, says", [

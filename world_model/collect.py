@@ -105,7 +105,10 @@ def main() -> None:
     log.info("%d episodes to play, %d there already", len(todo), len(games) - len(todo))
     if todo:
         with timed(out):
-            asyncio.run(_play(settings, todo, episodes_file))
+            lost = asyncio.run(_play(settings, todo, episodes_file))
+        if lost:
+            raise UserError(f"{len(lost)} episodes lost their environment process again and again "
+                            f"({', '.join(lost[:3])}); start the same command again to play them")
         done = _finished(episodes_file)
     kept = [(game, episode) for game in games if (episode := done[game.game_id])]
     if not kept:
@@ -149,7 +152,8 @@ def _finished(path: Path) -> dict[str, list[Transition]]:
     return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for row in read_appended(path)}
 
 
-async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
+async def _play(settings: Settings, games: Sequence[Game], path: Path) -> list[str]:
+    """Play ``games`` and put them on file; the ids of those that the environment lost, which aren't there."""
     quorum = Quorum()
     method = _actor(settings, quorum)
     intruder = _policy(settings, settings.noise_policy, quorum) if settings.noise_policy else AnyAction()
@@ -157,20 +161,25 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> None:
     expert = {"handcoded": "handcoded", "planner": "planner",
               "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
     pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert), settings.env_processes)
+    lost: list[str] = []
     try:
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, quorum=quorum)
         with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
+                bar.update()
+                if episode.reason == "env_died":
+                    lost.append(episode.game.game_id)
+                    continue
                 # ScienceWorld's gold paths don't all lead to the goal: what didn't is an empty episode, not data.
                 kept = expert != "gold" or episode.success
                 transitions = episode_transitions(episode, settings.actor) if kept else []
                 row = {"game_id": episode.game.game_id, "transitions": [dataclasses.asdict(t) for t in transitions]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-                bar.update()
     finally:
         await pool.close()
+    return lost
 
 
 def episode_transitions(episode: Episode, source: str) -> list[Transition]:
