@@ -81,7 +81,7 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
     chosen = list(range(n))
     if settings.only_ids:
         try:
-            chosen = [int(i) for i in settings.only_ids.split(",")]
+            chosen = list(dict.fromkeys(int(i) for i in settings.only_ids.split(",")))
         except ValueError as error:
             raise UserError(f"--only_ids {settings.only_ids!r}: give indices such as 0,5,7") from error
         if unknown := [i for i in chosen if not 0 <= i < n]:

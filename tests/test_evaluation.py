@@ -232,7 +232,7 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
 
     assert chosen(7) == list(range(7))
     assert chosen(7, debug=True) == [0, 1, 2, 3, 4]
-    assert chosen(7, only_ids="6,0") == [6, 0]
+    assert chosen(7, only_ids="6,0,6") == [6, 0]
     assert chosen(7, max_games=3) == [0, 2, 4] and chosen(7, max_games=8) == list(range(7))
     shares = [chosen(7, part_num=3, part_idx=i) for i in range(3)]
     assert sorted(sum(shares, [])) == list(range(7)) and max(map(len, shares)) - min(map(len, shares)) <= 1

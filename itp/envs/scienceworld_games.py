@@ -59,7 +59,10 @@ def list_games(split: str, flags: ScienceworldFlags) -> list[Game]:
     known = splits(flags.jar_path)
     check_simplification(flags.simplification)
     if flags.pairs:
-        chosen = list(parse_pairs(flags.pairs, known))
+        given = list(parse_pairs(flags.pairs, known))
+        chosen = list(dict.fromkeys(given))
+        if repeated := len(given) - len(chosen):
+            log.warning("--pairs: %d of %d stand there before; each game is played once", repeated, len(given))
     else:
         chosen = [(task, variation) for task in choose_tasks(flags.tasks, known)
                   for variation in spread(known[task][split], flags.variations)]
