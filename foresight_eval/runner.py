@@ -30,7 +30,7 @@ from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.policy.shown import as_trained
 from itp.rollout import run_episodes
 from itp.runtime import (
-    UserError, check_model_path, claim_output, model_fingerprint, progress_bar, rank_devices,
+    UserError, check_model_path, claim_output, load_tokenizer, model_fingerprint, progress_bar, rank_devices,
 )
 from itp.text.prompts import NO, YES
 from itp.world_model import WorldModel
@@ -113,6 +113,7 @@ def check(settings: EvalSettings) -> None:
     if needs_world_model(settings) and settings.wm_backend == "local":
         check_model_path(settings.wm_model)
     check_horizon(settings)
+    check_answers(settings)
 
 
 def check_horizon(settings: EvalSettings) -> None:
@@ -150,9 +151,12 @@ def check_method(settings: EvalSettings) -> None:
         raise UserError(f"--method {method} looks --max_k steps ahead: give at least 1")
 
 
-def check_answers(settings: EvalSettings, policy_lm: LocalLM) -> None:
+def check_answers(settings: EvalSettings) -> None:
     """Refuse a policy that can't say what the method asks it for."""
-    if settings.method in NEED_YES_OR_NO and policy_lm.encode(YES) == policy_lm.encode(NO):
+    if settings.method not in NEED_YES_OR_NO:
+        return
+    yes, no = load_tokenizer(settings.policy_model)([YES, NO], add_special_tokens=False)["input_ids"]
+    if yes == no:
         raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
                         f"{settings.policy_model} knows neither word; train it on dialogues that have them "
                         "(world_model.collect --reasoning_share)")
@@ -197,7 +201,6 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
                                             settings.wm_device or settings.device, pairs=local_wm)
     policy_lm = load_policy_lm(settings.policy_model, device=policy_device, dtype=settings.policy_dtype,
                                quorum=quorum)
-    check_answers(settings, policy_lm)
     wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))

@@ -258,6 +258,13 @@ def test_what_cannot_work_is_refused_before_any_model_is_loaded(base: AlfworldSe
     assert not (tmp_path / "out").exists()
 
 
+def test_a_policy_without_yes_and_no_is_refused_before_the_folder_is_claimed(base: AlfworldSettings,
+                                                                            tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--method rap asks the policy for yes or no"):
+        run(base, tmp_path / "out", method="rap")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_is_none(base: AlfworldSettings, tmp_path: Path) -> None:
     for name in ("policy_model", "wm_model"):
         with pytest.raises(UserError, match=f"{tmp_path}: no config.json"):
