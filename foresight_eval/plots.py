@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foresight_eval.hindsight import fact_f1_by_depth
-from foresight_eval.results import Result, bucket, mean_k_by_golden_steps
+from foresight_eval.results import Result, bucket, by_fixed_k, mean_k_by_golden_steps
 from foresight_eval.statistics import mean_interval
 from foresight_eval.tables import task_types
 from itp.runtime import UserError
@@ -104,19 +104,15 @@ def _thousands(value: float, _: int) -> str:
 
 def by_depth(results: Sequence[Result], fidelity: Sequence[dict[str, Any]]) -> Iterator[Plot]:
     """Success against a fixed K, and Fact-F1 against the depth of imagination."""
-    fixed: dict[tuple, dict[int, Result]] = {}
-    for result in results:
-        if result.fixed_k is not None:
-            fixed.setdefault(result.setting, {})[result.fixed_k] = result
-    curves = {_policy_name(by_k): by_k for by_k in fixed.values() if len(by_k) > 1}
+    curves = [by_k for by_k in by_fixed_k(results).values() if len(by_k) > 1]
     if curves:
         figure, (axes,) = _canvas(1)
-        for i, (name, by_k) in enumerate(curves.items()):
+        for i, by_k in enumerate(curves):
             overall = [by_k[k].summary["overall"] for k in sorted(by_k)]
             _errorbar(axes, sorted(by_k), [o["rate"] for o in overall], [o["interval"] for o in overall], i,
-                      label=name, line=True)
+                      label=_policy_name(by_k), line=True)
         axes.set(xlabel="K, fixed: steps imagined before every action", ylabel="success, %",
-                 xticks=sorted({k for by_k in curves.values() for k in by_k}))
+                 xticks=sorted({k for by_k in curves for k in by_k}))
         axes.set_ylim(bottom=0)
         axes.legend()
         yield Plot("success_by_depth", "Success against depth",

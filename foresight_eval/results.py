@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foresight_eval.methods.settings import NEED_WORLD_MODEL
 from itp.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.rollout import Episode, Step
 from itp.runtime import read_json, short_names, write_json
@@ -72,16 +73,43 @@ class Result:
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What two results must share for their costs to be compared."""
-        return tuple(str(self.config.get(key)) for key in SAME_GAMES)
+        """What two results must share for their costs to be compared: settings, and the games that were played."""
+        return *(str(self.config.get(key)) for key in SAME_GAMES), frozenset(self.outcomes)
 
     @property
     def fixed_k(self) -> int | None:
         """The K that it was made to imagine at every step; None where it could choose, or where K isn't its cost."""
-        if self.config["method"] == "sft" or self.config["disable_wm"]:
+        method, fixed = self.config["method"], self.config["fixed_k"]
+        if method == "sft" or method == "foresight" and self.config["disable_wm"]:
             return 0
-        fixed = self.config["fixed_k"]
-        return fixed if self.config["method"] == "foresight" and fixed >= 0 else None
+        return fixed if method == "foresight" and fixed >= 0 else None
+
+    @property
+    def world_model(self) -> tuple[str, ...] | None:
+        """What tells the world model that it asked from others; None where it asked none."""
+        config = self.config
+        if config["method"] not in NEED_WORLD_MODEL or self.fixed_k == 0:
+            return None
+        # The fingerprint is that of a model in our own process, and the others name one on a server.
+        return tuple(str(config.get(key)) for key in ("wm_fingerprint", "wm_backend", "wm_api_base_url",
+                                                      "wm_api_model"))
+
+
+def by_fixed_k(results: Sequence[Result]) -> dict[tuple[Any, ...], dict[int, Result]]:
+    """(setting, world model) -> K -> the result of that policy, on these games, with K fixed.
+
+    One that never imagined stands beside those of every world model; alone it is in no group.
+    """
+    fixed = [result for result in results if result.fixed_k is not None]
+    groups: dict[tuple[Any, ...], dict[int, Result]] = {}
+    for result in fixed:
+        if result.world_model is not None:
+            groups.setdefault((result.setting, result.world_model), {}).setdefault(result.fixed_k, result)
+    for result in fixed:
+        for (setting, _), by_k in groups.items():
+            if result.fixed_k == 0 and result.setting == setting:
+                by_k.setdefault(0, result)
+    return groups
 
 
 def mean_k_by_golden_steps(result: Result) -> dict[int, list[float]]:

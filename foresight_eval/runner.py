@@ -170,6 +170,7 @@ def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     config = dataclasses.asdict(settings)
     config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+    config["max_k"] = max_k(settings)  # not -1: what a report measures budgets by
     if needs_world_model(settings) and settings.wm_backend == "local":
         config["wm_fingerprint"] = model_fingerprint(settings.wm_model)
     if settings.override:  # first: a run killed in between must not leave old results under a new configuration

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foresight_eval.results import Result, bucket
+from foresight_eval.results import Result, bucket, by_fixed_k
 from foresight_eval.statistics import mean_interval, paired
 
 ROLES = ("policy", "world_model")
@@ -163,17 +163,23 @@ def normalised_budget(tokens: float, at_zero: float, at_max: float) -> float | N
 def budgets(results: Sequence[Result]) -> list[float | None]:
     """The normalised budget of each result; None where the two results that it needs aren't among them.
 
-    A result is measured against those of the same policy on the same games.
+    A result is measured against those of the same policy on the same games with K fixed at 0 and, with its own world
+    model, at K_max: the largest ``--max_k`` of these results.  One that asks no world model is measured where there
+    is only one.
     """
-    tokens = [result.summary["cost"]["tokens_per_episode"] for result in results]
-    same = [result.setting for result in results]
-    ends: dict[tuple, dict[int, float]] = {}
-    for key, result, spent in zip(same, results, tokens, strict=True):
-        if result.fixed_k is not None:
-            ends.setdefault(key, {})[result.fixed_k] = spent
-    return [normalised_budget(spent, ends[key][0], ends[key][max(ends[key])])
-            if len(ends.get(key, {})) > 1 and 0 in ends[key] else None
-            for key, spent in zip(same, tokens, strict=True)]
+    groups, k_max = by_fixed_k(results), {}
+    for result in results:
+        k_max[result.setting] = max(k_max.get(result.setting, 0), result.config["max_k"])
+
+    def budget(result: Result) -> float | None:
+        mine = [by_k for (setting, world_model), by_k in groups.items()
+                if setting == result.setting and result.world_model in (None, world_model)]
+        if len(mine) != 1 or not {0, k_max[result.setting]} <= mine[0].keys():
+            return None
+        ends = [mine[0][k].summary["cost"]["tokens_per_episode"] for k in (0, k_max[result.setting])]
+        return normalised_budget(result.summary["cost"]["tokens_per_episode"], *ends)
+
+    return [budget(result) for result in results]
 
 
 def percent(rate: float | None) -> str:

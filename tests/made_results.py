@@ -20,8 +20,9 @@ DESK = "You arrive at desk 1. On the desk 1, you see a mug 1, and a pen 2."
 TAKEN = "You pick up the mug 1 from the desk 1."
 PLAYED = (("go to desk 1", DESK), ("take mug 1 from desk 1", TAKEN), ("go to fridge 1", "The fridge 1 is closed."))
 """What is done, and what comes of it."""
-CONFIG = {"method": "foresight", "disable_wm": 0, "fixed_k": -1, "policy_fingerprint": "p", "split": "unseen",
-          "max_steps": 40, "action_selection": "constrained", "output_path": ""}
+CONFIG = {"method": "foresight", "disable_wm": 0, "fixed_k": -1, "max_k": 2, "policy_fingerprint": "p",
+          "wm_fingerprint": "w", "split": "unseen", "max_steps": 40, "action_selection": "constrained",
+          "output_path": ""}
 
 
 def make_games(folder: Path, n: int) -> list[Game]:

@@ -80,26 +80,38 @@ def test_normalised_budget() -> None:
 
 
 def test_a_budget_is_measured_against_the_same_policy_with_k_fixed() -> None:
-    def result(name: str, tokens: float, **config: object) -> Result:
-        return Result(name, CONFIG | config, {"cost": {"tokens_per_episode": tokens}}, {})
+    def result(name: str, tokens: float, games: str = "ab", **config: object) -> Result:
+        records = {i: {"meta": {"split": "dev", "game_id": game, "success": False}} for i, game in enumerate(games)}
+        return Result(name, CONFIG | {"max_k": 5} | config, {"cost": {"tokens_per_episode": tokens}}, records)
 
     made = [result("head", 500), result("k0", 100, fixed_k=0), result("k2", 600, fixed_k=2),
             result("k5", 900, fixed_k=5), result("sft", 50, method="sft", policy_fingerprint="base"),
-            result("other games", 500, split="dev")]
-    assert tables.budgets(made) == [pytest.approx(0.5), 0, pytest.approx(0.625), 1, None, None]
-    assert tables.budgets(made[:2]) == [None, None]
+            result("other split", 500, split="dev"), result("other games", 500, games="a")]
+    assert tables.budgets(made) == [pytest.approx(0.5), 0, pytest.approx(0.625), 1, None, None, None]
+    assert tables.budgets(made[:3]) == [None] * 3  # K = 2 is not K_max
     assert tables.budgets(made[:1]) == [None]
+    # One that looks farther than K_max costs more than all of it, and is no end of the scale.
+    assert tables.budgets([*made[:4], result("k8", 1300, fixed_k=8)])[0::4] == [pytest.approx(0.5), 1.5]
+    # What other methods do without a world model isn't the policy with K = 0.
+    others = [result("cot", 40, method="cot", disable_wm=1), result("rap", 1700, method="rap")]
+    assert tables.budgets([*others, *made[:4]])[:3] == [pytest.approx(-0.075), 2, pytest.approx(0.5)]
+    # Each world model has its own upper end; what asks none is measured by neither.
+    second = [result("head, wm 2", 250, wm_fingerprint="v"), result("k5, wm 2", 400, fixed_k=5, wm_fingerprint="v")]
+    assert tables.budgets([*made[:4], *second, others[0]]) == [
+        pytest.approx(0.5), None, pytest.approx(0.625), 1, pytest.approx(0.5), 1, None]
+    assert tables.budgets([*made[:3], *second])[0] is None
+    assert result("off", 9, disable_wm=1).fixed_k == 0 and result("cot", 9, method="cot", disable_wm=1).fixed_k is None
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """sft and a policy that chooses, fixed to 0 and fixed to 2, on twelve games; the last plays ten of them."""
+    """sft and a policy that chooses, fixed to 0 and fixed to 2, on twelve games."""
     root = tmp_path_factory.mktemp("results")
     games = make_games(root / "games", 12)
     sft = [make_episode(g, success=i < 6, imagined=[], tokens=100) for i, g in enumerate(games)]
     head = [make_episode(g, success=i != 3, imagined=[PLAYED[:i % 3]], tokens=200) for i, g in enumerate(games)]
     k0 = [make_episode(g, success=False, imagined=[], tokens=100) for g in games]
-    k2 = [make_episode(g, success=False, imagined=[PLAYED[:2], PLAYED[1:3]], tokens=400) for g in games[:10]]
+    k2 = [make_episode(g, success=False, imagined=[PLAYED[:2], PLAYED[1:3]], tokens=400) for g in games]
     write_result(root / "sft", sft, method="sft", policy_fingerprint="base")
     write_result(root / "itp_r", head)
     write_result(root / "itp_r-k0", k0, fixed_k=0)
@@ -119,7 +131,7 @@ def test_tables(folders: list[Path]) -> None:
     compared = by_name["comparison"].rows
     assert [row[0] for row in compared] == ["itp_r", "itp_r-k0", "itp_r-k2"]
     assert compared[0][1:3] == ("12", "+41.7") and compared[0][4:6] == ("6", "1")
-    assert compared[2][1] == "10" and compared[2][4:] == ("0", "6", "0.031")  # 2 / 2⁶
+    assert compared[2][1] == "12" and compared[2][4:] == ("0", "6", "0.031")  # 2 / 2⁶
     cost = dict(zip(by_name["cost"].header, by_name["cost"].rows[1], strict=True))
     # three steps of .1, .2, .3 s; k 0, 1, 2, 0, ... at the first of three steps
     assert (cost["p50"], cost["mean k"], cost["cached"], cost["M calls"]) == ("0.20", "0.33", "50.0", "-")
