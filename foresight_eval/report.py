@@ -72,6 +72,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         "steps_per_episode": mean([meta["steps"] for meta in metas]),
         "invalid_action_rate": mean([step["invalid"] for step in steps]),
         "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
+        # Not in results of before it was counted.
+        "cut_predictions": sum(meta["usage"].get("world_model", {}).get("cut", 0) for meta in metas),
         "mean_k": mean([step["k"] for step in steps]),
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
         "cost": summarize_cost(list(records.values())),

@@ -267,9 +267,9 @@ def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:
     tokenizer = None if isinstance(lm, OpenAILM) else lm.tokenizer
     style, turns = asked_as(settings.wm_model, tokenizer, role="world_model", env=settings.env,
                             style=settings.wm_prompt_style, chat=settings.chat_template)
-    tokens = settings.rap_wm_pred_tokens if settings.method in TREE_SEARCH else settings.foresight_tokens
-    return WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=tokens,
-                      keep_steps=settings.history_keep_steps)
+    limit = "rap_wm_pred_tokens" if settings.method in TREE_SEARCH else "foresight_tokens"
+    return WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=getattr(settings, limit),
+                      keep_steps=settings.history_keep_steps, limit=f"--{limit}")
 
 
 def method_settings(settings: EvalSettings) -> MethodSettings:

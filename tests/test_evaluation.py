@@ -314,6 +314,17 @@ def test_fixed_k(base: AlfworldSettings, tmp_path: Path) -> None:
     assert all(set(record["meta"]["usage"]) == {"policy"} for record in none.values())
 
 
+def test_predictions_that_are_cut_are_counted(base: AlfworldSettings, tmp_path: Path,
+                                              caplog: pytest.LogCaptureFixture) -> None:
+    records = run(base, tmp_path, k_policy="auto", fixed_k=1, foresight_tokens=2, max_steps=3)
+    spent = [step["usage"]["world_model"] for step in steps_of(records)]
+    assert all(usage["calls"] == 1 and usage["cut"] in (0, 1) for usage in spent)
+    assert not any(usage["cut"] for usage in spent if usage["completion_tokens"] < 2)
+    cut = json.loads((tmp_path / "summary.json").read_text())["cut_predictions"]
+    assert 0 < cut == sum(usage["cut"] for usage in spent)
+    assert caplog.text.count("cut at 2 tokens, and more may be: raise --foresight_tokens") == 1
+
+
 @pytest.mark.parametrize("style", ["tuned", "instruct"])
 def test_k_by_prompt(base: AlfworldSettings, tmp_path: Path, style: str) -> None:
     records = run(base, tmp_path, k_policy="prompt", max_k=1, decision_tokens=12, temperature=1.0, only_ids="0,1,2,3",

@@ -13,11 +13,14 @@ import pytest
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.alfworld_expert import Expert
 from itp.games import Game, list_games, task_params
+from itp.lm.base import Generation, GenParams
 from itp.policy.agent import Choice
 from itp.runtime import UserError
 from itp.text.facts import fact_f1, facts
 from itp.text.state import State
 from itp.transitions import Transition
+from itp.world_model import WorldModel
+from tests.toy import ToyLM
 from world_model.consistency import consistency
 from world_model.fidelity import (
     Settings, identify, kind_of, measure, measure_depth, read_measured, token_f1, windows_of,
@@ -111,7 +114,8 @@ def test_measure_counts_by_kind() -> None:
               (SAW_DESK, "examine desk 1", "On the desk 1, you see a mug 1."), (START, "fly", "Nothing happens.")]
     rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
     perfect = asyncio.run(measure(Oracle(rows, {}), rows))
-    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "fact_f1_interval": [1, 1], "n": 5}
+    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "fact_f1_interval": [1, 1], "n": 5,
+                              "cut": 0}
     assert {kind: row["n"] for kind, row in perfect.items()} == {
         "revisit": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
 
@@ -143,6 +147,25 @@ def test_windows_are_runs_of_one_episode() -> None:
     assert {tuple(t.action for t in w) for w in windows} == {("x", "y"), ("y", "z"), ("u", "v")}
     assert windows_of([a[0], a[2]], 2) == []  # a step is missing
     assert len(windows_of([*a, *b], 3)) == 1
+
+
+class Brief(ToyLM):
+    """A world model that knows each answer, and whose limit of tokens ends "You y."."""
+
+    def answer(self, prompt: str, seed: int, params: GenParams) -> Generation:
+        action = prompt.rpartition("Action: ")[2].split("\n")[0]
+        return Generation(f" You {action}.", 9, 4, 0, "length" if action == "y" else "stop")
+
+
+def test_predictions_that_are_cut_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows = episode("a", ["x", "y", "z"]) + episode("b", ["y", "y", "x"])
+    world_model = WorldModel(Brief("world_model"), max_new_tokens=4, limit="--foresight_tokens")
+    figures = asyncio.run(measure(world_model, rows))
+    assert figures["all"]["cut"] == 3 and figures["all"]["exact_match"] == 1
+    depths = asyncio.run(measure_depth(world_model, windows_of(rows, 3)))
+    assert [depths[d]["cut"] for d in (1, 2, 3)] == [1, 2, 0]
+    said, = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "cut at 4 tokens" in said and said.endswith("raise --foresight_tokens")
 
 
 class Forgetful:

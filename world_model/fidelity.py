@@ -41,6 +41,7 @@ from typing import Any
 from itp.config import flag, parse_settings
 from itp.envs.scienceworld import INVALID
 from itp.games import ENVIRONMENTS, list_games
+from itp.lm.base import metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import Policy
@@ -137,14 +138,23 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
                   env: str = "alfworld") -> dict[str, dict[str, Any]]:
     """One-step predictions against the truth: :func:`summary` by kind and for all."""
     states = [parse(t.state) for t in transitions]
-    predicted = await world_model.step(states, [t.action for t in transitions])
+    predicted, cut = await predict(world_model, states, [t.action for t in transitions])
     kind = scienceworld_kind if env == "scienceworld" else kind_of
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
         for name in (kind(state, t.action, t.next_state), "all"):
             scores[name].append(Score.of(answer, t.next_state))
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
-    return {name: summary(scores[name]) for name in (*names, "all") if scores[name]}
+    figures = {name: summary(scores[name]) for name in (*names, "all") if scores[name]}
+    figures["all"]["cut"] = cut
+    return figures
+
+
+async def predict(world_model: WorldModel, states: Sequence[State], actions: Sequence[str]) -> tuple[list[str], int]:
+    """The predicted observations, and how many of them were cut at the limit of tokens: they count as they are."""
+    with metered() as usage:
+        predicted = await world_model.step(states, actions)
+    return predicted, sum(spent.cut for spent in usage.values())
 
 
 async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Transition]]) -> dict[int, dict[str, Any]]:
@@ -155,8 +165,9 @@ async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Tran
     states = [parse(window[0].state) for window in windows]
     by_depth = {}
     for depth, step in enumerate(zip(*windows, strict=True), start=1):
-        predicted = await world_model.step(states, [t.action for t in step])
+        predicted, cut = await predict(world_model, states, [t.action for t in step])
         by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)])
+        by_depth[depth]["cut"] = cut
         states = [state.after(t.action, p) for state, t, p in zip(states, step, predicted, strict=True)]
     return by_depth
 
@@ -184,7 +195,8 @@ async def judge(settings: Settings, model: str, sources: Mapping[str, list[Trans
     quorum = Quorum()
     lm = LocalLM.load(model, device=settings.device, dtype=settings.dtype, role="world_model", quorum=quorum)
     style, turns = asked_as(model, lm.tokenizer, role="world_model", env=settings.env)
-    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens)
+    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens,
+                             limit="--foresight_tokens")
     figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
     for source, transitions in sources.items():
         rows = _sample(settings, "rows", transitions, settings.max_rows)
@@ -213,6 +225,8 @@ def print_figures(model: str, figures: Mapping[str, Any]) -> None:
         print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'n':>7}")
         for name, row in rows.items():
             print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{row['n']:7}")
+        if cut := sum(row.get("cut", 0) for row in rows.values()):  # figures on file may be of before it was counted
+            print(f"{cut} of these predictions were cut at the limit of tokens: raise --foresight_tokens")
 
     for source, rows in figures["one_step"].items():
         block(f"{model}, one step of {source}", rows)

@@ -104,6 +104,7 @@ class Control:
 class Usage:
     """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``.
 
+    ``cut``: completions that ended at their limit of tokens.
     ``seconds``: how long its answers were waited for; requests made at the same time wait together.
     """
 
@@ -111,10 +112,11 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cut: int = 0
     seconds: float = field(default=0.0, compare=False)
 
     def __iadd__(self, other: Usage) -> Usage:
-        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds"):
+        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "cut", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
@@ -130,6 +132,7 @@ class Usage:
             prompt_tokens=sum(a.prompt_tokens for a in answers),
             completion_tokens=sum(a.completion_tokens for a in answers if isinstance(a, Generation)),
             cached_tokens=sum(a.cached_tokens for a in answers),
+            cut=sum(a.finish_reason == "length" for a in answers if isinstance(a, Generation)),
         )
 
 
