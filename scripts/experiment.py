@@ -50,12 +50,12 @@ def main() -> None:
     check(runs)
     if experiment.figures and importlib.util.find_spec("matplotlib") is None:
         log.warning("the figures are left out: they need matplotlib; pip install 'itp[report]'")
-    failed = [f"{run.part}/{run.name}" for run in runs if execute(run) != 0]
-    print(f"\n{show(experiment, settings, runs)}")
+    failed = [run for run in runs if execute(run) != 0]
+    print(f"\n{show(experiment, settings, runs, failed)}")
     print(f"\nresult: {out_folder(experiment, settings) / 'result.md'}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; what they said stands above; "
-                        "the same command goes on")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.title for run in failed)}; what "
+                        "they said stands above; the same command goes on")
 
 
 def parse(argv: Sequence[str]) -> tuple[Experiment, Settings]:
@@ -91,11 +91,11 @@ def check(runs: Sequence[Run]) -> None:
                 if not Path(file).is_file():
                     raise UserError(f"{file}: no such file")
         except UserError as error:
-            raise UserError(f"{run.part}/{run.name}: {error}; give others, or leave it out by --only") from error
+            raise UserError(f"{run.title}: {error}; give others, or leave it out by --only") from error
 
 
 def execute(run: Run) -> int:
-    print(f"\n== {run.part}/{run.name}", flush=True)
+    print(f"\n== {run.title}", flush=True)
     return subprocess.run([sys.executable, "-m", run.program, *run.arguments], check=False).returncode
 
 
@@ -147,26 +147,32 @@ def beside(table: tables.Table, shown: Shown, names: Mapping[str, Any]) -> table
                                rows=tuple(map(tuple, rows)))
 
 
-def show(experiment: Experiment, settings: Settings, runs: Sequence[Run]) -> str:
-    """Write the result; return what the terminal shows of it."""
+def show(experiment: Experiment, settings: Settings, runs: Sequence[Run], failed: Sequence[Run] = ()) -> str:
+    """Write the result; return what the terminal shows of it.
+
+    Runs that ``failed`` are named, and left out of the figures: what lies in their folders may be of other parameters.
+    """
     out, names = out_folder(experiment, settings), names_of(experiment, settings)
+    finished = [run for run in runs if run not in failed]
+    missing = [f"LEFT OUT, because they failed: {', '.join(run.title for run in failed)}."] if failed else []
     made = []
     for shown in experiment.tables:
-        found = find(experiment, shown, runs, names)
+        found = find(experiment, shown, finished, names)
         if any(getattr(found, need) for need in TABLES[shown.table][0]):
             made.append(beside(TABLES[shown.table][1](found), shown, names))
-    figures = draw(experiment, runs, names, out)
+    figures = draw(experiment, finished, names, out)
     given = "\n".join(f"- {name}: {value}" for name, value in names.items())
-    texts = [f"# {experiment.title}\n", f"{experiment.paper}\n", *map(tables.markdown, made),
-             *(f"![{name}](figures/{name}.svg)\n" for name in figures), f"## Parameters\n\n{given}\n"]
+    texts = [f"# {experiment.title}\n", f"{experiment.paper}\n", *(f"**{line}**\n" for line in missing),
+             *map(tables.markdown, made), *(f"![{name}](figures/{name}.svg)\n" for name in figures),
+             f"## Parameters\n\n{given}\n"]
     write_atomic(out / "result.md", "\n".join(texts))
     write_json(out / "result.json", {
         "title": experiment.title, "paper": experiment.paper, "parameters": names, "versions": versions(),
         "tables": [dataclasses.asdict(table) for table in made],
         "paper_figures": [dict(shown.paper) for shown in experiment.tables],
-        "runs": {f"{run.part}/{run.name}": run.line for run in runs}})
+        "runs": {run.title: run.line for run in runs}, "failed": [run.title for run in failed]})
     shown = [f"{table.title}\n{textwrap.fill(table.note, 120)}\n\n{tables.terminal(table)}" for table in made]
-    return "\n\n".join([experiment.title, textwrap.fill(experiment.paper, 120), *shown])
+    return "\n\n".join([experiment.title, textwrap.fill(experiment.paper, 120), *shown, *missing])
 
 
 def draw(experiment: Experiment, runs: Sequence[Run], names: Mapping[str, Any], out: Path) -> list[str]:

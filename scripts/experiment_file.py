@@ -148,6 +148,10 @@ class Run:
         return [word for name, value in values.items() for word in (f"--{name}", value)]
 
     @property
+    def title(self) -> str:
+        return f"{self.part}/{self.name}"
+
+    @property
     def line(self) -> str:
         """The command for a shell."""
         return shlex.join(["python", "-m", self.program, *self.arguments])
@@ -344,10 +348,10 @@ def _run(part: Part, name: str, flags: Mapping[str, Any], out: Path, override: b
 def chosen(runs: Sequence[Run], experiment: Experiment, only: str) -> list[Run]:
     """The runs that --only asks for."""
     wanted = [word for word in only.split(",") if word]
-    known = dict.fromkeys([*experiment.parts, *(name for run in runs for name in (run.name, f"{run.part}/{run.name}"))])
+    known = dict.fromkeys([*experiment.parts, *(name for run in runs for name in (run.name, run.title))])
     for word in wanted:
         _known(word, known, f"--only {only}", "part or run")
-    return [run for run in runs if not wanted or {run.part, run.name, f"{run.part}/{run.name}"} & set(wanted)]
+    return [run for run in runs if not wanted or {run.part, run.name, run.title} & set(wanted)]
 
 
 def out_folder(experiment: Experiment, settings: Settings) -> Path:

@@ -294,5 +294,12 @@ def test_a_real_experiment_goes_on_where_it_was(tmp_path: Path, games_root: Path
     again = start("--only", "k0")
     assert again.returncode == 0 and "1 finished before" in again.stderr, again.stderr[-2000:]
     assert (tmp_path / "out/play/k0/0.json").stat().st_mtime_ns == written
+    # What lies there is of another configuration: it isn't shown as that of this one.
+    other = start("--only", "k0", "--max_steps", "3")
+    assert other.returncode == 2 and "max_steps: 2 there, 3 now" in other.stderr
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["tables"] == [] and result["failed"] == ["play/k0"]
+    assert "**LEFT OUT, because they failed: play/k0.**" in (tmp_path / "out/result.md").read_text()
+    assert "LEFT OUT" in other.stdout
     missing = start("--policy", str(tmp_path / "gone"), "--only", "k0")
     assert missing.returncode == 2 and "error: play/k0: " in missing.stderr and "Traceback" not in missing.stderr
