@@ -31,7 +31,6 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if self.count > 1:
             from torch.distributed import rendezvous

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from foresight_eval.methods.settings import (
 )
 from foresight_eval.ranks import Ranks
 from foresight_eval.settings import EvalSettings
-from itp.envs.pool import EnvPool
+from itp.envs.pool import EnvPool, processes_for
 from itp.games import Game, spread
 from itp.lm.base import LM
 from itp.lm.chat import asked_as
@@ -207,7 +206,7 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
     make_env = settings.make_env(method.want_admissible)
     concurrency = min(settings.concurrency, -(-missing // ranks.count))  # so that the first doesn't take them all
-    pool = EnvPool(make_env, min(settings.env_processes, concurrency, max(1, (os.cpu_count() or 1) // ranks.here)))
+    pool = EnvPool(make_env, processes_for(settings.env_processes, concurrency))
     index = {game.game_id: i for i, game in games.items()}
     mine = (games[i] for i in ranks.share(list(games)) if not is_finished(folder, i))
     lost: list[str] = []

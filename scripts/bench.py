@@ -38,7 +38,7 @@ from foresight_eval.runner import make_policy, make_world_model, method_settings
 from foresight_eval.settings import AlfworldSettings
 from itp.config import flag, parse_settings
 from itp.envs.alfworld import AlfworldEnv
-from itp.envs.pool import EnvPool
+from itp.envs.pool import EnvPool, processes_for
 from itp.games import Game, list_games, spread
 from itp.lm.base import LM, GenParams, metered
 from itp.lm.chat import asked_as
@@ -172,8 +172,9 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
         method = rl_actor(settings, lms) if part == "rl_k" else planner(settings, lms, part)
         chosen = spread(games, settings.sequential_games) if alone else games
         make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
-        async with EnvPool(make_env, settings.env_processes) as pool:
-            await warm_up(pool, chosen, settings.env_processes, concurrency)
+        processes = processes_for(settings.env_processes, concurrency)
+        async with EnvPool(make_env, processes) as pool:
+            await warm_up(pool, chosen, processes, concurrency)
             episodes: list[Episode] = []
 
             async def play() -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from itp.envs.alfworld import AlfworldEnv
 from itp.envs.base import Observation, StepResult
-from itp.envs.pool import EnvDied, EnvPool
+from itp.envs.pool import EnvDied, EnvPool, processes_for
 from itp.games import Game, list_games
 from itp.runtime import UserError
 
@@ -60,6 +60,15 @@ class ToyEnv:
 
     def close(self) -> None:
         pass
+
+
+@pytest.mark.parametrize("wanted, episodes, beside, made", [
+    (2, 16, 1, 2), (8, 16, 1, 6), (8, 3, 1, 3), (8, 16, 2, 3), (8, 16, 4, 1), (8, 16, 12, 1), (1, 16, 1, 1)])
+def test_no_more_processes_than_processors_or_episodes(monkeypatch: pytest.MonkeyPatch, wanted: int, episodes: int,
+                                                       beside: int, made: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    assert processes_for(wanted, episodes) == made
 
 
 def toy(number: object) -> Game:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.envs.alfworld_expert import Expert
-from itp.envs.pool import EnvPool
+from itp.envs.pool import EnvPool, processes_for
 from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
 from itp.games import Game, task_params
 from itp.lm.chat import asked_as
@@ -160,7 +160,8 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> list[s
     noisy = Noisy(method, intruder, _noises(settings.noise))
     expert = {"handcoded": "handcoded", "planner": "planner",
               "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
-    pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert), settings.env_processes)
+    pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert),
+                   processes_for(settings.env_processes, settings.concurrency))
     lost: list[str] = []
     try:
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,

@@ -52,6 +52,15 @@ START_TIMEOUT = 120.0
 _LENGTH = struct.Struct("!I")
 
 
+def processes_for(wanted: int, episodes: int) -> int:
+    """``wanted`` processes, but no more than there are episodes at a time or processors for this process.
+
+    Those of the machine are shared with the processes that a launcher started beside this one.
+    """
+    processors = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(wanted, episodes, max(1, processors))
+
+
 class EnvHandle:
     """One session's environment.  Made by :meth:`EnvPool.session`; one call at a time."""
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from itp.config import flag
 from itp.envs.base import TextEnv
-from itp.envs.pool import EnvPool
+from itp.envs.pool import EnvPool, processes_for
 from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
 from itp.games import Game, resolve_split
 from itp.lm.chat import asked_as
@@ -293,7 +293,7 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
         folder.save("last", learner.save, card | {"update": progress.update},
                     {"progress": dataclasses.asdict(progress), "learner": state})
 
-    async with EnvPool(make_env, min(settings.env_processes, settings.num_envs)) as player.pool:
+    async with EnvPool(make_env, processes_for(settings.env_processes, settings.num_envs)) as player.pool:
         try:
             if progress.update == 0 and held_out:
                 folder.log({"update": 0, "episodes": 0} | await evaluate())
