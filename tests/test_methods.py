@@ -128,6 +128,13 @@ def test_implement_asks_until_the_policy_keeps_an_action_that_it_knows() -> None
     assert all(f"\nIf: {action}\nThen: you see " in last for action, _, _ in decision.considered)
 
 
+def test_implement_executes_its_last_proposal_even_where_nobody_asked_about_it() -> None:
+    method, policy_lm, wm_lm = made("implement", rounds=1, belief_samples=3)
+    decision = asyncio.run(method.act(VIEW))
+    (asked, _, _), = decision.considered
+    assert len(wm_lm.asked) == 3 and decision.action != asked and decision.k == 0
+
+
 def test_implement_tells_the_world_model_what_failed_long_ago() -> None:
     history = tuple((f"a{i}", "Nothing happens." if i % 2 else "ok") for i in range(60))
     state = State("t", "o", history)

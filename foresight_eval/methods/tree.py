@@ -102,7 +102,11 @@ class Tree:
         path: Path = []
         while len(path) < depth:
             node = path[-1][1].node if path else self.root
-            choice = _uct(node, await self.widen(node), uct_w)
+            choices = await self.widen(node)
+            if node is not self.root:
+                # All rewards in one batch, though a few of these edges are never taken.
+                await asyncio.gather(*(self.follow(node, choice, look=False) for choice in choices))
+            choice = _uct(node, choices, uct_w)
             path.append((node, await self.follow(node, choice, look=len(path) + 1 < depth)))
             if path[-1][1].visits == 0:
                 break
@@ -121,7 +125,7 @@ class Tree:
 
         What was imagined is the most visited path that starts with it.  ``remember``: keep the subtree.
         """
-        edges = [self.root.edges[c.action] for c in self.root.choices if c.action in self.root.edges]
+        edges = [edge for c in self.root.choices if (edge := self.root.edges.get(c.action)) and edge.visits]
         if not edges:  # with one action to choose from nothing was searched
             return decide(self.root.choices[0])
         best = edge = max(edges, key=lambda e: (e.visits, e.value))
