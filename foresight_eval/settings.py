@@ -109,7 +109,8 @@ class SciworldSettings(EvalSettings, ScienceworldFlags):
     wm_device: str = flag("cuda:1", help="device of the world model")
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 3")
     min_k: int = flag(0, help="steps to imagine at least (not with --fixed_k)")
-    concurrency: int = flag(4, help="episodes at a time; each has a JVM of some 300 MB")
+    concurrency: int = flag(4, help="episodes at a time; each has a JVM of some 250 MB, and two more "
+                                          "load the next games")
     env: ClassVar[str] = "scienceworld"
     max_steps: ClassVar[int] = 0  # each game has its own
     max_k_without_head: ClassVar[int] = 3
