@@ -6,8 +6,6 @@
 #
 # Stages: data policy rollouts world_model label sft rl_k evaluate.  All can be repeated: what is finished is
 # kept, and what another configuration left is refused.  A stage's output is checked before the next begins.
-# The paper's costs, on two A100 80 GB: rollouts 9.5 GPU-hours, world model 8.7 h, stages 1 to 3 13.3, 12.8
-# and 9.6 GPU-hours.  Policy and world model of 8B need one 80 GB device each in stages 1 and 3.
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -54,13 +52,47 @@ else
   collect_on=(--pairs "$data/eto/train_indices.json") learn_on=("${collect_on[@]}")
 fi
 
-# Training takes all GPUs; each process has a whole model.
-gpus=$({ nvidia-smi -L || true; } 2> /dev/null | grep -c '^GPU' || true)
-[[ ${CUDA_VISIBLE_DEVICES-unset} != "" ]] || gpus=0
-if ((gpus > 1)); then train=(torchrun --standalone --nproc_per_node "$gpus" -m); else train=("$python" -m); fi
+# What the paper reports on two A100 80 GB with 8B models, for the stages that it reports.
+cost() {
+  case $1 in
+    rollouts) echo "9.5 GPU-hours" ;;
+    world_model) echo "8.7 hours" ;;
+    label) echo "13.3 GPU-hours; policy and world model take a GPU of 80 GB each" ;;
+    sft) echo "12.8 GPU-hours" ;;
+    rl_k) echo "9.6 GPU-hours; policy and world model take a GPU of 80 GB each" ;;
+    evaluate) echo "ITP-R, one request at a time: 14 s a decision, 11.8 episodes an hour" ;;
+  esac
+}
+
+# Training takes the visible GPUs, a process with a whole model each.  A batch is batch_size * grad_accum * processes,
+# and is to stay what the configuration says, so that processes share the accumulation.
+train() { # SECTION PROGRAM ARGUMENT ...
+  local section=$1 shape processes grad_accum
+  shift
+  shape=$("$python" - "$config" "$section" << 'PY'
+import sys, torch, yaml
+path, section = sys.argv[1:]
+grad_accum = (yaml.safe_load(open(path, encoding="utf-8")).get(section) or {}).get("grad_accum", 16)
+gpus = max(torch.cuda.device_count(), 1)
+processes = max(n for n in range(1, gpus + 1) if grad_accum % n == 0)
+if processes < gpus:
+    print(f"training on {processes} of {gpus} GPUs: grad_accum {grad_accum} isn't divisible by {gpus}, and the batch "
+          "is to stay", file=sys.stderr)
+print(processes, grad_accum // processes)
+PY
+  ) || exit 2
+  read -r processes grad_accum <<< "$shape"
+  local start=("$python" -m)
+  ((processes == 1)) || start=(torchrun --standalone --nproc_per_node "$processes" -m)
+  "${start[@]}" "$@" --config "$config:$section" --grad_accum "$grad_accum"
+}
 
 has() { for file in "$@"; do [[ -s $file ]] || fail "stage $stage: it left no $file; see what it said above"; done; }
 wants() { for file in "$@"; do [[ -s $file ]] || fail "stage $stage needs $file, which an earlier stage makes"; done; }
+games_there() { # A set smaller than the published one is the user's choice; an archive is what alfworld-download left.
+  ! compgen -G "$data/alfworld/json_2.1.*.zip" > /dev/null &&
+    [[ -n $(find "$data/alfworld/json_2.1.1/" -name game.tw-pddl -print -quit 2> /dev/null) ]]
+}
 fetch() { "$python" -m world_model.data_processing.fetch --out_dir "$data" --what "$1"; }
 evaluate() { # SPLIT NAME POLICY METHOD
   local games=(--env_data_root "$data/alfworld")
@@ -71,12 +103,13 @@ evaluate() { # SPLIT NAME POLICY METHOD
 }
 
 for stage in "${stages[@]}"; do
-  printf '\n== %s\n' "$stage"
+  paper=$(cost "$stage")
+  printf '\n== %s%s\n' "$stage" "${paper:+ (the paper, on two A100 80 GB: $paper)}"
   case $stage in
     data)
       [[ -f $dialogues ]] || fetch eto
       if [[ $env == alfworld ]]; then
-        [[ -d $data/alfworld/json_2.1.1 ]] || fetch games
+        games_there || fetch games
       else
         [[ -f $data/eto/train_indices.json && -f $data/eto/dev_indices.json && -f $data/eto/test_indices.json ]] ||
           fetch lists
@@ -87,7 +120,7 @@ for stage in "${stages[@]}"; do
       ;;
     policy)
       wants "$out/expert/dialogues.json"
-      "${train[@]}" itp.training.base_policy --config "$config:base_policy" --model_path "$policy_base" \
+      train base_policy itp.training.base_policy --model_path "$policy_base" \
         --train_json "$out/expert/dialogues.json" --out_dir "$out/policy"
       has "$out"/policy/{metrics.json,merged_full/config.json}
       ;;
@@ -100,7 +133,7 @@ for stage in "${stages[@]}"; do
     world_model)
       wants "$out"/{expert,rollouts}/transitions.jsonl
       cat "$out"/{expert,rollouts}/transitions.jsonl > "$out/world_model_data.jsonl"
-      "${train[@]}" world_model.base_tuning.finetune --config "$config:world_model" --model_path "$world_model_base" \
+      train world_model world_model.base_tuning.finetune --model_path "$world_model_base" \
         --data_path "$out/world_model_data.jsonl" --out_dir "$out/world_model"
       has "$out"/world_model/{metrics.json,merged_full/config.json}
       ;;
@@ -113,7 +146,7 @@ for stage in "${stages[@]}"; do
       ;;
     sft)
       wants "$out/labelled.jsonl"
-      "${train[@]}" itp.training.train_adaptive_k sft --config "$config:sft" --train_jsonl "$out/labelled.jsonl" \
+      train sft itp.training.train_adaptive_k sft --train_jsonl "$out/labelled.jsonl" \
         --policy_model_path "$out/policy/merged_full" --out_dir "$out/warm_up"
       has "$out"/warm_up/{metrics.json,merged_full/policy_heads.json}
       ;;

@@ -108,7 +108,8 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- the scripts
 
-FETCHES = {"eto": ["eto/alfworld_sft.json", "eto/sciworld_sft.json"], "games": ["alfworld/json_2.1.1/train/x"],
+FETCHES = {"eto": ["eto/alfworld_sft.json", "eto/sciworld_sft.json"],
+           "games": ["alfworld/json_2.1.1/train/x/game.tw-pddl"],
            "lists": [f"eto/{split}_indices.json" for split in ("train", "dev", "test")]}
 LEAVES = {
     "world_model.data_processing.convert": ["transitions.jsonl", "dialogues.json"],
@@ -128,6 +129,8 @@ if sys.argv[1] == "-":  # the script reads its YAML
 program, *words = sys.argv[2:]
 if not words[0].startswith("--") and program != "foresight_eval.report":
     program += " " + words.pop(0)
+if processes := os.environ.get("PROCESSES"):
+    words += ["--processes", processes]
 with open({log!r}, "a") as log:
     log.write(json.dumps([program, *words]) + "\\n")
 flags = dict(zip(words, words[1:]))
@@ -139,6 +142,12 @@ for name in names:
     path.write_text("here")
 """
 """A python that says how it was called, and leaves what the program would."""
+TORCHRUN = """#!/usr/bin/env bash
+export PROCESSES=$3
+shift 3
+exec python3 "$@"
+"""
+"""A launcher that starts one of the processes."""
 SERIES = {"cot": "cot", "react": "react", "itp-i": "foresight", "sft": "sft", "itp-r-warm-up": "foresight",
           "itp-r": "foresight"}
 
@@ -155,6 +164,16 @@ class Reproduction:
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.leave(LEAVES)
+        launcher = self.bin / "torchrun"
+        launcher.write_text(TORCHRUN)
+        launcher.chmod(0o755)
+        self.modules = folder / "modules"
+        self.modules.mkdir()
+        self.gpus(0)
+
+    def gpus(self, visible: int) -> None:
+        """So many are visible to torch."""
+        (self.modules / "torch.py").write_text(f"class cuda:\n    device_count = staticmethod(lambda: {visible})\n")
 
     def leave(self, leaves: dict[str, list[str]]) -> None:
         python = self.bin / "python3"
@@ -164,9 +183,10 @@ class Reproduction:
     def run(self, *stages: str) -> tuple[int, str, list[list[str]]]:
         """Exit status, what it said on stderr, and the commands."""
         self.log.write_text("")
-        environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": str(self.modules)}
         run = subprocess.run(["bash", str(ROOT / f"scripts/reproduce_{self.env}.sh"), str(self.recipe), *stages],
                              capture_output=True, text=True, timeout=60, check=False, env=environment)
+        self.stdout = run.stdout
         return run.returncode, run.stderr, [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
@@ -176,6 +196,7 @@ def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
     made = Reproduction(env, tmp_path)
     status, said, commands = made.run()
     assert status == 0, said
+    assert "== rl_k (the paper, on two A100 80 GB: 9.6 GPU-hours; policy and world model" in made.stdout
     science = env == "scienceworld"
     splits = ("dev", "test") if science else ("dev",)
     evaluation = "foresight_eval.runner_sciworld" if science else "foresight_eval"
@@ -226,6 +247,32 @@ def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
 
     status, said, commands = made.run("data", "sft")  # what is there isn't fetched again
     assert [program for program, *_ in commands] == [stages[0][1], "itp.training.train_adaptive_k sft"]
+
+
+@pytest.mark.parametrize("gpus, processes, said", [
+    (0, 1, ""), (1, 1, ""), (2, 2, ""), (8, 8, ""),
+    (6, 4, "training on 4 of 6 GPUs: grad_accum 16 isn't divisible by 6"),
+])
+def test_several_gpus_share_the_batch(gpus: int, processes: int, said: str, tmp_path: Path) -> None:
+    """Table 9's batch of 16, on however many."""
+    made = Reproduction("alfworld", tmp_path)
+    made.gpus(gpus)
+    (made.out / "expert").mkdir(parents=True)
+    (made.out / "expert/dialogues.json").write_text("here")
+    status, stderr, ((program, *words),) = made.run("policy")
+    assert (status, program) == (0, "itp.training.base_policy") and said in stderr and bool(said) == bool(stderr)
+    if processes > 1:
+        assert words[-2:] == ["--processes", str(processes)]
+        del words[-2:]
+    found = settings_of(BasePolicySettings, words)
+    assert found.batch_size * found.grad_accum * processes == 16 and found.bf16
+
+
+def test_games_that_a_download_left_halfway_are_fetched(tmp_path: Path) -> None:
+    made = Reproduction("alfworld", tmp_path)
+    made.run("data")
+    made.data.joinpath("alfworld/json_2.1.2_tw-pddl.zip").write_text("unpacked when it was interrupted")
+    assert [words[-1] for program, *words in made.run("data")[2] if program.endswith("fetch")] == ["games"]
 
 
 def test_a_stage_that_leaves_nothing_is_the_last(tmp_path: Path) -> None:
