@@ -32,6 +32,9 @@ SPLIT_ALIASES = {
     "test": "valid_unseen",
 }
 
+ALFWORLD_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
+"""How many playable games the published set has."""
+
 ENVIRONMENTS = ("alfworld", "scienceworld")
 K_MAX = {"alfworld": 5, "scienceworld": 8}
 """The paper's K_max."""

@@ -328,7 +328,33 @@ def test_fetch_lists_over_http(tmp_path: Path) -> None:
     assert json.loads((folder / "dev_indices.json").read_text()) == [["task-1-boil", 14]]
 
 
-def test_fetch_counts_games(games_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+TOOL = """#!{python}
+import json, pathlib, shutil, sys
+assert sys.argv[1] == "--data-dir" and "--force" in sys.argv  # else it keeps files that a kill cut short
+root = pathlib.Path(sys.argv[2])
+for game in json.loads(pathlib.Path({leaves!r}).read_text()):
+    shutil.copytree(pathlib.Path({source!r}) / game, root / game, dirs_exist_ok=True)
+"""
+"""An alfworld-download that unpacks some games."""
+
+
+def test_fetch_completes_a_set_of_games_and_insists(games_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = [str(file.parent.relative_to(games_root)) for file in sorted(games_root.rglob("game.tw-pddl"))]
+    root, leaves, tool = tmp_path / "alfworld", tmp_path / "leaves.json", tmp_path / "alfworld-download"
+    tool.write_text(TOOL.format(python=sys.executable, leaves=str(leaves), source=str(games_root)))
+    tool.chmod(0o755)
+    monkeypatch.setattr(fetch.shutil, "which", lambda *_, **__: str(tool))
+    monkeypatch.setattr(fetch, "ALFWORLD_GAMES", {"train": 6, "valid_seen": 2, "valid_unseen": 2})
+    leaves.write_text(json.dumps(trials[:-1]))
+    with pytest.raises(UserError, match="alfworld-download left 1 of 2 games of valid_unseen"):
+        fetch.fetch_games(root)
+    # All folders are there, and a game that a kill cut short.
+    cut = root / trials[0] / "game.tw-pddl"
+    cut.write_bytes(cut.read_bytes()[:100])
+    leaves.write_text(json.dumps(trials))
     with caplog.at_level("INFO"):
-        fetch.fetch_games(games_root)
+        fetch.fetch_games(root)
     assert "6 games of train" in caplog.text
+    tool.unlink()
+    fetch.fetch_games(root)  # whole: the tool isn't called

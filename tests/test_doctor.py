@@ -26,8 +26,12 @@ def test_program_on_this_machine(games_root: Path, tmp_path: Path) -> None:
     assert "6 train, 2 valid_seen, 2 valid_unseen" in run.stdout and "Traceback" not in run.stderr
 
 
-def test_games(games_root: Path, tmp_path: Path) -> None:
-    assert doctor.games(str(games_root)).state == "ok"
+def test_games(games_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, line = state_of(doctor.games(str(games_root)))
+    assert state == "note" and "6 train, 2 valid_seen, 2 valid_unseen under" in line and "has 3553, 140, 134" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "ALFWORLD_GAMES", {"train": 6, "valid_seen": 2, "valid_unseen": 2})
+        assert doctor.games(str(games_root)).state == "ok"
     state, line = state_of(doctor.games(str(tmp_path / "none")))
     assert state == "missing" and "alfworld-download --data-dir" in line
     (tmp_path / "json_2.1.1").mkdir()

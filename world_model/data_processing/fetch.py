@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.games import SPLITS, list_games
+from itp.games import ALFWORLD_GAMES, SPLITS, list_games
 from itp.runtime import UserError, read_json, run_main, write_atomic
 
 log = logging.getLogger("itp.fetch")
@@ -99,19 +99,35 @@ def _get(url: str, path: Path) -> str:
 
 
 def fetch_games(root: Path) -> None:
-    """ALFWorld's games of all splits, checked by listing them.  Raises UserError."""
-    if not all((root / "json_2.1.1" / split).is_dir() for split in SPLITS):
+    """ALFWorld's games, checked by their number in each split.  Raises UserError."""
+    if _lacking(root):
         tool = shutil.which("alfworld-download", path=str(Path(sys.executable).parent)) or \
             shutil.which("alfworld-download")
         if tool is None:
             raise UserError("alfworld-download isn't installed; pip install alfworld")
         root.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([tool, "--data-dir", str(root)], check=False)
+        # --force: where it was killed while unpacking, it would keep a file that is cut short.
+        done = subprocess.run([tool, "--data-dir", str(root), "--force"], check=False)
         if done.returncode:
             raise UserError(f"{root}: alfworld-download ended with status {done.returncode}; it needs the network; "
                             "or put the folder json_2.1.1 of another machine there yourself")
+        if lacking := _lacking(root):
+            raise UserError(f"{root}: alfworld-download left {lacking}; try again with an alfworld of 0.4 or later")
     for split in SPLITS:
         log.info("%s: %d games of %s", root, len(list_games("alfworld", split, root)), split)
+
+
+def _lacking(root: Path) -> str:
+    """What the folder lacks of the published games; empty: nothing."""
+    lacking = []
+    for split, published in ALFWORLD_GAMES.items():
+        try:
+            there = len(list_games("alfworld", split, root))
+        except UserError:  # none, or a file that is cut short
+            there = 0
+        if there < published:
+            lacking.append(f"{there} of {published} games of {split}")
+    return ", ".join(lacking)
 
 
 def main() -> None:
