@@ -228,6 +228,24 @@ def test_a_prompt_that_does_not_fit_is_refused(lm: LocalLM) -> None:
         run(lm.generate([STATE + 200 * STEP], GenParams()))
 
 
+def test_a_prompt_that_does_not_fit_is_its_own_error_alone(lm: LocalLM) -> None:
+    params, long = GenParams(max_new_tokens=6), STATE + 200 * STEP
+    expected = [answer.text for answer in run(lm.generate(PROMPTS, params))]
+
+    asked = [*PROMPTS[:2], long, *PROMPTS[2:]]
+    answers = run(_gathered(lm.generate([prompt], params) for prompt in asked))
+    assert lm.batches[-1] == len(PROMPTS) + 1
+    assert isinstance(answers.pop(2), UserError)
+    assert [answer.text for answer, in answers] == expected
+    scores = run(_gathered(lm.loglikelihood([(prompt, CHOICES[0])]) for prompt in (PROMPTS[0], long)))
+    assert scores[0][0].logprobs == pytest.approx(slow_logprobs(lm, PROMPTS[0], CHOICES[0]), abs=1e-5)
+    assert isinstance(scores[1], UserError)
+
+
+async def _gathered(coroutines) -> list:
+    return await asyncio.gather(*coroutines, return_exceptions=True)
+
+
 def test_an_error_in_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(requests):
         raise RuntimeError("out of memory")

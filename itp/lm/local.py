@@ -232,22 +232,32 @@ class LocalLM:
         self.busy_s += time.monotonic() - start
 
     def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
-        """In the model's thread: the answers to jobs of one kind."""
+        """In the model's thread: the answers to jobs of one kind, or the UserError why one can't be asked."""
         run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
-        return run([job.work([*self.encode.start, *self.encode(job.prompt)]) for job in jobs])
+        work = [self._work(job) for job in jobs]
+        fitting = [one for one in work if not isinstance(one, UserError)]
+        answers = iter(run(fitting) if fitting else [])
+        return [one if isinstance(one, UserError) else next(answers) for one in work]
+
+    def _work(self, job: _Job) -> Any:
+        try:
+            return job.work([*self.encode.start, *self.encode(job.prompt)])
+        except UserError as error:  # its prompt is too long, which is no fault of the others in the batch
+            return error
 
     async def _answer(self, call: str, jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, call, jobs)
         await asyncio.wait([running])
-        error = running.exception()
-        for i, job in enumerate(jobs):
+        failed = running.exception()  # an error belongs to those who wait for the answer
+        answers = [failed] * len(jobs) if failed is not None else running.result()
+        for job, answer in zip(jobs, answers, strict=True):
             if job.answer.done():  # its episode was cancelled meanwhile
                 continue
-            if error is not None:  # it belongs to those who wait for the answer
-                job.answer.set_exception(error)
+            if isinstance(answer, BaseException):
+                job.answer.set_exception(answer)
             else:
-                job.answer.set_result(running.result()[i])
+                job.answer.set_result(answer)
 
 
 def _check_choices(ids: list[list[int]], texts: tuple[str, ...]) -> None:
