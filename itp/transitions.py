@@ -22,8 +22,9 @@ from itp.runtime import UserError, write_atomic
 class Transition:
     """(s_t, a_t, s_{t+1}) and where it comes from.
 
-    ``expert_action``: what the expert would have done in ``state``; equal to ``action`` unless
-    something else was executed (exploration), empty where no expert was asked.
+    ``expert_action``: what is to be imitated in ``state``.  What the expert would have done, which is ``action``
+    unless something else was executed (exploration); empty: nothing (a random walk, a turn marked so).  In a file
+    without the field ``action`` is the expert's.
     ``reward``: the engine's; ``done``: the episode ended here; ``source``: who acted.
     """
 
@@ -143,4 +144,4 @@ def to_transition(row: Any, where: str, required: tuple[str, ...]) -> Transition
         kind = _TYPES.get(name, str)
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{where}: field {name!r} is {value!r}, which is of the wrong type")
-    return Transition(**values)
+    return Transition(**{"expert_action": values["action"], **values})

@@ -127,6 +127,7 @@ def test_walks_take_whatever_there_is_and_come_back(monkeypatch, games_root: Pat
     verbs = Counter(t.action.split()[0] for walk in walks.values() for t in walk)
     assert verbs["go"] < 0.7 * verbs.total() and verbs["take"] > 0.05 * verbs.total() and not verbs["help"]
     others = 0
+    assert not any(t.expert_action for walk in walks.values() for t in walk)  # nothing is to be imitated
     for walk in walks.values():
         visits = [t.action for t in walk if t.action.startswith("go to ")]
         assert len(set(visits)) < len(visits)

@@ -129,7 +129,7 @@ def test_transitions_come_back_as_they_were(tmp_path: Path) -> None:
 def test_foreign_rows_need_three_fields_only(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(lines({name: name for name in REQUIRED} | {"their_own": [1]}) + "\n\n")
-    assert read_transitions(path) == [Transition("", 0, "state", "action", "next_state")]
+    assert read_transitions(path) == [Transition("", 0, "state", "action", "next_state", "action")]
     path.write_text(lines({**ROW, "episode_id": 12}))
     assert read_transitions(path)[0].episode_id == "12"
 

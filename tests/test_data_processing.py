@@ -184,6 +184,17 @@ def test_transitions_file(tmp_path: Path) -> None:
     assert [t["id"] for t in out.talks] == ["alfworld/alfworld_0"]
 
 
+def test_what_is_not_to_be_imitated_makes_no_dialogue(tmp_path: Path) -> None:
+    rows = [{"episode_id": t.episode_id, "step": t.step, "state": t.state, "action": t.action, "next_state":
+             t.next_state} for t in converted(tmp_path, [eto()]).transitions]
+    walk = [row | {"expert_action": ""} for row in rows]
+    out = converted(tmp_path, walk)
+    assert out.talks == [] and out.notes["episodes with nothing to imitate (no dialogue)"] == 1
+    out = converted(tmp_path, [rows[0], walk[1]])
+    assert [t.get("weight", 1) for t in out.talks[0]["conversations"] if t["from"] == "gpt"] == [1, 0]
+    assert [t.expert_action for t in out.transitions] == ["go to cabinet 1", ""]
+
+
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings(tmp_path, [eto(i) for i in range(3)] + [{"id": 1, "conversations": []}])
     monkeypatch.setattr(sys, "argv", ["convert", "--input", given.input, "--out_dir", given.out_dir])

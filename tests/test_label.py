@@ -246,6 +246,22 @@ def test_a_bad_line_is_named_or_skipped_and_counted(make, expert: Path, tmp_path
     assert json.loads(Path(settings.out_labeled_jsonl + ".run/summary.json").read_text())["skipped"] == 1
 
 
+def test_what_is_not_to_be_imitated_has_no_label(make, expert: Path, tmp_path: Path) -> None:
+    """An empty expert_action: nothing to imitate.  Without the field the action is the expert's."""
+    rows = [json.loads(line) for line in expert.read_text().splitlines()][:len(PLAY)]
+    rows[1]["expert_action"] = ""
+    del rows[2]["expert_action"]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(row.index, row.forced) for row in read_expert(str(path), None)] == [
+        (0, (PLAY[0][0],)), (2, (PLAY[2][0], PLAY[3][0])), (3, (PLAY[3][0],))]
+    found = labelled(make(expert_jsonl=str(path), kmax=0))
+    assert [(row["step"], row["expert_action"]) for row in found] == [(t, PLAY[t][0]) for t in (0, 2, 3)]
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(UserError, match="'expert_action' is empty in every row"):
+        read_expert(str(path), None)
+
+
 def test_history_is_dropped_oldest_first_until_it_fits() -> None:
     state = State("t", "o", tuple((f"a{i}", f"o{i}") for i in range(9)))
     for room in range(12, 60):  # in words: four before the history, four a step, four to say what was left out

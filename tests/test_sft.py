@@ -324,5 +324,9 @@ def test_what_the_policy_reads_and_does(tmp_path):
     assert full.foresight.startswith("\nIf: open cabinet 1\nThen: In it") and full.foresight.count("Then:") == 2
     assert last.foresight == old.foresight == "\nThen: Nothing happens."
     assert full.action == "look" and full.k == 2
+    path = write(tmp_path / "d.jsonl", [row | {"expert_action": ""}, row])
+    assert read(path) == [full] and len(read(path, act_on="all")) == 3
+    with pytest.raises(UserError, match="d.jsonl:1: field 'expert_action' is None"):
+        read(write(tmp_path / "d.jsonl", [row | {"expert_action": None}]))
     zero, = read(write(tmp_path / "c.jsonl", [released | {"k_label": 0}]), foresight_format="last_obs")
     assert zero.foresight == ""

@@ -184,11 +184,11 @@ async def _play(settings: Settings, games: Sequence[Game], path: Path) -> list[s
 
 
 def episode_transitions(episode: Episode, source: str) -> list[Transition]:
-    """An episode in the schema of trajectory data."""
+    """An episode in the schema of trajectory data.  Nothing in a random walk is worth imitating."""
     return [
         Transition(episode.game.game_id, t, step.state.render(), step.decision.action, step.observation,
-                   step.decision.expert_action, step.reward, t == len(episode.steps) - 1, episode.success,
-                   episode.game.task_type, source)
+                   "" if source == "random" else step.decision.expert_action, step.reward,
+                   t == len(episode.steps) - 1, episode.success, episode.game.task_type, source)
         for t, step in enumerate(episode.steps)
     ]
 
@@ -196,7 +196,7 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
 def _dialogues(settings: Settings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
     """The dialogues of one episode: the whole of it, and for some foresight, horizon and reasoning."""
     if settings.actor == "random":
-        return []  # nothing in it is worth imitating
+        return []
     talks = [dialogues.episode_dialogue(episode)]
     draw = random.Random(derive_seed(settings.seed, "foresight", episode[0].episode_id))
     more = draw.random() < settings.foresight_share % 1

@@ -147,7 +147,7 @@ class Labeller:
             trajectory = await self._imagine(row, fitting)
         # An episode that ends sooner has no teacher-forced future beyond.
         candidates = [k for k in self.candidates if k <= len(trajectory.steps)]
-        target = action_target(expert_action(row.transition))
+        target = action_target(row.transition.expert_action)
         with metered() as scoring:
             totals, sizes, alone = await self._score(row, trajectory, candidates, target, fitting)
         norm = 1 if self.settings.logprob_norm == "sum" else sizes
@@ -198,11 +198,6 @@ class _Recorded:
         return next(self.actions)
 
 
-def expert_action(transition: Transition) -> str:
-    """a*_t: what the expert would have done, also where something else was executed."""
-    return transition.expert_action or transition.action
-
-
 def _computed(usage: Usage | None) -> int:
     """Tokens that really went through the model."""
     return usage.tokens - usage.cached_tokens if usage else 0
@@ -225,7 +220,10 @@ def parse_candidates(text: str, kmax: int) -> tuple[int, ...]:
 
 
 def read_expert(path: str, skipped: list[str] | None) -> list[Row]:
-    """All rows of an expert file.  What is wrong with one is raised, or put into ``skipped`` if it is a list."""
+    """The rows of an expert file that hold something to imitate.
+
+    What is wrong with one is raised, or put into ``skipped`` if it is a list.
+    """
     rows: list[Row] = []
     for where, transition in locate_transitions(path, required=(*REQUIRED, "episode_id", "step"), skipped=skipped):
         try:
@@ -237,8 +235,14 @@ def read_expert(path: str, skipped: list[str] | None) -> list[Row]:
             skipped.append(message)
     if not rows:
         raise UserError(f"{path}: holds no usable rows; give a JSONL file of the expert's transitions")
-    return [dataclasses.replace(row, index=i, forced=forced)
-            for i, (row, forced) in enumerate(zip(rows, _forced_actions(rows), strict=True))]
+    imitated = [dataclasses.replace(row, index=i, forced=forced)
+                for i, (row, forced) in enumerate(zip(rows, _forced_actions(rows), strict=True)) if forced]
+    if not imitated:
+        raise UserError(f"{path}: 'expert_action' is empty in every row, so nothing is to be imitated; give the "
+                        "expert's transitions")
+    if left_out := len(rows) - len(imitated):
+        log.info("%d rows with an empty 'expert_action' are left out: they aren't to be imitated", left_out)
+    return imitated
 
 
 def _forced_actions(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -246,10 +250,10 @@ def _forced_actions(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     following = {(row.transition.episode_id, row.transition.step): row.transition for row in rows}
     for row in rows:
         actions, here = [], row.transition
-        while here is not None:
-            actions.append(expert_action(here))
+        while here is not None and here.expert_action:
+            actions.append(here.expert_action)
             # After another action than the expert's, the next row isn't what follows from the expert's.
-            executed = here.action == expert_action(here)
+            executed = here.action == here.expert_action
             here = following.get((here.episode_id, here.step + 1)) if executed else None
         yield tuple(actions)
 

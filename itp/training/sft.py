@@ -96,6 +96,8 @@ def read_labelled(settings: SftSettings) -> list[Step]:
     path, kmax, foresight_format, steps = settings.train_jsonl, settings.kmax, settings.foresight_format, []
     for where, row in read_rows(path):
         labelled = _step(row, where, settings)
+        if not labelled.action:
+            continue  # its action isn't to be imitated
         steps.append(labelled)
         if settings.act_on == "all":
             steps += [dataclasses.replace(labelled, k=None, foresight=foresight_text(
@@ -126,7 +128,9 @@ def _step(row: Any, where: str, settings: SftSettings) -> Step:
         raise UserError(f"{where}: field 'state' isn't a state ({error}); mend or remove the line") from error
     foresight = foresight_text(_imagined(row, where, k, foresight_format), foresight_format)
     # What was executed may have been exploration; the label was made for what the expert would have done.
-    action = row.get("expert_action") or row["action"]
+    action = row.get("expert_action", row["action"])
+    if not isinstance(action, str):
+        raise UserError(f"{where}: field 'expert_action' is {action!r}, which isn't an action; mend or remove the line")
     return Step(str(row["episode_id"]), state, foresight, action, k)
 
 

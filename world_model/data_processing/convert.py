@@ -157,11 +157,12 @@ def _add_episodes(rows: Sequence[Transition], out: Converted) -> None:
         states = [parse(t.state) for t in episode]
         follows = all(state.after(t.action, t.next_state) == after
                       for state, t, after in zip(states, episode, states[1:], strict=False))
-        if name and follows and not states[0].history and not states[0].omitted:
-            rows_ = [t if t.expert_action else dataclasses.replace(t, expert_action=t.action) for t in episode]
-            out.talks.append(dialogues.episode_dialogue(rows_))
-        else:
+        if not name or not follows or states[0].history or states[0].omitted:
             out.notes["episodes whose steps aren't all there, in order (no dialogue)"] += 1
+        elif not any(t.expert_action for t in episode):
+            out.notes["episodes with nothing to imitate (no dialogue)"] += 1
+        else:
+            out.talks.append(dialogues.episode_dialogue(episode))
 
 
 def main() -> None:
