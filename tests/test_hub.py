@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +14,7 @@ import yaml
 
 from itp.runtime import UserError
 from itp.training.base_policy import BasePolicySettings, read_dialogues
-from itp.training.finetune import check_settings, finetune
+from itp.training.finetune import check_settings, claim_run, finetune
 from tests.tiny import write_tiny_model
 
 TALKS = """[{"id": "a", "conversations": [{"from": "human", "value": "Task: x"},
@@ -55,6 +58,27 @@ def test_upload_that_fails_is_one_line(settings: BasePolicySettings, monkeypatch
         finetune(settings, read_dialogues(settings.train_json))
     assert (settings.merged_path / "config.json").is_file()
     assert not (Path(settings.out_dir) / "metrics.json").exists()  # not finished: the same command tries again
+
+
+def test_no_network_is_one_line(settings: BasePolicySettings, tmp_path: Path) -> None:
+    """The real client, and an address at which nobody answers; a process, because it reads the address when loaded."""
+    push = ("import pathlib, sys; from itp.training.hub import push; from itp.runtime import run_main; "
+            "run_main(lambda: push(pathlib.Path(sys.argv[1]), 'me/policy'))")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run([sys.executable, "-c", push, str(tmp_path)], capture_output=True, text=True, timeout=100,
+                         check=False, env=environment)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "error: --push_to_hub me/policy: ConnectError; log in" in run.stderr
+
+
+def test_a_finished_run_is_uploaded_once(settings: BasePolicySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: sent.append(name))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: sent.append(options["folder_path"]))
+    finetune(settings, read_dialogues(settings.train_json))
+    for name in ("", "me/policy", "me/policy", "me/other"):
+        assert claim_run(dataclasses.replace(settings, push_to_hub=name), [settings.train_json])
+    assert sent == ["me/policy", settings.merged_path, "me/other", settings.merged_path]
 
 
 @pytest.mark.parametrize("changes, said", [

@@ -160,7 +160,7 @@ def _check_flash_attention(settings: FinetuneSettings) -> None:
 
 
 def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], ignore: tuple[str, ...] = ()) -> bool:
-    """Make ``out_dir`` this run's, or check that it is.  True: the run is already finished.
+    """Make ``out_dir`` this run's, or check that it is.  True: the run is already finished (and on the hub, if asked).
 
     The data count by their content, so that an edited file isn't taken for the same run; ``ignore``
     names the program's own settings that don't matter, such as the data's path.
@@ -184,7 +184,17 @@ def claim_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], igno
         return False
     if is_first_process():
         log.info("already done: %s has metrics.json; choose another out_dir to train anew", settings.out_dir)
+        metrics = read_json(Path(settings.out_dir) / "metrics.json")
+        if settings.push_to_hub and settings.push_to_hub != metrics.get("pushed_to"):
+            _push(settings, metrics)
+            write_json(Path(settings.out_dir) / "metrics.json", metrics)
     return True
+
+
+def _push(settings: FinetuneSettings, metrics: dict[str, Any]) -> None:
+    """Upload the complete model and put that on record in ``metrics``."""
+    hub.push(settings.merged_path, settings.push_to_hub)
+    metrics["pushed_to"] = settings.push_to_hub
 
 
 def whole_checkpoints(out_dir: str | Path) -> list[Path]:
@@ -269,7 +279,7 @@ def train(settings: FinetuneSettings, task: TextTask) -> dict[str, Any] | None:
     if settings.merged_path.is_dir():
         hub.write_readme(settings.merged_path, settings, metrics)
         if settings.push_to_hub:
-            hub.push(settings.merged_path, settings.push_to_hub)
+            _push(settings, metrics)
     write_json(Path(settings.out_dir) / "metrics.json", metrics)
     log.info("metrics: %s", json.dumps(metrics))
     return metrics

@@ -45,11 +45,12 @@ def write_readme(folder: Path, settings: FinetuneSettings, metrics: Mapping[str,
 def push(folder: Path, repository: str) -> None:
     """Upload a model folder to ``repository`` (user/name), private unless it is there.  Raises UserError."""
     import huggingface_hub
+    from huggingface_hub.errors import HTTPError  # the client's own, which it also raises without a network
 
     try:
         huggingface_hub.create_repo(repository, private=True, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"--push_to_hub {repository}: {type(error).__name__}; log in with `hf auth login`, check name "
                         f"and network, and start the same command again (the model is whole in {folder})") from error
     log.info("%s is on the hub as %s", folder, repository)

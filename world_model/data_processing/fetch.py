@@ -67,10 +67,11 @@ def fetch_dialogues(folder: Path, revision: str) -> None:
 def _download(name: str, revision: str, path: Path) -> str:
     """The file in the hub's cache, which resumes by itself."""
     import huggingface_hub
+    from huggingface_hub.errors import HTTPError
 
     try:
         return huggingface_hub.hf_hub_download(ETO, f"data/{name}", repo_type="dataset", revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise UserError(f"{path}: can't be downloaded ({type(error).__name__}); it needs the Hugging Face hub; or "
                         f"put data/{name} of the data set {ETO} there yourself") from error
 
