@@ -155,6 +155,9 @@ def run(settings: SftSettings) -> dict[str, Any] | None:
     settings = as_labelled(dataclasses.replace(settings, model_path=settings.policy_model_path))
     steps = read_labelled(settings)
     check_settings(settings)
+    if settings.device_map and settings.q_lora:
+        raise UserError("--q_lora keeps the base in 4 bits on one GPU and --device_map spreads it over several; give "
+                        "one of them")
     if settings.device_map and settings.deepspeed:
         raise UserError("--device_map spreads the model over the GPUs of one process, --deepspeed over processes; "
                         "give one of them")
