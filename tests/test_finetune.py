@@ -6,10 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +22,8 @@ from itp.training.examples import Example, encode, hold_out
 from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune, whole_checkpoints
 from itp.training.hf_trainer import Collator, SimilarLengths
 from itp.training.text_task import TextTask
+from tests.killed import kill
 
-ROOT = Path(__file__).parents[1]
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
 VOCAB = {word: i for i, word in enumerate(WORDS)}
 EOS, BOS = VOCAB["<eos>"], VOCAB["<bos>"]
@@ -262,15 +259,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "itp.training.base_policy", "--out_dir", str(killed)]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoint-14" / "complete.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(command, (killed / "checkpoint-14" / "complete.json").exists, tmp_path / "log")
     assert not (killed / "metrics.json").exists()
     # As if it had been killed while saving: the newest checkpoint is half of one.
     newest = whole_checkpoints(killed)[-1]

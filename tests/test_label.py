@@ -20,6 +20,7 @@ from itp.training import label
 from itp.training.fitting import cut
 from itp.training.label import LabelSettings, best_k, parse_candidates, penalised, read_expert
 from itp.transitions import Transition, write_transitions
+from tests.killed import command_of, finish, kill
 from tests.tiny import write_tiny_model
 
 FIRST = ("You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a fridge 1, and a desk 2.")
@@ -226,6 +227,25 @@ def test_a_run_that_was_killed_goes_on(make, tmp_path: Path) -> None:
         label.run(make(lambda_k=0.5))
     cheap = labelled(make(lambda_k=0.0, override=True))
     assert all(row["scores"] == row["logprobs"] for row in cheap)
+
+
+def test_a_process_that_is_killed_goes_on_with_the_same_command(make, expert: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in expert.read_text().splitlines()]
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(row | {"episode_id": f"{row['episode_id']}{i}"}) + "\n"
+                            for i in range(25) for row in rows))
+    settings = make(expert_jsonl=str(many), kmax=2, concurrency=2)
+    progress, out = Path(settings.out_labeled_jsonl + ".run/rows.jsonl"), Path(settings.out_labeled_jsonl)
+    command = command_of(["itp.training.train_adaptive_k", "label"], settings)
+    kill(command, lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 20, tmp_path / "log")
+    before = progress.read_bytes()
+    assert not out.exists() and before.count(b"\n") < 25 * len(rows)
+    finish(command, tmp_path / "log")
+    assert progress.read_bytes().startswith(before[:before.rfind(b"\n") + 1])  # what was finished stays as it was
+    numbers = [json.loads(line)["row"] for line in progress.read_text().splitlines()]
+    assert sorted(numbers) == list(range(25 * len(rows)))  # every row once
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert_same(found, labelled(dataclasses.replace(settings, out_labeled_jsonl=str(tmp_path / "undisturbed.jsonl"))))
 
 
 def test_a_bad_line_is_named_or_skipped_and_counted(make, expert: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from itp.training import sft
 from itp.training.finetune import whole_checkpoints
 from itp.training.sft import SftSettings, Step, as_labelled, read_labelled
 from itp.training.warm_up import StepCollator, WarmUp, WarmUpTask
+from tests.killed import command_of, finish, kill
 from tests.tiny import write_tiny_model
 
 CLOSED, OPEN = "The cabinet 1 is closed.", "The cabinet 1 is open."
@@ -264,6 +265,39 @@ def test_a_run_cut_off_goes_on_to_the_very_same_weights(model_path, tmp_path, lo
     assert (after.get_input_embeddings().weight[ctrl] - mean).abs().max() > 1e-4  # the control row was trained
     if lora_r:
         assert (out / "adapter_model.safetensors").is_file() and (out / "policy_heads.safetensors").is_file()
+
+
+def test_a_process_that_is_killed_goes_on_with_the_same_command(model_path, tmp_path):
+    rows = [row for i in range(10) for row in episode(i)]
+    settings = settings_for(model_path, tmp_path, rows, lora_r=4, lora_dropout=0.1, epochs=10.0, save_every_steps=3,
+                            save_total_limit=100, logging_steps=1, eval_every_epoch=False)
+    out = Path(settings.out_dir)
+    command = command_of(["itp.training.train_adaptive_k", "sft"], settings)
+    kill(command, (out / "checkpoint-6" / "complete.json").exists, tmp_path / "log")
+    there = whole_checkpoints(out)[-1]
+    assert not (out / "metrics.json").exists()
+    finish(command, tmp_path / "log")
+    assert json.loads((out / "metrics.json").read_text())["resumed"]
+    whole = dataclasses.replace(settings, out_dir=str(tmp_path / "whole"))
+    sft.run(whole)
+    resumed, expected = (losses(folder) for folder in (out, tmp_path / "whole"))
+    assert int(there.name.removeprefix("checkpoint-")) < len(expected)
+    assert [step for step, _ in resumed] == [*range(1, len(expected) + 1)]  # every step once
+    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in expected], abs=1e-5)
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a whole run, as its log has them."""
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+
+
+@pytest.mark.parametrize("flags, said", [({"q_lora": True}, "--q_lora keeps the base in 4 bits on one GPU"),
+                                         ({"deepspeed": "x.json"}, "--device_map spreads the model over the GPUs")])
+def test_a_device_map_goes_with_neither(model_path, tmp_path, flags, said, monkeypatch):
+    monkeypatch.setattr(sft, "check_settings", lambda settings: None)  # bitsandbytes and the file needn't be there
+    with pytest.raises(UserError, match=said):
+        sft.run(settings_for(model_path, tmp_path, episode(0), lora_r=4, device_map="auto", **flags))
 
 
 def test_lora_on_a_bfloat16_base_trains_in_float32_and_goes_on_with_its_heads(model_path, tmp_path):
