@@ -103,6 +103,34 @@ def test_eto_scienceworld(tmp_path: Path) -> None:
     assert out.transitions[0].episode_id == "scienceworld/7"
 
 
+def test_first_observations_that_dialogues_lack_come_from_the_simulator(tmp_path: Path) -> None:
+    """ETO's dialogues begin with the task alone; the id names the game, and its task must be the dialogue's."""
+    from itp.envs.scienceworld import ScienceworldEnv
+    from itp.games import Game
+
+    env = ScienceworldEnv()
+    seen = env.reset(Game("scienceworld", "train", "x", "lifespan-longest-lived-then-shortest-lived/3/easy", "x"))
+    posed = env._call("freeActionTaskDesc").removeprefix("Task Description:").strip()
+    env.close()
+    assert "  " in posed and "  " not in seen.task  # the environment's text has no double spaces
+
+    def dialogue(name: str, task: str) -> dict[str, Any]:
+        turns = science()["conversations"]
+        turns[2] = human(task)
+        return {"id": name, "conversations": turns}
+
+    rows = [dialogue("21_3", posed), dialogue("21_3", "Your task is to sing."), dialogue("99_3", posed),
+            dialogue("21_99999", posed), dialogue("x", posed), science()]
+    plain = converted(tmp_path, rows)
+    lacking = next(count for note, count in plain.notes.items() if note.startswith("dialogues without a first obs"))
+    assert lacking == 5 and parse(plain.transitions[0].state).first == ""
+    filled = converted(tmp_path, rows, first_from_simulator=True)
+    assert filled.notes["first observations taken from the simulator"] == 1
+    states = [parse(t.state) for t in filled.transitions if t.step == 0]
+    assert [(states[0].task, states[0].first)] == [(seen.task, seen.text)]
+    assert [bool(state.first) for state in states] == [True, False, False, False, False, True]
+
+
 def test_agentgym_and_chat_messages_say_the_same(tmp_path: Path) -> None:
     turns = eto()["conversations"]
     gym = {"item_id": "pick_12", "conversations": [

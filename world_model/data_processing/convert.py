@@ -16,6 +16,7 @@ dropped and counted with its reason; a file that isn't JSON is an error that nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -31,9 +32,13 @@ from itp.runtime import UserError, run_main, write_json
 from itp.text import dialogues
 from itp.text.state import parse
 from itp.transitions import REQUIRED, Transition, read_rows, to_transition, write_transitions
+from world_model.data_processing.first_observations import FirstObservations
 from world_model.data_processing.recorded import Recorded, Unreadable, env_of, episode_id, read_turns, recorded
 
 log = logging.getLogger("itp.convert")
+WITHOUT_FIRST = ("dialogues without a first observation (their states lack what every episode of RL and evaluation "
+                 "begins with)")
+FOUND = "first observations taken from the simulator"
 FORMATS = ("auto", "dialogues", "transitions")
 
 
@@ -46,6 +51,8 @@ class Settings:
                     help="environment of the dialogues; auto: by what they say")
     put_to_move: bool = flag(False, help="write `put X in/on Y` of older ALFWorld data as `move X to Y`, which "
                                          "alfworld 0.4 and later say")
+    first_from_simulator: bool = flag(False, help="ScienceWorld's dialogues without a first observation: take it from "
+                                                  "the simulator where their ids are ETO's (needs Java)")
     max_dropped: float = flag(0.5, help="fail if a larger share of the rows is dropped: then the format is another one")
 
 
@@ -72,18 +79,20 @@ def convert(paths: Sequence[str], settings: Settings) -> Converted:
     out = Converted()
     single: list[Transition] = []
     ids: Counter[str] = Counter()
-    for path in paths:
-        for where, row in read_rows(path):
-            out.rows += 1
-            try:
-                if _is_dialogue(row, settings.format):
-                    _add_dialogue(row, Path(path).stem, settings, ids, out)
-                else:
-                    single.append(_own_transition(row, where))
-                out.kept += 1
-            except Unreadable as reason:
-                out.dropped[str(reason)] += 1
-                log.info("dropped: %s: %s", where, reason)
+    simulator = contextlib.closing(FirstObservations()) if settings.first_from_simulator else contextlib.nullcontext()
+    with simulator as firsts:
+        for path in paths:
+            for where, row in read_rows(path):
+                out.rows += 1
+                try:
+                    if _is_dialogue(row, settings.format):
+                        _add_dialogue(row, Path(path).stem, settings, firsts, ids, out)
+                    else:
+                        single.append(_own_transition(row, where))
+                    out.kept += 1
+                except Unreadable as reason:
+                    out.dropped[str(reason)] += 1
+                    log.info("dropped: %s: %s", where, reason)
     if not out.rows:
         raise UserError(f"{', '.join(paths)}: no rows; give dialogues or transitions as JSON or JSONL")
     out.transitions += single
@@ -97,11 +106,16 @@ def _is_dialogue(row: Any, wanted: str) -> bool:
     return not isinstance(row, dict) or "conversations" in row or "messages" in row
 
 
-def _add_dialogue(row: Any, source: str, settings: Settings, ids: Counter[str], out: Converted) -> None:
+def _add_dialogue(row: Any, source: str, settings: Settings, firsts: FirstObservations | None, ids: Counter[str],
+                  out: Converted) -> None:
     turns = read_turns(row)
     env = env_of(turns) if settings.env == "auto" else settings.env
     episode = recorded(turns, env, settings.put_to_move)
     name = f"{env}/{episode_id(row, out.rows)}"
+    if not episode.first:
+        if firsts:
+            episode = dataclasses.replace(episode, first=firsts.find(name, episode.task))
+        out.notes[FOUND if episode.first else WITHOUT_FIRST] += 1
     ids[name] += 1
     if ids[name] > 1:
         out.notes["ids given twice, made different"] += 1

@@ -192,6 +192,7 @@ def _opening(text: str, env: str) -> tuple[str, str]:
     else:
         posed = text[text.rfind(_SCIENCE_TASK):]
         task, _, first = (part.strip() for part in posed.partition("\n"))
+        task = " ".join(task.split())  # as the environment gives it
         first = _without_label(first)
     if not task:
         raise Unreadable("an empty task")
