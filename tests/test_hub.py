@@ -75,6 +75,7 @@ def test_a_finished_run_is_uploaded_once(settings: BasePolicySettings, monkeypat
     sent = []
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: sent.append(name))
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: sent.append(options["folder_path"]))
+    assert not claim_run(settings, [settings.train_json])
     finetune(settings, read_dialogues(settings.train_json))
     for name in ("", "me/policy", "me/policy", "me/other"):
         assert claim_run(dataclasses.replace(settings, push_to_hub=name), [settings.train_json])
