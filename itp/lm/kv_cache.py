@@ -8,7 +8,7 @@ what it would attend to alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +44,8 @@ class PrefixCache:
 
     A row is registered under a hash of each of its beginnings of 16, 32, ... tokens; a later row with
     the same beginning takes the place.  Least recently used rows go first.
+
+    What counts is memory: a tensor that several rows share once, and whole as long as one of them needs a part of it.
     """
 
     BLOCK = 16
@@ -52,8 +54,10 @@ class PrefixCache:
         self._rows: OrderedDict[tuple[int, ...], tuple[KV, list[int]]] = OrderedDict()
         """With the hashes under which they are registered."""
         self._owner: dict[int, tuple[int, ...]] = {}
-        self._max_bytes = max_bytes
-        self._bytes = 0
+        self._uses: Counter[int] = Counter()
+        """Segments in rows, by the memory that they lie in."""
+        self.max_bytes = max_bytes
+        self.bytes = 0
 
     def longest(self, ids: tuple[int, ...]) -> KV | None:
         """The KV of the longest known prefix (from one block on), leaving at least one token to compute."""
@@ -73,19 +77,31 @@ class PrefixCache:
         self._drop(key)
         self._rows[key] = kv, self.beginnings(key)
         self._owner.update(dict.fromkeys(self._rows[key][1], key))
-        self._bytes += _bytes(kv)
-        while self._bytes > self._max_bytes and self._rows:
+        for memory in map(torch.Tensor.untyped_storage, kv):
+            self._uses[memory.data_ptr()] += 1
+            if self._uses[memory.data_ptr()] == 1:
+                self.bytes += memory.nbytes()
+        self.resize(self.max_bytes)
+
+    def resize(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        while self.bytes > max_bytes and self._rows:
             self._drop(next(iter(self._rows)))
 
     def clear(self) -> None:
         self._rows.clear()
         self._owner.clear()
-        self._bytes = 0
+        self._uses.clear()
+        self.bytes = 0
 
     def _drop(self, key: tuple[int, ...]) -> None:
         if key in self._rows:
             kv, beginnings = self._rows.pop(key)
-            self._bytes -= _bytes(kv)
+            for memory in map(torch.Tensor.untyped_storage, kv):
+                self._uses[memory.data_ptr()] -= 1
+                if not self._uses[memory.data_ptr()]:
+                    del self._uses[memory.data_ptr()]
+                    self.bytes -= memory.nbytes()
             for start in beginnings:
                 if self._owner.get(start) == key:
                     del self._owner[start]
@@ -97,11 +113,6 @@ class PrefixCache:
             value = hash((value, ids[start:start + self.BLOCK]))
             found.append(value)
         return found
-
-
-def _bytes(kv: KV) -> int:
-    """Shared segments count for every row that has them, so the cache holds less than it may, never more."""
-    return sum(segment.nbytes for segment in kv)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:

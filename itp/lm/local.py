@@ -21,6 +21,7 @@ from typing import Any
 
 from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asker, asking
 from itp.lm.encoding import Encoder
+from itp.lm.room import BATCH_TOKENS, CACHE_BYTES, free_bytes, room, token_bytes
 from itp.runtime import UserError, derive_seed
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Quorum:
         self._turns: dict[str, Turns] = {}
 
     def turns(self, device: str) -> Turns:
-        return self._turns.setdefault(device, Turns(self))
+        return self._turns.setdefault(device, Turns(self, device))
 
     def add(self, live: int) -> None:
         self.live += live
@@ -75,13 +76,15 @@ class Quorum:
 class Turns:
     """The models on one device, one of which computes at a time: meanwhile the others' requests gather."""
 
-    def __init__(self, quorum: Quorum) -> None:
-        self.quorum = quorum
+    def __init__(self, quorum: Quorum, device: str) -> None:
+        self.quorum, self.device = quorum, device
         self._models: list[LocalLM] = []
+        self._fitted = False
         self._worker: asyncio.Task | None = None
 
     def join(self, lm: LocalLM) -> None:
         self._models.append(lm)
+        self._fitted = False
 
     def leave(self, lm: LocalLM) -> None:
         self._models.remove(lm)
@@ -98,9 +101,19 @@ class Turns:
             lm = self._next()
             if lm is None:
                 return
+            self._fit()
             await lm.run_batch()
             for _ in range(4):
                 await asyncio.sleep(0)  # those who were answered stop waiting before the next turn
+
+    def _fit(self) -> None:
+        """Share the device's memory, where a model has come: not before the first batch, since then all are loaded."""
+        free = None if self._fitted else free_bytes(self.device)
+        self._fitted = True
+        if free is not None:
+            total = free + sum(lm.engine.cache.bytes for lm in self._models)
+            for lm in self._models:
+                lm.fit(total // len(self._models))
 
     def _next(self) -> LocalLM | None:
         """The policy, until twice as many prompts wait for the world model.
@@ -132,17 +145,19 @@ class _Job:
 class LocalLM:
     """The LM contract on a loaded model.  Build with :meth:`load`.
 
-    ``heads`` (:data:`itp.lm.decoding.Heads`) are what :meth:`control` asks.
+    ``heads`` (:data:`itp.lm.decoding.Heads`) are what :meth:`control` asks.  ``fit_batch`` and
+    ``fit_cache``: on a GPU ``max_batch_tokens`` and ``cache_bytes`` follow from its memory (:mod:`itp.lm.room`).
     """
 
     def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
-                 quorum: Quorum | None = None, max_batch_tokens: int = 16384, max_batch_rows: int = 0,
-                 cache_bytes: int = 256 << 20) -> None:
+                 quorum: Quorum | None = None, max_batch_tokens: int = BATCH_TOKENS, max_batch_rows: int = 0,
+                 cache_bytes: int = CACHE_BYTES, fit_batch: bool = True, fit_cache: bool = True) -> None:
         from itp.lm.decoding import Engine
 
         self.name, self.role = name, role
         self.model, self.tokenizer = model, tokenizer
         self.quorum = quorum or Quorum()
+        self._fit_batch, self._fit_cache = fit_batch, fit_cache
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
         # Not every family has limits.  Within its window a model with sliding attention sees all, as the engine does.
@@ -194,6 +209,17 @@ class LocalLM:
     async def close(self) -> None:
         self._turns.leave(self)
         self._thread.shutdown(wait=True)
+
+    def fit(self, share: int) -> None:
+        """Make use of ``share`` bytes of the device."""
+        config, width = self.model.config.get_text_config(), self.model.dtype.itemsize
+        cache_bytes, batch_tokens = room(share, token_bytes(config, width))
+        if self._fit_batch:
+            self.engine.max_batch_tokens = batch_tokens
+        if self._fit_cache:
+            self.engine.cache.resize(cache_bytes)
+        log.info("%s on %s: %.1f GB for computed prefixes, %d tokens a batch", self.name, self.model.device,
+                 self.engine.cache.max_bytes / 2**30, self.engine.max_batch_tokens)
 
     def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
         """``ids``, if the model's context holds them and ``more``."""

@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.config import flag
 from itp.games import ENVIRONMENTS, K_MAX
@@ -39,6 +39,7 @@ from itp.imagination import ImaginedTrajectory, imagine
 from itp.lm.base import Usage, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
+from itp.lm.room import EngineFlags
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.shown import FORMAT_CHOICES, as_trained, shown
 from itp.runtime import (
@@ -55,7 +56,7 @@ log = logging.getLogger("itp.label")
 
 
 @dataclass
-class LabelSettings:
+class LabelSettings(EngineFlags):
     expert_jsonl: str = flag(help="the expert's transitions: rows of episode_id, step, state, action, next_state")
     policy_model_path: str = flag(help="the base policy π_θ0")
     wm_model_path: str = flag(help="the world model")
@@ -93,7 +94,9 @@ class LabelSettings:
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     concurrency: int = flag(32, at_least=1, help="episodes at a time")
-    cache_gb: float = flag(1.0, help="memory for each model's computed prefixes; too little shows in the token count")
+    cache_gb: float = flag(0.0, at_least=0, help="GB for each model's computed prefixes; too little shows in the token "
+                                                 "count (0: on a GPU a share of what is free, on a CPU 1)")
+    fixed_cache_gb: ClassVar[float] = 1.0
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left at out_labeled_jsonl")
 
@@ -103,7 +106,7 @@ class LabelSettings:
 
 NOT_THE_RESULT = ("expert_jsonl", "policy_model_path", "wm_model_path", "out_labeled_jsonl", "wm_batch_size",
                   "score_batch_size", "padding_side", "skip_bad_rows", "policy_device", "wm_device", "concurrency",
-                  "cache_gb", "override")
+                  "cache_gb", "max_batch_tokens", "override")
 """Settings that don't change a label (files and models are on record by their content)."""
 
 
@@ -382,12 +385,12 @@ def load_labeller(settings: LabelSettings, candidates: tuple[int, ...], quorum: 
     """Both models, asked as their training asked them."""
     from itp.policy.heads import has_heads, load_policy_lm
 
-    cache = {"quorum": quorum, "cache_bytes": int(settings.cache_gb * 2**30)}
+    engine = {"quorum": quorum, **settings.engine}
     policy_path, wm_path = settings.policy_model_path, settings.wm_model_path
     policy_lm = load_policy_lm(policy_path, device=settings.policy_device, dtype=settings.policy_dtype,
-                               role="policy", max_batch_rows=settings.score_batch_size, **cache)
+                               role="policy", max_batch_rows=settings.score_batch_size, **engine)
     wm_lm = LocalLM.load(wm_path, device=settings.wm_device, dtype=settings.wm_dtype, role="world_model",
-                         max_batch_rows=settings.wm_batch_size, **cache)
+                         max_batch_rows=settings.wm_batch_size, **engine)
     style, turns = asked_as(policy_path, policy_lm.tokenizer, env=settings.env)
     policy = Policy(policy_lm, env=settings.env, style=style, turns=turns, keep_steps=settings.history_keep_steps,
                     control=has_heads(policy_path), temperature=settings.temperature, top_p=settings.top_p,

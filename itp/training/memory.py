@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("itp.rl_k")
 GB = 1 << 30
 CACHE = 256 << 20
-"""What LocalLM keeps of computed prefixes."""
+"""What LocalLM keeps of computed prefixes, unless --cache_gb says otherwise."""
 SLACK = 1.1
 
 
@@ -90,10 +90,12 @@ def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
     if devices[0].startswith("cuda"):
         parts = policy_bytes(Shape.of(settings.policy_model_path), lora_r=settings.lora_r, width=width,
                              update_tokens=settings.update_batch_tokens, rows=settings.num_envs, length=length)
+        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE
         needs.setdefault(devices[0], {}).update({f"policy's {name}": size for name, size in parts.items()})
     if settings.force_k != 0 and devices[1].startswith("cuda"):
         parts = world_model_bytes(Shape.of(settings.wm_model_path), width=4 if settings.wm_dtype == "fp32" else 2,
                                   rows=settings.num_envs, length=length + settings.wm_max_new_tokens)
+        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE
         needs.setdefault(devices[1], {}).update({f"world model's {name}": size for name, size in parts.items()})
     for device, parts in needs.items():
         log.info("%s will need about %.0f GB: %s", device, SLACK * sum(parts.values()) / GB, _list(parts))

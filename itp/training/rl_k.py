@@ -35,6 +35,7 @@ from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
 from itp.games import Game, resolve_split
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
+from itp.lm.room import EngineFlags
 from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
 from itp.policy.shown import EVERYTHING, FORMAT_CHOICES, as_trained, shown
@@ -61,7 +62,7 @@ log = logging.getLogger("itp.rl_k")
 
 
 @dataclass
-class RlSettings(EnvFlags):
+class RlSettings(EnvFlags, EngineFlags):
     policy_model_path: str = flag(help="policy with heads, as sft leaves it")
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it")
     wm_model_path: str = flag("", help="world model; not needed with --force_k 0")
@@ -162,7 +163,7 @@ class RlSettings(EnvFlags):
 
 NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_model_path", "wm_model_path", "num_envs",
                 "env_processes", "max_minutes", "save_every", "update_batch_tokens", "env_data_path",
-                "alfworld_config", "padding_side", "kmax", "attn_implementation")
+                "alfworld_config", "padding_side", "kmax", "attn_implementation", "cache_gb", "max_batch_tokens")
 """Settings that don't change what is learned, or count by what they lead to."""
 
 
@@ -357,11 +358,12 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
         log.info("going on after update %d of %s", progress.update, folder.path)
     folder.rewind(progress.update if state else -1)
     quorum = Quorum()
-    lm = LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name="policy", quorum=quorum)
+    lm = LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name="policy", quorum=quorum,
+                 **settings.fixed_engine)
     world_model = None
     if settings.force_k != 0:
         wm = LocalLM.load(settings.wm_model_path, device=wm_device, dtype=settings.wm_dtype, role="world_model",
-                          quorum=quorum)
+                          quorum=quorum, **(settings.fixed_engine if wm_device == device else settings.engine))
         style, turns = asked_as(settings.wm_model_path, wm.tokenizer, role="world_model", env=settings.env)
         world_model = WorldModel(wm, env=settings.env, style=style, turns=turns,
                                  max_new_tokens=settings.wm_max_new_tokens, keep_steps=settings.history_keep_steps)
