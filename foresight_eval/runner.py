@@ -10,11 +10,12 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from foresight_eval import cost, report, results
 from foresight_eval.methods import build
 from foresight_eval.methods.settings import (
-    LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
 )
 from foresight_eval.ranks import Ranks
 from foresight_eval.settings import EvalSettings
@@ -24,9 +25,10 @@ from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
+from itp.lm.server import server_of
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
-from itp.policy.shown import as_trained
+from itp.policy.shown import show_as_trained
 from itp.rollout import run_episodes
 from itp.runtime import (
     UserError, check_model_path, claim_output, load_tokenizer, model_fingerprint, progress_bar, rank_devices,
@@ -37,10 +39,9 @@ from itp.world_model import WorldModel
 log = logging.getLogger(__name__)
 
 NO_INFLUENCE = ("output_path", "override", "debug", "part_num", "part_idx", "only_ids", "max_games", "device",
-                "policy_device", "wm_device", "concurrency", "env_processes", "wm_api_timeout_s", "wm_api_max_retries")
+                "policy_device", "wm_device", "concurrency", "env_processes", "wm_api_timeout_s", "wm_api_max_retries",
+                "policy_api_timeout_s", "policy_api_max_retries", "cache_gb", "max_batch_tokens")
 """Settings that don't change the result of a game: where, how many at a time, and which of the games."""
-
-DEEPSEEK_URL = "https://api.deepseek.com"
 
 
 async def evaluate(settings: EvalSettings) -> None:
@@ -49,12 +50,16 @@ async def evaluate(settings: EvalSettings) -> None:
     Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
     """
     ranks = Ranks()
-    settings = as_trained(settings, settings.policy_model)
+    settings = show_as_trained(settings, settings.policy_model)
     games = settings.games()
     chosen = choose_games(len(games), settings)
     folder = Path(settings.output_path)
     if ranks.first:
         check(settings)
+        if server := server_of(settings, "policy"):
+            policy_lm = server.connect("policy", concurrency=1)
+            await check_scores(settings, policy_lm)
+            await policy_lm.close()
         if ranks.restarted:  # what --override was to delete is deleted
             settings = dataclasses.replace(settings, override=False)
         folder = claim(settings)
@@ -97,10 +102,8 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
 
 def check(settings: EvalSettings) -> None:
     """Refuse, before any model is loaded, what can't work."""
-    if needs_world_model(settings) and settings.wm_backend == "local" and not settings.wm_model:
+    if needs_world_model(settings) and server_of(settings, "wm") is None and not settings.wm_model:
         raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
-    if settings.wm_backend == "openai" and not settings.wm_api_base_url:
-        raise UserError("--wm_backend openai needs --wm_api_base_url, such as http://127.0.0.1:8000/v1")
     if settings.k_policy == "fixed" and settings.fixed_k < 0:
         raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
     if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
@@ -108,11 +111,36 @@ def check(settings: EvalSettings) -> None:
     if settings.min_k > max_k(settings):
         raise UserError(f"--min_k {settings.min_k}: more than K_max, which is {max_k(settings)}; give less")
     check_method(settings)
-    check_model_path(settings.policy_model)
-    if needs_world_model(settings) and settings.wm_backend == "local":
-        check_model_path(settings.wm_model)
+    check_server_policy(settings)
+    check_model(settings, "policy", settings.policy_model, settings.prompt_style)
+    if needs_world_model(settings):
+        check_model(settings, "wm", settings.wm_model, settings.wm_prompt_style)
     check_horizon(settings)
     check_answers(settings)
+
+
+def check_model(settings: EvalSettings, prefix: str, path: str, style: str) -> None:
+    """Refuse a model that isn't there, where it, or the tokenizer of what a server runs, is to be loaded."""
+    server = server_of(settings, prefix)
+    if server is None or settings.chat_template and server.needs_template(path, style):
+        check_model_path(path)
+
+
+def check_server_policy(settings: EvalSettings) -> None:
+    """Refuse what a policy behind a server can't do; what depends on the server is asked in :func:`check_answers`."""
+    server, method = server_of(settings, "policy"), settings.method
+    if server is None:
+        return
+    server.check_selection(settings.action_selection)
+    if settings.action_selection == "score" and method in DRAW_ACTIONS:
+        raise UserError(f"--method {method} draws several actions: with --policy_backend {settings.policy_backend} it "
+                        "needs --action_selection generate")
+    if method == "rap":
+        raise UserError("--method rap weighs an action by the log-probability of what the policy wrote, which a server "
+                        "doesn't say: use --method mcts, or a local policy")
+    if method == "foresight" and method_settings(settings).k_policy == "head":
+        raise UserError(f"--policy_backend {settings.policy_backend}: a server has no K-head; choose --k_policy prompt "
+                        "or random, --fixed_k, or a local policy")
 
 
 def check_horizon(settings: EvalSettings) -> None:
@@ -152,13 +180,29 @@ def check_method(settings: EvalSettings) -> None:
 
 def check_answers(settings: EvalSettings) -> None:
     """Refuse a policy that can't say what the method asks it for."""
-    if settings.method not in NEED_YES_OR_NO:
+    if settings.method not in NEED_YES_OR_NO or server_of(settings, "policy"):
         return
     yes, no = load_tokenizer(settings.policy_model)([YES, NO], add_special_tokens=False)["input_ids"]
     if yes == no:
         raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
                         f"{settings.policy_model} knows neither word; train it on dialogues that have them "
                         "(world_model.collect --reasoning_share)")
+
+
+async def check_scores(settings: EvalSettings, policy_lm: LM) -> None:
+    """Refuse a server that can't say how likely a given text is, where that is asked of the policy."""
+    judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
+    if not judges and not scores:
+        return
+    try:
+        yes, no = await policy_lm.loglikelihood([("Helps:", YES), ("Helps:", NO)])
+    except UserError as error:
+        what = f"--method {settings.method}" if judges else "--action_selection score"
+        raise UserError(f"{what} needs the log-probabilities of given text: {error}") from error
+    if judges and yes.logprobs == no.logprobs:
+        raise UserError(f"--method {settings.method} asks the policy for yes or no, and to {settings.policy_api_model} "
+                        "both are the same; train it on dialogues that have them (world_model.collect "
+                        "--reasoning_share)")
 
 
 def needs_world_model(settings: EvalSettings) -> bool:
@@ -168,7 +212,8 @@ def needs_world_model(settings: EvalSettings) -> bool:
 def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     config = dataclasses.asdict(settings)
-    config["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+    server = server_of(settings, "policy")
+    config["policy_fingerprint"] = server.identity if server else model_fingerprint(settings.policy_model)
     config["max_k"] = max_k(settings)  # not -1: what a report measures budgets by
     if needs_world_model(settings) and settings.wm_backend == "local":
         config["wm_fingerprint"] = model_fingerprint(settings.wm_model)
@@ -196,11 +241,10 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
                ranks: Ranks) -> list[str]:
     """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
     quorum = Quorum()
-    local_wm = needs_world_model(settings) and settings.wm_backend == "local"
+    pairs = needs_world_model(settings) and settings.wm_backend == settings.policy_backend == "local"
     policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
-                                            settings.wm_device or settings.device, pairs=local_wm)
-    policy_lm = load_policy_lm(settings.policy_model, device=policy_device, dtype=settings.policy_dtype,
-                               quorum=quorum)
+                                            settings.wm_device or settings.device, pairs=pairs)
+    policy_lm = load_policy(settings, policy_device, quorum)
     wm_lm = load_world_model(settings, wm_device, quorum) if needs_world_model(settings) else None
     method = build(settings.method, make_policy(settings, policy_lm),
                    make_world_model(settings, wm_lm) if wm_lm else None, method_settings(settings))
@@ -235,26 +279,37 @@ async def play(settings: EvalSettings, folder: Path, games: dict[int, Game], mis
     return lost
 
 
+def load_policy(settings: EvalSettings, device: str, quorum: Quorum) -> LM:
+    if server := server_of(settings, "policy"):
+        return server.connect("policy", settings.concurrency)
+    return load_policy_lm(settings.policy_model, device=device, dtype=settings.policy_dtype, quorum=quorum,
+                          **settings.engine)
+
+
 def load_world_model(settings: EvalSettings, device: str, quorum: Quorum) -> LM:
-    if settings.wm_backend == "local":
-        return LocalLM.load(settings.wm_model, device=device, dtype=settings.wm_dtype, quorum=quorum,
-                            role="world_model")
-    url = settings.wm_api_base_url or DEEPSEEK_URL
-    return OpenAILM(settings.wm_api_model, url, settings.wm_api_key_env, role="world_model",
-                    api="chat" if settings.wm_backend == "deepseek_api" else "completions",
-                    concurrency=settings.concurrency, timeout_s=settings.wm_api_timeout_s,
-                    max_retries=settings.wm_api_max_retries)
+    if server := server_of(settings, "wm"):
+        return server.connect("world_model", settings.concurrency)
+    return LocalLM.load(settings.wm_model, device=device, dtype=settings.wm_dtype, quorum=quorum, role="world_model",
+                        **settings.engine)
 
 
-def make_policy(settings: EvalSettings, lm: LocalLM) -> Policy:
-    style, turns = asked_as(settings.policy_model, lm.tokenizer, env=settings.env, style=settings.prompt_style,
+def tokenizer_of(settings: EvalSettings, prefix: str, lm: LM, path: str, style: str) -> Any:
+    """The tokenizer whose chat template asks a model; None where a server has its own, or plain text is asked for."""
+    if server := server_of(settings, prefix):
+        return server.tokenizer(path, style) if settings.chat_template else None
+    return lm.tokenizer
+
+
+def make_policy(settings: EvalSettings, lm: LM) -> Policy:
+    tokenizer = tokenizer_of(settings, "policy", lm, settings.policy_model, settings.prompt_style)
+    style, turns = asked_as(settings.policy_model, tokenizer, env=settings.env, style=settings.prompt_style,
                             chat=settings.chat_template, thinking=settings.thinking)
     policy = Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
                     keep_steps=settings.history_keep_steps, history=bool(settings.use_history),
                     control=has_heads(settings.policy_model), temperature=settings.temperature, top_p=settings.top_p,
                     imagined_action_tokens=IMAGINED_ACTION_TOKENS[settings.env], action_tokens=settings.act_tokens,
                     text_tokens=settings.act_tokens, decision_tokens=settings.decision_tokens,
-                    thinking_tokens=settings.thinking_tokens)
+                    thinking_tokens=settings.thinking_tokens, score_answers=isinstance(lm, OpenAILM))
     if settings.method in TREE_SEARCH:
         tokens = settings.rap_action_gen_tokens
         policy = dataclasses.replace(policy, action_tokens=tokens, imagined_action_tokens=tokens)
@@ -262,8 +317,7 @@ def make_policy(settings: EvalSettings, lm: LocalLM) -> Policy:
 
 
 def make_world_model(settings: EvalSettings, lm: LM) -> WorldModel:
-    # A server's tokenizer isn't here; --wm_model then only tells how the model that it serves was trained.
-    tokenizer = None if isinstance(lm, OpenAILM) else lm.tokenizer
+    tokenizer = tokenizer_of(settings, "wm", lm, settings.wm_model, settings.wm_prompt_style)
     style, turns = asked_as(settings.wm_model, tokenizer, role="world_model", env=settings.env,
                             style=settings.wm_prompt_style, chat=settings.chat_template)
     limit = "rap_wm_pred_tokens" if settings.method in TREE_SEARCH else "foresight_tokens"

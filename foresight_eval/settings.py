@@ -12,6 +12,8 @@ from itp.envs.base import TextEnv
 from itp.envs.scienceworld_games import ScienceworldFlags, list_games
 from itp.envs.which import EnvFlags, engine_of, games_of, scienceworld_engine
 from itp.games import Game
+from itp.lm.room import EngineFlags
+from itp.lm.server import PolicyServerFlags, WorldModelServerFlags
 from itp.policy.agent import SELECTIONS
 from itp.policy.shown import FORMAT_CHOICES
 from itp.runtime import DTYPES
@@ -21,8 +23,9 @@ K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
 
 @dataclass
-class EvalSettings:
-    policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub")
+class EvalSettings(PolicyServerFlags, WorldModelServerFlags, EngineFlags):
+    policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub (with a server: what it "
+                                  "runs, read only for how to ask it)")
     output_path: str = flag(help="result folder; the same command again plays only what is missing there")
     wm_model: str = flag("", help="world model (not needed by methods without imagination or with a server)")
     override: bool = flag(False, help="delete the results in output_path and start anew")
@@ -33,12 +36,6 @@ class EvalSettings:
     only_ids: str = flag("", help="play these games only: indices such as 0,5,7")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
-    wm_backend: str = flag("local", help="where the world model runs", choices=("local", "openai", "deepseek_api"))
-    wm_api_base_url: str = flag("", help="server of --wm_backend openai, such as http://127.0.0.1:8000/v1")
-    wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
-    wm_api_model: str = flag("deepseek-chat", help="name of the model on the server")
-    wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
-    wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now")
     decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
     act_tokens: int = flag(256, at_least=1, help="new tokens of an action reply or reflection at most")
     foresight_tokens: int = flag(256, at_least=1, help="new tokens of one imagined observation at most")

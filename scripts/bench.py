@@ -44,7 +44,7 @@ from itp.lm.base import LM, GenParams, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.policy.agent import SELECTIONS, Policy
-from itp.policy.shown import as_trained
+from itp.policy.shown import show_as_trained
 from itp.rollout import Episode, run_episodes
 from itp.runtime import DTYPES, UserError, run_main, versions, write_json
 from itp.world_model import WorldModel
@@ -209,7 +209,7 @@ def load(settings: BenchSettings, path: str, role: str, alone: bool, quorum: Quo
 
 def planner(settings: BenchSettings, lms: dict[str, LM], name: str):
     """``foresight`` with K fixed, or ``rap``, as the evaluation's own command line would say it."""
-    evaluation = as_trained(AlfworldSettings(
+    evaluation = show_as_trained(AlfworldSettings(
         policy_model=settings.policy_model, wm_model=settings.wm_model, output_path="", fixed_k=settings.fixed_k,
         action_selection=settings.action_selection, foresight_tokens=192, rap_num_rollouts=settings.rap_num_rollouts),
         settings.policy_model)
@@ -222,7 +222,7 @@ def rl_actor(settings: BenchSettings, lms: dict[str, LM]):
     from itp.training.rl_k import RlSettings
     from itp.training.rl_play import Actor
 
-    rl = as_trained(RlSettings(policy_model_path=settings.heads_model, out_dir="", force_k=settings.fixed_k,
+    rl = show_as_trained(RlSettings(policy_model_path=settings.heads_model, out_dir="", force_k=settings.fixed_k,
                                action_selection=settings.action_selection), settings.heads_model)
     style, turns = asked_as(settings.heads_model, lms["policy"].tokenizer)
     policy = Policy(lms["policy"], style=style, turns=turns, selection=rl.action_selection, control=True,
@@ -239,7 +239,7 @@ def world_model(settings: BenchSettings, lms: dict[str, LM], max_new_tokens: int
 async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurrency: int, quorum: Quorum) -> Pass:
     from itp.training.label import Labeller, LabelSettings, choose_rows, read_expert
 
-    own = as_trained(LabelSettings(
+    own = show_as_trained(LabelSettings(
         expert_jsonl=settings.expert_jsonl, policy_model_path=settings.policy_model, wm_model_path=settings.wm_model,
         out_labeled_jsonl="", kmax=settings.fixed_k, max_rows=settings.rows, seed=settings.seed), settings.policy_model)
     rows = choose_rows(read_expert(settings.expert_jsonl, None), own)

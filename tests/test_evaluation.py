@@ -39,6 +39,9 @@ STEP = {"episode_id", "t", "k", "k_raw_output", "foresight_text", "wm_raw_output
         "policy_raw_output", "obs_next", "done", "info"}
 
 
+SERVED = {"policy_backend": "openai", "policy_api_base_url": "http://127.0.0.1:1/v1"}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> AlfworldSettings:
     """Two tiny random models on the six train games; four steps, K drawn at random."""
@@ -248,6 +251,12 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
     ({"k_policy": "fixed"}, "--fixed_k"),
     ({"k_policy": "prompt", "fixed_k": 2}, "contradicts"),
     ({"method": "react", "action_selection": "score"}, "--action_selection generate"),
+    ({"policy_backend": "openai"}, "--policy_backend openai needs --policy_api_base_url"),
+    (SERVED | {"action_selection": "constrained"}, "no logits to walk a trie with"),
+    (SERVED | {"action_selection": "score", "method": "mpc"}, "--method mpc draws several actions"),
+    (SERVED | {"method": "rap"}, "--method rap weighs"),
+    (SERVED | {"k_policy": "head"}, "a server has no K-head"),
+    (SERVED | {"prompt_style": "instruct"}, "/no/such/model: no such model folder"),
     ({"split": "validation"}, "unknown split"),
     ({"env_data_root": "/nowhere"}, "no such folder"),
 ])

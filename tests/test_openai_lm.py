@@ -16,9 +16,14 @@ from typing import Any
 
 import pytest
 
+from foresight_eval.runner import check_scores
+from foresight_eval.settings import AlfworldSettings
 from itp.lm.base import GenParams, Generation, Usage, metered
 from itp.lm.openai import NO_KEY, OpenAILM
+from itp.policy.agent import Policy
 from itp.runtime import UserError, derive_seed
+from itp.text.prompts import NO, YES
+from itp.text.state import State
 from tests.openai_client import KEY, KEY_ENV, ask, free_port
 
 
@@ -308,6 +313,32 @@ def test_pairs_that_cannot_be_told_apart_are_refused(
     server = scripted(echo(tokens, logprobs))
     with pytest.raises(UserError, match=message):
         ask(server.lm(), lambda lm: lm.loglikelihood([pair]))
+
+
+def answers_of(yes: float, no: float) -> Callable[[dict[str, Any]], tuple[int, dict[str, str], Any]]:
+    """A server that gives the first token of either answer this log-probability, and the line break -0.1."""
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
+        word = body["prompt"].rpartition(" ")[2]
+        tokens = [body["prompt"].removesuffix(f" {word}"), f" {word.strip()}", "\n"]
+        return echo(tokens, [None, yes if word == "yes\n" else no, -0.1])(body)
+
+    return answer
+
+
+@pytest.mark.parametrize("yes, no, p", [(-0.5, -1.5, 0.731059), (-3.0, -2.0, 0.268941), (-2000.0, -1.0, 0.0)])
+def test_how_sure_a_served_policy_is_of_yes(
+        scripted: Callable[..., Scripted], yes: float, no: float, p: float) -> None:
+    server = scripted(answers_of(yes, no))
+    found = ask(server.lm(), lambda lm: Policy(lm, score_answers=True).helps(State("t", "o"), "\nIf: look"))
+    assert found == pytest.approx(p, abs=1e-6)
+    assert {r["prompt"].rpartition("Helps:")[2] for r in server.requests} == {YES, NO}
+
+
+def test_a_served_policy_that_knows_neither_yes_nor_no_is_refused(scripted: Callable[..., Scripted]) -> None:
+    settings = AlfworldSettings(policy_model="p", output_path="", method="mpc", policy_backend="openai")
+    ask(scripted(answers_of(-1.0, -2.0)).lm(), lambda lm: check_scores(settings, lm))
+    with pytest.raises(UserError, match="yes or no, and to deepseek-chat both are the same"):
+        ask(scripted(answers_of(-9.0, -9.0)).lm(), lambda lm: check_scores(settings, lm))
 
 
 def test_a_server_that_scores_only_new_tokens_is_refused(scripted: Callable[..., Scripted]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import logging
 import os
 import re
@@ -19,10 +21,14 @@ from typing import Any
 
 import pytest
 
+from foresight_eval import results
+from foresight_eval.runner import evaluate
+from foresight_eval.settings import AlfworldSettings
 from itp.lm.base import GenParams, Generation
 from itp.lm.openai import OpenAILM
 from itp.runtime import UserError
 from tests.openai_client import KEY, KEY_ENV, ask, free_port
+from world_model import collect
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
@@ -86,7 +92,7 @@ def save_tiny_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    characters = string.ascii_letters + string.digits + " .,:<>"
+    characters = string.ascii_letters + string.digits + " .,:<>\n"
     core = Tokenizer(models.WordLevel({"<unk>": 0} | {c: i + 1 for i, c in enumerate(characters)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
@@ -96,7 +102,7 @@ def save_tiny_model(folder: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(characters) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.5,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.5,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     ))
     model.generation_config.do_sample = True  # without it, `transformers serve` is greedy at any temperature
@@ -166,6 +172,84 @@ def test_errors_of_a_real_server_say_what_to_mend(served: Served) -> None:
     assert "HTTP 404: Not Found; is this the model's name" in failure(base_url=served.url + "/v2")
     assert "can't score text (no echo with logprobs)" in failure("loglikelihood")
     assert "chat API can't score" in failure("loglikelihood", api="chat")
+
+
+SAID = ("action", "policy_raw_output", "thought", "reflection", "k", "k_raw_output", "imagined_actions",
+        "wm_raw_output", "obs_next")
+
+
+def play(settings: AlfworldSettings) -> list[dict[str, Any]]:
+    """What was said and asked for at each step."""
+    asyncio.run(evaluate(settings))
+    return [{name: step[name] for name in SAID} | {role: (spent["calls"], spent["prompt_tokens"])
+                                                   for role, spent in step["usage"].items()}
+            for record in results.read_episodes(Path(settings.output_path)).values()
+            for step in record["foresight_steps"]]
+
+
+@pytest.fixture
+def here(served: Served, games_root: Path, tmp_path: Path) -> AlfworldSettings:
+    return AlfworldSettings(
+        policy_model=str(served.folder), wm_model=str(served.folder), output_path=str(tmp_path / "here"),
+        env_data_root=str(games_root), split="unseen", max_steps=2, act_tokens=10, foresight_tokens=10, rounds=2,
+        decision_tokens=6, max_k=1, device="cpu", env_processes=1)
+
+
+def behind(server: Served, settings: AlfworldSettings, *prefixes: str, **changes: Any) -> AlfworldSettings:
+    """The same with its models on ``server``."""
+    for prefix in prefixes:
+        changes |= {f"{prefix}_backend": "openai", f"{prefix}_api_base_url": server.url,
+                    f"{prefix}_api_model": str(server.folder), f"{prefix}_api_key_env": KEY_ENV}
+    return dataclasses.replace(settings, output_path=str(Path(settings.output_path).with_name("there")), **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {"method": "cot"}, {"method": "react", "use_history": 1}, {"method": "self_refine"},
+    {"method": "sft", "prompt_style": "tuned"}, {"method": "foresight"},
+    {"method": "foresight", "fixed_k": 1, "prompt_style": "tuned", "wm_prompt_style": "tuned"}],
+    ids=lambda changes: "-".join(map(str, changes.values())))
+def test_a_served_policy_plays_as_the_same_model_does_here(served: Served, here: AlfworldSettings,
+                                                           changes: dict[str, Any]) -> None:
+    here = dataclasses.replace(here, **changes)
+    expected = play(here)
+    assert play(behind(served, here, "policy", "wm")) == expected
+    assert len(expected) == 4 and len({step["policy_raw_output"] for step in expected}) > 1
+    assert all(step["k_raw_output"] if here.fixed_k < 0 else step["world_model"][0] == 1 for step in expected
+               if here.method == "foresight")
+
+
+def test_another_servers_policy_is_another_configuration(served: Served, here: AlfworldSettings) -> None:
+    there = behind(served, here, "policy", method="sft", max_steps=1)
+    play(there)
+    config = json.loads((Path(there.output_path) / "config.json").read_text())["config"]
+    assert config["policy_fingerprint"] == f"{served.folder} at {served.url}" and KEY not in json.dumps(config)
+    for name, value in (("policy_api_model", "other"), ("policy_api_base_url", "http://127.0.0.1:1/v1")):
+        with pytest.raises(UserError, match=f"another configuration .*{name}: .* there, '{value}' now"):
+            play(dataclasses.replace(there, **{name: value}))
+
+
+@pytest.mark.parametrize("changes, what", [
+    ({"method": "mpc"}, "--method mpc"), ({"method": "sft", "action_selection": "score"}, "--action_selection score")])
+def test_what_needs_log_probabilities_is_refused_by_a_server_without_them(
+        served: Served, here: AlfworldSettings, changes: dict[str, Any], what: str) -> None:
+    there = behind(served, here, "policy", **changes)
+    with pytest.raises(UserError, match=f"^{what} needs the log-probabilities of given text: .*no echo") as caught:
+        play(there)
+    assert "\n" not in str(caught.value) and not results.read_episodes(Path(there.output_path))
+
+
+def test_a_served_policy_collects(served: Served, games_root: Path, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--actor", "policy", "--policy_model", str(served.folder), "--policy_device", "cpu", "--split", "unseen",
+             "--env_data_root", str(games_root), "--max_steps", "2", "--temperature", "0", "--env_processes", "1"]
+    for out, more in (("here", []), ("there", ["--policy_backend", "openai", "--policy_api_base_url", served.url,
+                                               "--policy_api_model", str(served.folder)])):
+        monkeypatch.setattr("sys.argv", ["collect", *flags, "--out_dir", str(tmp_path / out), *more])
+        collect.main()
+    rows = [(tmp_path / out / "transitions.jsonl").read_text() for out in ("here", "there")]
+    assert rows[0] == rows[1] and len(rows[0].splitlines()) == 4
+    config = json.loads((tmp_path / "there" / "config.json").read_text())["config"]
+    assert config["policy_fingerprint"] == f"{served.folder} at {served.url}"
 
 
 def test_requests_in_flight_survive_a_killed_and_restarted_server(

@@ -16,7 +16,7 @@ from foresight_eval.runner import make_policy
 from foresight_eval.settings import AlfworldSettings
 from itp.lm.local import Quorum
 from itp.policy.heads import load_policy_lm
-from itp.policy.shown import as_trained, history_of, settle
+from itp.policy.shown import show_as_trained, history_of, settle
 from itp.runtime import UserError, model_card, write_json
 from itp.text.prompts import foresight_text
 from itp.text.state import State
@@ -52,8 +52,8 @@ def warm_up(tmp_path_factory: pytest.TempPathFactory) -> sft.SftSettings:
 def test_every_stage_and_evaluation_show_the_same(warm_up: sft.SftSettings) -> None:
     policy = str(warm_up.merged_path)
     assert model_card(policy).items() >= SHOWN.items()
-    rl = as_trained(RlSettings(policy_model_path=policy, out_dir=""), policy)
-    evaluation = as_trained(AlfworldSettings(policy_model=policy, output_path=""), policy)
+    rl = show_as_trained(RlSettings(policy_model_path=policy, out_dir=""), policy)
+    evaluation = show_as_trained(AlfworldSettings(policy_model=policy, output_path=""), policy)
     lm = load_policy_lm(policy)
 
     trained = sft.read_labelled(sft.as_labelled(warm_up))[0]
@@ -68,9 +68,9 @@ def test_every_stage_and_evaluation_show_the_same(warm_up: sft.SftSettings) -> N
 def test_a_contradiction_is_refused(warm_up: sft.SftSettings, tmp_path: Path) -> None:
     policy = str(warm_up.merged_path)
     with pytest.raises(UserError, match="--foresight_format full, but .* was made with last_obs"):
-        as_trained(AlfworldSettings(policy_model=policy, output_path="", foresight_format="full"), policy)
+        show_as_trained(AlfworldSettings(policy_model=policy, output_path="", foresight_format="full"), policy)
     with pytest.raises(UserError, match="--history_keep_steps 6"):
-        as_trained(RlSettings(policy_model_path=policy, out_dir="", history_keep_steps=6), policy)
+        show_as_trained(RlSettings(policy_model_path=policy, out_dir="", history_keep_steps=6), policy)
     with pytest.raises(UserError, match="--history_keep_steps 3, but .*rows.jsonl was made with 2"):
         sft.as_labelled(dataclasses.replace(warm_up, history_keep_steps=3))
     mixed = tmp_path / "mixed.jsonl"
@@ -81,10 +81,10 @@ def test_a_contradiction_is_refused(warm_up: sft.SftSettings, tmp_path: Path) ->
 
 def test_where_nothing_is_on_record(tmp_path: Path) -> None:
     settings = AlfworldSettings(policy_model=str(tmp_path), output_path="")
-    everything = as_trained(settings, str(tmp_path))
+    everything = show_as_trained(settings, str(tmp_path))
     assert (everything.foresight_format, everything.history_keep_steps) == ("full", 0)
     own = dataclasses.replace(settings, foresight_format="last_obs", history_keep_steps=4)
-    assert as_trained(own, str(tmp_path)) == own
+    assert show_as_trained(own, str(tmp_path)) == own
     rl = settle(RlSettings(policy_model_path="", out_dir=""), {}, "x", {"foresight_format": "full",
                                                                         "history_keep_steps": 6})
     assert rl.history_keep_steps == 6

@@ -29,8 +29,11 @@ from itp.envs.alfworld_expert import Expert
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.which import EnvFlags, engine_of, games_of, missions_of
 from itp.games import Game, task_params
+from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import Quorum
+from itp.lm.room import EngineFlags
+from itp.lm.server import PolicyServerFlags, Server, server_of
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.shown import history_of
@@ -52,7 +55,7 @@ LONGEST_PATH = 400
 
 
 @dataclass
-class Settings(EnvFlags):
+class Settings(EnvFlags, PolicyServerFlags, EngineFlags):
     env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1")
     out_dir: str = flag(help="where to write episodes.jsonl, transitions.jsonl, dialogues.json")
     actor: str = flag("expert", help="who acts: our expert from observations only (ScienceWorld: the simulator's gold "
@@ -69,7 +72,8 @@ class Settings(EnvFlags):
                                                      "episode's first comes with a horizon dialogue")
     reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
                                                         "into words: thoughts, reflections, yes and no")
-    policy_model: str = flag("", help="model folder, with --actor policy")
+    policy_model: str = flag("", help="model folder, with --actor policy (with a server: what it runs, read only for "
+                                      "how to ask it)")
     policy_dtype: str = flag("fp16", help="precision of either policy on a GPU", choices=DTYPES)
     policy_device: str = flag("cuda", help="device of either policy")
     temperature: float = flag(0.7, at_least=0, help="sampling temperature of either policy")
@@ -85,9 +89,11 @@ def main() -> None:
     settings = parse_settings(Settings, prog="python -m world_model.collect", description=__doc__)
     check(settings)
     policies = {"policy": settings.policy_model, "noise_policy": settings.noise_policy}
+    server = server_of(settings, "policy")
     policies = {role: folder for role, folder in policies.items() if folder}
-    for folder in policies.values():
-        check_model_path(folder)
+    for role, folder in policies.items():
+        if role != "policy" or server is None or server.needs_template(folder, "auto"):
+            check_model_path(folder)
     if settings.reasoning_share and settings.actor != "expert":
         raise UserError(f"--reasoning_share: only --actor expert knows why it acts, not {settings.actor}")
     out = Path(settings.out_dir)
@@ -97,8 +103,11 @@ def main() -> None:
         (out / TIMING).unlink(missing_ok=True)
     config = dataclasses.asdict(settings)
     config |= {f"{role}_fingerprint": model_fingerprint(folder) for role, folder in policies.items()}
+    if server:
+        config["policy_fingerprint"] = server.identity
     claim_output(out, config, override=settings.override,
-                 ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir"))
+                 ignore=("policy_device", "concurrency", "env_processes", "override", "out_dir",
+                         "policy_api_timeout_s", "policy_api_max_retries", "cache_gb", "max_batch_tokens"))
     games = _episode_games(settings)
     done = _finished(episodes_file)
     todo = [game for game in games if game.game_id not in done]
@@ -128,6 +137,12 @@ def check(settings: Settings) -> None:
     """Raises UserError for what doesn't go together."""
     if settings.actor == "policy" and not settings.policy_model:
         raise UserError("--actor policy needs --policy_model, the folder of the model that acts")
+    server = server_of(settings, "policy")
+    if server and settings.actor != "policy":
+        raise UserError(f"--policy_backend {settings.policy_backend} is for --actor policy; --actor {settings.actor} "
+                        "asks no policy there")
+    if server:
+        server.check_selection(settings.action_selection)
     if settings.noise_policy and not any(_noises(settings.noise)):
         raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
     if settings.env == "alfworld" and not settings.env_data_root:
@@ -230,13 +245,18 @@ def _actor(settings: Settings, quorum: Quorum) -> Method:
         return RandomWalk()
     if settings.actor in ("handcoded", "planner"):
         return EngineExpert()
-    return _policy(settings, settings.policy_model, quorum)
+    return _policy(settings, settings.policy_model, quorum, server_of(settings, "policy"))
 
 
-def _policy(settings: Settings, folder: str, quorum: Quorum) -> Method:
-    lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype,
-                        quorum=quorum)
-    style, turns = asked_as(folder, lm.tokenizer, env=settings.env)
+def _policy(settings: Settings, folder: str, quorum: Quorum, server: Server | None = None) -> Method:
+    lm: LM
+    if server:
+        lm, tokenizer = server.connect("policy", settings.concurrency), server.tokenizer(folder, "auto")
+    else:
+        lm = load_policy_lm(folder, device=settings.policy_device, dtype=settings.policy_dtype, quorum=quorum,
+                            **settings.engine)
+        tokenizer = lm.tokenizer
+    style, turns = asked_as(folder, tokenizer, env=settings.env)
     return Direct(Policy(lm, env=settings.env, style=style, turns=turns, selection=settings.action_selection,
                          control=has_heads(folder), keep_steps=history_of(folder), temperature=settings.temperature,
                          top_p=settings.top_p))

@@ -58,14 +58,12 @@ def asked_as(path: str, tokenizer: Any = None, *, role: str = "policy", env: str
              chat: bool = True, thinking: bool = False) -> tuple[str, Turns]:
     """(prompt style, turns) for the model at ``path``: as its training left them, else as a chat model's in ``env``.
 
-    ``tokenizer``: None for a server, which puts its own template around.  ``chat`` False: plain text for models
+    ``tokenizer``: None for a server that puts its own template around.  ``chat`` False: plain text for models
     from elsewhere too.
     """
-    card = model_card(path)
-    if style == "auto":
-        style = prompt_style(path)
-    if style == "tuned" or style == card.get("prompt_style"):
-        return style, trained_turns(card)
+    if (trained := as_trained(path, style)) is not None:
+        return trained
+    style = prompt_style(path) if style == "auto" else style
     if not chat or tokenizer is None or not tokenizer.chat_template:
         if thinking:
             raise UserError(f"--thinking: {path} isn't asked by a chat template, so it can't think before it answers; "
@@ -73,6 +71,14 @@ def asked_as(path: str, tokenizer: Any = None, *, role: str = "policy", env: str
         return style, PLAIN
     instruction = INSTRUCTION if role == "policy" else WORLD_INSTRUCTION
     return style, turns_of(tokenizer, instruction[env], thinking)
+
+
+def as_trained(path: str, style: str) -> tuple[str, Turns] | None:
+    """(prompt style, turns) that training left beside the model at ``path``; None for one to be asked otherwise."""
+    card = model_card(path)
+    if style == "auto":
+        style = prompt_style(path)
+    return (style, trained_turns(card)) if style == "tuned" or style == card.get("prompt_style") else None
 
 
 def trained_turns(card: dict[str, Any]) -> Turns:

@@ -75,6 +75,8 @@ class Policy:
     """For thoughts and reflections."""
     thinking_tokens: int = 1024
     """For what a model that thinks writes before its answer."""
+    score_answers: bool = False
+    """Yes and no are scored one by one, by an LM that can't choose among given strings (a server)."""
 
     async def act(self, state: State, admissible: Sequence[str] | None, seed: int, *, foresight: str = "",
                   notes: str = "", trace: bool = False) -> Choice:
@@ -155,6 +157,10 @@ class Policy:
         It is read where the answer begins, so the model can't think first.  ``tried`` is
         :func:`itp.text.prompts.foresight_text`'s or ``proposal_text``'s.
         """
+        if self.score_answers:
+            prompt = self.prompt(state, "Helps", foresight=tried)
+            yes, no = await self.lm.loglikelihood([(prompt, prompts.YES), (prompt, prompts.NO)])
+            return 0.5 + 0.5 * math.tanh((yes.total - no.total) / 2)  # the logistic function, without its overflow
         params = GenParams(choices=(prompts.YES, prompts.NO))
         answer, = await self.lm.generate([self.prompt(state, "Helps", foresight=tried)], params)
         p = math.exp(answer.logprob)

@@ -44,6 +44,6 @@ def history_of(path: str) -> int:
     return model_card(path).get("history_keep_steps", EVERYTHING["history_keep_steps"])
 
 
-def as_trained(settings: S, path: str, unknown: Mapping[str, Any] = EVERYTHING) -> S:
+def show_as_trained(settings: S, path: str, unknown: Mapping[str, Any] = EVERYTHING) -> S:
     """:func:`settle` by the card of the policy at ``path``."""
     return settle(settings, model_card(path), path, unknown)

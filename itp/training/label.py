@@ -41,7 +41,7 @@ from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.room import EngineFlags
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
-from itp.policy.shown import FORMAT_CHOICES, as_trained, shown
+from itp.policy.shown import FORMAT_CHOICES, show_as_trained, shown
 from itp.runtime import (
     DTYPES, TIMING, UserError, check_model_path, claim_output, derive_seed, model_fingerprint, progress_bar, timed,
     write_atomic, write_json,
@@ -278,7 +278,7 @@ def choose_rows(rows: list[Row], settings: LabelSettings) -> list[Row]:
 def run(settings: LabelSettings) -> None:
     """Label what is missing, write the output, print the distribution of labels."""
     candidates = check(settings)
-    settings = as_trained(settings, settings.policy_model_path)
+    settings = show_as_trained(settings, settings.policy_model_path)
     skipped: list[str] | None = [] if settings.skip_bad_rows else None
     rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings)
     for message in skipped or ():

@@ -38,7 +38,7 @@ from itp.lm.local import LocalLM, Quorum
 from itp.lm.room import EngineFlags
 from itp.policy.agent import IMAGINED_ACTION_TOKENS
 from itp.policy.heads import has_heads, kmax_of
-from itp.policy.shown import EVERYTHING, FORMAT_CHOICES, as_trained, shown
+from itp.policy.shown import EVERYTHING, FORMAT_CHOICES, show_as_trained, shown
 from itp.runtime import (
     DTYPES,
     MASKED_ATTENTION,
@@ -170,7 +170,7 @@ NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_mod
 def run(settings: RlSettings) -> None:
     """Train; what the command line calls."""
     check(settings)
-    settings = as_trained(settings, settings.policy_model_path, unknown=EVERYTHING | {"history_keep_steps": 6})
+    settings = show_as_trained(settings, settings.policy_model_path, unknown=EVERYTHING | {"history_keep_steps": 6})
     make_env, games, held_out = environment(settings)
     folder = claim(settings, games, held_out)
     asyncio.run(train(settings, folder, make_env, games, held_out))

@@ -1,0 +1,81 @@
+"""Models behind servers, as programs are told of them: the flags, and the client that these ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from itp.config import flag
+from itp.lm.chat import as_trained
+from itp.lm.openai import Api, OpenAILM
+from itp.runtime import UserError, load_tokenizer
+
+BACKENDS = ("local", "openai", "deepseek_api")
+DEEPSEEK_URL = "https://api.deepseek.com"
+
+
+@dataclass
+class PolicyServerFlags:
+    policy_backend: str = flag("local", help="where the policy runs", choices=BACKENDS)
+    policy_api_base_url: str = flag("", help="server of --policy_backend openai, such as http://127.0.0.1:8000/v1")
+    policy_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
+    policy_api_model: str = flag("deepseek-chat", help="name of the model on the server")
+    policy_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
+    policy_api_max_retries: int = flag(3, help="tries after a request that timed out or was refused for now")
+
+
+@dataclass
+class WorldModelServerFlags:
+    wm_backend: str = flag("local", help="where the world model runs", choices=BACKENDS)
+    wm_api_base_url: str = flag("", help="server of --wm_backend openai, such as http://127.0.0.1:8000/v1")
+    wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
+    wm_api_model: str = flag("deepseek-chat", help="name of the model on the server")
+    wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
+    wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model on a server: what :class:`OpenAILM` needs to know."""
+
+    model: str
+    url: str
+    key_env: str
+    api: Api
+    timeout_s: float
+    max_retries: int
+
+    @property
+    def identity(self) -> str:
+        """What stands for the weights' fingerprint on record, since nobody here can see these."""
+        return f"{self.model} at {self.url}"
+
+    def connect(self, role: str, concurrency: int) -> OpenAILM:
+        return OpenAILM(self.model, self.url, self.key_env, role=role, api=self.api, concurrency=concurrency,
+                        timeout_s=self.timeout_s, max_retries=self.max_retries)
+
+    def needs_template(self, path: str, style: str) -> bool:
+        """Whether prompts for the model at ``path`` are put into its turns here, since the completions API doesn't."""
+        return bool(path) and self.api == "completions" and as_trained(path, style) is None
+
+    def tokenizer(self, path: str, style: str) -> Any:
+        """The tokenizer whose chat template is needed here; None where none is."""
+        return load_tokenizer(path) if self.needs_template(path, style) else None
+
+    def check_selection(self, selection: str) -> None:
+        if selection == "constrained":
+            raise UserError(f"--action_selection constrained: {self.identity} is behind a server, which gives no "
+                            "logits to walk a trie with; use generate, score where the server can, or a local policy")
+
+
+def server_of(settings: Any, prefix: str) -> Server | None:
+    """The server that ``--{prefix}_backend`` and the flags beside it name; None for a model in this process."""
+    backend, url, key_env, model, timeout_s, max_retries = (
+        getattr(settings, f"{prefix}_{name}") for name in ("backend", "api_base_url", "api_key_env", "api_model",
+                                                           "api_timeout_s", "api_max_retries"))
+    if backend == "local":
+        return None
+    if backend == "openai" and not url:
+        raise UserError(f"--{prefix}_backend openai needs --{prefix}_api_base_url, such as http://127.0.0.1:8000/v1")
+    chat = backend == "deepseek_api"
+    return Server(model, url or DEEPSEEK_URL, key_env, "chat" if chat else "completions", timeout_s, max_retries)
