@@ -54,8 +54,8 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 def modules(page: Path) -> Iterator[tuple[str, list[str]]]:
     for words in commands(page):
-        if "-m" in words:
-            at = words.index("-m")
+        if flag := {"-m", "--module"} & set(words):
+            at = words.index(flag.pop())
             module, rest = words[at + 1], words[at + 2:]
             if module.endswith("train_adaptive_k") and rest:
                 module, rest = f"{module} {rest[0]}", rest[1:]

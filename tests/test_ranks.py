@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from foresight_eval import results
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.runtime import rank_devices
+from tests.openai_client import free_port
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,20 +53,29 @@ def stories(folder: Path) -> dict[int, dict[str, Any]]:
             for i, record in results.read_episodes(folder).items()}
 
 
-def launch(settings: AlfworldSettings, processes: int, log: Path, *options: str) -> subprocess.Popen:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+              "--mixed_precision", "no", "--dynamo_backend", "no")
+"""Its --cpu starts one process only, and so does it where it sees no GPU, unless told that there are several."""
+
+
+def launch(settings: AlfworldSettings, log: Path, *options: str,
+           launcher: Sequence[str] = TORCHRUN) -> subprocess.Popen:
     flags = [part for field in dataclasses.fields(settings)
              for part in (f"--{field.name}", str(getattr(settings, field.name)))]
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with open(log, "w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-             *options, "-m", "foresight_eval", *flags], stdout=file, stderr=file,
+            [sys.executable, *launcher, *options, "-m", "foresight_eval", *flags], stdout=file, stderr=file,
             env=env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def test_two_processes_give_what_one_gives_and_play_each_game_once(base, alone, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, (*ACCELERATE, "--main_process_port", str(free_port()))],
+                         ids=["torchrun", "accelerate"])
+def test_two_processes_give_what_one_gives_and_play_each_game_once(base, alone, tmp_path, launcher):
     out = tmp_path / "out"
-    process = launch(dataclasses.replace(base, output_path=str(out), override=True), 2, tmp_path / "log")
+    process = launch(dataclasses.replace(base, output_path=str(out), override=True), tmp_path / "log",
+                     launcher=launcher)
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
     assert stories(out) == alone
     log = (tmp_path / "log").read_text()
@@ -79,7 +90,7 @@ def test_two_processes_give_what_one_gives_and_play_each_game_once(base, alone, 
 def test_when_one_is_killed_its_games_are_taken_over(base, alone, tmp_path):
     out = tmp_path / "out"
     settings = dataclasses.replace(base, output_path=str(out), override=True, concurrency=1)
-    process = launch(settings, 2, tmp_path / "log", "--max-restarts", "1", "--monitor-interval", "0.1")
+    process = launch(settings, tmp_path / "log", "--max-restarts", "1", "--monitor-interval", "0.1")
     deadline = time.monotonic() + 300
     while not results.read_episodes(out):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
@@ -95,7 +106,7 @@ def test_when_one_is_killed_its_games_are_taken_over(base, alone, tmp_path):
 
 
 def test_a_mistake_is_said_once_and_ends_all(base, tmp_path):
-    process = launch(dataclasses.replace(base, output_path=str(tmp_path / "out"), k_policy="head"), 2,
+    process = launch(dataclasses.replace(base, output_path=str(tmp_path / "out"), k_policy="head"),
                      tmp_path / "log")
     assert process.wait(300) != 0
     log = (tmp_path / "log").read_text()
