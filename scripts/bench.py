@@ -14,7 +14,9 @@ rl_k          rollouts of online A2C (stage 3): game steps/s
 wm_training   world-model training, tokens/s of real tokens, against rows padded to --cutoff; and the losses of both
 
 For each: generated tokens/s, rows per model batch, the share of time in which each model was at work, in which
-none was ("waiting"), in which an environment's process had something to do, and the process's peak memory so far.
+none was ("waiting"), in which an environment's process had something to do, and peak memory: on a GPU what torch
+allocated there during the part, else what the process had so far.  And what generation had to read from memory, weights
+once a forward pass and the keys and values of its rows, a second: of --peak_bandwidth_gbs, if given.
 Before the clock starts, environments have loaded every game once and every model has run.  In foresight the actions
 of all concurrencies must be equal; exit status 1 where they aren't (in half precision they may differ).
 """
@@ -25,7 +27,6 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import resource
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from bench_training import world_model_training
+from foresight_eval.cost import peak_memory
 from foresight_eval.methods import build
 from foresight_eval.runner import make_policy, make_world_model, method_settings
 from foresight_eval.settings import AlfworldSettings
@@ -43,6 +45,7 @@ from itp.games import Game, list_games, spread
 from itp.lm.base import LM, GenParams, metered
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
+from itp.lm.room import EngineFlags, kv_bytes
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.shown import show_as_trained
 from itp.rollout import Episode, run_episodes
@@ -54,7 +57,7 @@ SEQUENTIAL = "one by one"
 
 
 @dataclass
-class BenchSettings:
+class BenchSettings(EngineFlags):
     policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub")
     env_data_root: str = flag(help="folder that holds json_2.1.1")
     wm_model: str = flag(help="world model")
@@ -79,6 +82,7 @@ class BenchSettings:
     env_processes: int = flag(2, help="processes that run the environments")
     device: str = flag("cpu", help="device of the models")
     dtype: str = flag("fp32", help="precision of the models", choices=DTYPES)
+    peak_bandwidth_gbs: float = flag(0.0, at_least=0, help="GB/s that the device's memory can be read at")
     out_json: str = flag("", help="also write the figures to this file")
 
 
@@ -98,6 +102,8 @@ class Pass:
     waiting: float
     environment: float
     peak_memory_gb: float
+    gb_read: float
+    """That decoding had to read: weights once a pass, keys and values of its rows."""
     actions: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -121,7 +127,8 @@ def main() -> None:
         for how in ([SEQUENTIAL] if sequential_share(settings, part) else []) + (
                 [str(n) for n in numbers] if part == "foresight" else [str(max(numbers))]):
             passes.append(asyncio.run(run_part(settings, part, how, games)))
-            print(describe(passes[-1], next(p for p in passes if p.part == part)), flush=True)
+            first = next(p for p in passes if p.part == part)
+            print(describe(passes[-1], first, settings.peak_bandwidth_gbs), flush=True)
     training = world_model_training(settings) if "wm_training" in parts else []
     for one in training:
         print(one.describe(training[0]), flush=True)
@@ -200,7 +207,7 @@ def load(settings: BenchSettings, path: str, role: str, alone: bool, quorum: Quo
     options = {"device": settings.device, "dtype": settings.dtype, "role": role}
     if not alone:
         loader = load_policy_lm if role == "policy" else LocalLM.load
-        return loader(path, quorum=quorum, **options)
+        return loader(path, quorum=quorum, **options, **settings.engine)
     from sequential import SequentialLM
 
     heads = PolicyWithHeads.from_pretrained(path, device=settings.device)[0].heads if has_heads(path) else None
@@ -285,6 +292,7 @@ async def measured(part: str, how: str, unit: str, lms: dict[str, LM], work: Cal
         await lm.generate(["Task:"], GenParams(max_new_tokens=4))  # too short for the prefix cache
         lm.batches.clear()
         lm.busy_s = 0.0
+    device, before = reset_peak_memory(lms["policy"]), {role: read_bytes(lm) for role, lm in lms.items()}
     environment, start = pool.busy_s if pool else 0.0, time.monotonic()
     with metered() as usage:
         amount = await work()
@@ -296,19 +304,43 @@ async def measured(part: str, how: str, unit: str, lms: dict[str, LM], work: Cal
         {role: statistics.fmean(lm.batches or [0]) for role, lm in lms.items()}, busy,
         {role: u.cached_tokens / max(1, u.prompt_tokens) for role, u in usage.items()},
         max(0.0, 1 - sum(busy.values())), ((pool.busy_s - environment) / processes / seconds) if pool else 0.0,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        peak_memory()[device] / 2**30, sum(read_bytes(lm) - before[role] for role, lm in lms.items()) / 1e9)
+
+
+def reset_peak_memory(lm: LM) -> str:
+    """The device of a model, with its peak set back; that of a CPU's process can't be."""
+    if lm.model.device.type != "cuda":
+        return "cpu"
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(lm.model.device)
+    return str(lm.model.device)
+
+
+def read_bytes(lm: LM) -> int:
+    """What the forward passes of generation so far had to read: all weights, and the keys and values of their rows."""
+    counted = lm.engine.memory if isinstance(lm, LocalLM) else lm
+    weights = sum(p.nbytes for p in lm.model.parameters())
+    if not lm.model.config.tie_word_embeddings:  # of input embeddings a pass reads some rows only
+        weights -= lm.model.get_input_embeddings().weight.nbytes
+    kept = kv_bytes(lm.model.config.get_text_config(), lm.model.dtype.itemsize)
+    return counted.passes * weights + counted.tokens_read * kept
 
 
 # ---------------------------------------------------------------- what is printed
 
 
-def describe(one: Pass, first: Pass) -> str:
+def describe(one: Pass, first: Pass, peak_bandwidth_gbs: float) -> str:
+    written, first_written = (p.generated_tokens / p.seconds for p in (one, first))
+    read = one.gb_read / one.seconds
+    bound = f" ({read / peak_bandwidth_gbs:.1%} of {peak_bandwidth_gbs:g})" if peak_bandwidth_gbs else ""
     models = ", ".join(f"{role} {one.busy[role]:.0%} in batches of {one.rows_per_batch[role]:.1f} "
                        f"({one.cached_prompt_share.get(role, 0):.0%} of prompts cached)" for role in one.busy)
     return (f"{one.part:10} {one.how:>10}: {one.rate:8.2f} {one.unit}/s ({one.rate / first.rate:.1f} x), "
-            f"{one.generated_tokens / one.seconds:8.1f} tokens/s, {one.amount} {one.unit} in {one.seconds:.1f} s\n"
+            f"{written:8.1f} tokens/s ({written / max(1e-9, first_written):.1f} x), "
+            f"{one.amount} {one.unit} in {one.seconds:.1f} s\n"
             f"{'':23} {models}, waiting {one.waiting:.0%}, environment {one.environment:.0%}, "
-            f"{one.peak_memory_gb:.2f} GB")
+            f"{one.peak_memory_gb:.2f} GB, {read:.2f} GB/s read{bound}")
 
 
 def compare(passes: Sequence[Pass]) -> bool:

@@ -40,6 +40,7 @@ class SequentialLM:
         self.encode = Encoder(self.tokenizer)  # only for those who ask how long a text is
         self.batches: list[int] = []
         self.busy_s = 0.0
+        self.passes, self.tokens_read = 0, 0
 
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         return self._each(prompts, lambda prompt: self._generate(prompt, params))
@@ -82,6 +83,8 @@ class SequentialLM:
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=eos, output_scores=True,
                                   output_logits=True, return_dict_in_generate=True, **options)
         written = out.sequences[0, length:].tolist()
+        self.passes += len(written)
+        self.tokens_read += sum(length + i for i in range(len(written)))
         # In scores what isn't allowed has probability 0, so that the choices' probabilities have the sum 1.
         given = out.scores if choices else out.logits
         logprob = sum(float(row[0].float().log_softmax(-1)[i]) for row, i in zip(given, written, strict=True))

@@ -40,6 +40,40 @@ def test_one_by_one_gives_the_same_answers_as_batched(tmp_path):
     assert one[2] == pytest.approx(batched[2], abs=1e-4)
 
 
+def test_a_random_model_in_the_benchmark_reads_what_decoding_must(tmp_path, games_root, capsys):
+    """A miniature of the GPU's command: a random model as policy and world model, one by one and batched."""
+    from bench import BenchSettings, describe, read_bytes, run_part
+    from random_model import RandomModelSettings, write
+
+    from itp.games import list_games
+
+    tokenizer = str(write_tiny_model(tmp_path / "m"))
+    (tmp_path / "m" / "itp_model.json").write_text('{"prompt_style": "tuned"}')
+    folder = str(tmp_path / "random")
+    write(RandomModelSettings(tokenizer=tokenizer, out_dir=folder, size="tiny"))
+    parameters = 1024 * 32 + 2 * (32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert f"{parameters / 1e6:.1f} million" in capsys.readouterr().out
+
+    async def generated() -> int:
+        lm = LocalLM.load(folder)
+        before = read_bytes(lm)
+        answer, = await lm.generate(["Task: look\nAction:"], GenParams(max_new_tokens=4))
+        n, new = answer.prompt_tokens, answer.completion_tokens
+        await lm.close()
+        assert before == 0 and new == 4
+        return read_bytes(lm) - 4 * (new * parameters + sum(n + i for i in range(new)) * 2 * 2 * 2 * 8)
+
+    assert asyncio.run(generated()) == 0
+    settings = BenchSettings(policy_model=folder, wm_model=folder, env_data_root=str(games_root), games=2,
+                             sequential_games=1, max_steps=1, fixed_k=1, env_processes=1)
+    games = list_games("alfworld", "unseen", str(games_root))
+    alone, batched = (asyncio.run(run_part(settings, "foresight", how, games)) for how in ("one by one", "2"))
+    assert batched.actions.items() >= alone.actions.items() and 0 < batched.gb_read < 2 * alone.gb_read
+    said = describe(batched, alone, 2.0)
+    rate = batched.gb_read / batched.seconds
+    assert f"{rate:.2f} GB/s read ({rate / 2:.1%} of 2)" in said and batched.peak_memory_gb > 0.1
+
+
 def test_an_outer_meter_counts_what_inner_ones_do():
     def ask(role: str, *answer) -> None:
         with asking(role) as answers:

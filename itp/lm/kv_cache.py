@@ -134,6 +134,8 @@ class Memory:
 
     def __init__(self) -> None:
         self._block = torch.empty(0)
+        self.passes, self.tokens_read = 0, 0
+        """Forward passes so far, and the tokens whose keys and values they had to read."""
 
     def take(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A tensor of ``shape``: zeros or what an earlier batch left, finite numbers that a mask turns into nothing."""
@@ -219,6 +221,8 @@ class Batch:
         padding = positions < torch.tensor(known)[:, None]
         known = [n + more for n, more in zip(known, counts, strict=True)]
         self.lengths[:len(new)] = known
+        self._memory.passes += 1
+        self._memory.tokens_read += sum(known)
         used = max(known)
         columns = positions.masked_fill(padding, self.columns - 1).to(device)
         self.places = (torch.arange(len(new), device=device)[:, None], columns, used)

@@ -52,12 +52,17 @@ def token_bytes(config: Any, width: int) -> int:
     Keys and values of every layer, a quarter more for the block that grows (kv_cache.Memory), and what one layer
     has at a time: normed inputs, q, k, v, attention's output, residuals, and the MLP's width some times.
     """
-    # GPT-2's kin name neither of the three: all heads have keys and values, and the MLP is four times as wide.
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 names none
+    kept = kv_bytes(config, width)
+    return kept + kept // 4 + width * (8 * config.hidden_size + 4 * inner)
+
+
+def kv_bytes(config: Any, width: int) -> int:
+    """Keys and values of a token in all layers."""
+    # GPT-2 names neither: all its heads have keys and values.
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    kept = config.num_hidden_layers * 2 * heads * size
-    return width * (kept + kept // 4 + 8 * config.hidden_size + 4 * inner)
+    return width * config.num_hidden_layers * 2 * heads * size
 
 
 def free_bytes(device: str) -> int | None:
