@@ -65,7 +65,7 @@ def test_a_random_model_in_the_benchmark_reads_what_decoding_must(tmp_path, game
 
     assert asyncio.run(generated()) == 0
     settings = BenchSettings(policy_model=folder, wm_model=folder, env_data_root=str(games_root), games=2,
-                             sequential_games=1, max_steps=1, fixed_k=1, env_processes=1)
+                             sequential_games=1, max_steps=1, fixed_k=1, env_processes=1, action_selection="generate")
     games = list_games("alfworld", "unseen", str(games_root))
     alone, batched = (asyncio.run(run_part(settings, "foresight", how, games)) for how in ("one by one", "2"))
     assert batched.actions.items() >= alone.actions.items() and 0 < batched.gb_read < 2 * alone.gb_read
