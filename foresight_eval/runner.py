@@ -25,7 +25,7 @@ from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
-from itp.lm.server import server_of
+from itp.lm.server import policy_on_record, server_of
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.policy.shown import show_as_trained
@@ -211,7 +211,7 @@ def needs_world_model(settings: EvalSettings) -> bool:
 
 def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
-    config = dataclasses.asdict(settings)
+    config = policy_on_record(settings)
     server = server_of(settings, "policy")
     config["policy_fingerprint"] = server.identity if server else model_fingerprint(settings.policy_model)
     config["max_k"] = max_k(settings)  # not -1: what a report measures budgets by
