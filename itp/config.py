@@ -88,7 +88,8 @@ def _made(settings: type[T], given: Mapping[str, Any], where: str = "") -> T:
         raise UserError(f"{where}missing required {', '.join('--' + m for m in missing)} (see --help)")
     for name, value in given.items():
         bounds = fields[name].metadata["bounds"]
-        if not all(_HOLDS[word](value, limit) for word, limit in bounds.items()):
+        # A default out of bounds means something of its own, such as -1: as the checkpoint says.
+        if value != fields[name].default and not all(_HOLDS[word](value, limit) for word, limit in bounds.items()):
             said = " and ".join(f"{word} {limit}" for word, limit in bounds.items())
             raise UserError(f"{where}--{name} {value}: must be {said}")
     return settings(**given)

@@ -85,6 +85,16 @@ def test_values_out_of_bounds_are_refused(tmp_path: Path, name: str, good: list[
         parse_settings(Settings, ["--config", yaml_file(tmp_path, f"out: x\n{name}: -1")])
 
 
+def test_a_default_out_of_bounds_may_be_given_too() -> None:
+    @dataclass
+    class Steps:
+        keep: int = flag(-1, at_least=0, help="-1: as trained")
+
+    assert parse_settings(Steps, ["--keep", "-1"]).keep == -1
+    with pytest.raises(UserError, match="--keep -2: must be at least 0"):
+        parse_settings(Steps, ["--keep", "-2"])
+
+
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere.yaml: no such file"):
         parse_settings(Settings, ["--config", str(tmp_path / "nowhere.yaml"), "--out", "x"])
