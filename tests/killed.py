@@ -26,7 +26,7 @@ def kill(command: list[str], when: Callable[[], bool], log: Path) -> None:
     """Start ``command`` and send it SIGKILL as soon as ``when()``, before it ends."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=file, env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # a loaded machine takes minutes to import torch
     while not when():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
@@ -37,6 +37,6 @@ def kill(command: list[str], when: Callable[[], bool], log: Path) -> None:
 
 def finish(command: list[str], log: Path) -> None:
     """The same command again, to its end."""
-    done = subprocess.run(command, cwd=log.parent, capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
+    done = subprocess.run(command, cwd=log.parent, capture_output=True, text=True, env=ENVIRONMENT, timeout=600,
                           check=False)
     assert done.returncode == 0, done.stderr

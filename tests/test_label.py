@@ -233,17 +233,17 @@ def test_a_process_that_is_killed_goes_on_with_the_same_command(make, expert: Pa
     rows = [json.loads(line) for line in expert.read_text().splitlines()]
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps(row | {"episode_id": f"{row['episode_id']}{i}"}) + "\n"
-                            for i in range(25) for row in rows))
-    settings = make(expert_jsonl=str(many), kmax=2, concurrency=2)
+                            for i in range(8) for row in rows))
+    settings = make(expert_jsonl=str(many), kmax=1, wm_max_new_tokens=4, concurrency=2)
     progress, out = Path(settings.out_labeled_jsonl + ".run/rows.jsonl"), Path(settings.out_labeled_jsonl)
     command = command_of(["itp.training.train_adaptive_k", "label"], settings)
-    kill(command, lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 20, tmp_path / "log")
+    kill(command, lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 6, tmp_path / "log")
     before = progress.read_bytes()
-    assert not out.exists() and before.count(b"\n") < 25 * len(rows)
+    assert not out.exists() and before.count(b"\n") < 8 * len(rows)
     finish(command, tmp_path / "log")
     assert progress.read_bytes().startswith(before[:before.rfind(b"\n") + 1])  # what was finished stays as it was
     numbers = [json.loads(line)["row"] for line in progress.read_text().splitlines()]
-    assert sorted(numbers) == list(range(25 * len(rows)))  # every row once
+    assert sorted(numbers) == list(range(8 * len(rows)))  # every row once
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert_same(found, labelled(dataclasses.replace(settings, out_labeled_jsonl=str(tmp_path / "undisturbed.jsonl"))))
 

@@ -269,7 +269,7 @@ def test_a_run_cut_off_goes_on_to_the_very_same_weights(model_path, tmp_path, lo
 
 def test_a_process_that_is_killed_goes_on_with_the_same_command(model_path, tmp_path):
     rows = [row for i in range(10) for row in episode(i)]
-    settings = settings_for(model_path, tmp_path, rows, lora_r=4, lora_dropout=0.1, epochs=10.0, save_every_steps=3,
+    settings = settings_for(model_path, tmp_path, rows, lora_r=4, lora_dropout=0.1, epochs=4.0, save_every_steps=3,
                             save_total_limit=100, logging_steps=1, eval_every_epoch=False)
     out = Path(settings.out_dir)
     command = command_of(["itp.training.train_adaptive_k", "sft"], settings)
