@@ -112,7 +112,7 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
     """With unchanged weights log π_θ(a|·), log P_θ(K|s) and V_θ(s) of the packed episodes are those of acting."""
     from itp.training.rl_play import prepare
     from itp.training.rl_run import Processes
-    from itp.training.rl_update import make_row
+    from itp.training.rl_update import make_rows
 
     chosen = settings(models, games_root, tmp_path, **changes)
     make_env, games, _ = rl_k.environment(chosen)
@@ -127,7 +127,8 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
 
     episodes, bootstraps, player, learner = asyncio.run(play())
     samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes())
-    rows = [make_row(episode) for episode in samples]
+    rows = [row for episode in samples for row in make_rows(episode, 10 ** 6)]
+    assert len(rows) == len(samples)
     read = learner.read(rows)
     assert learner.policy.causal_lm.config._attn_implementation == chosen.attn_implementation
     decisions = [step.decision for episode in episodes for step in episode.steps]

@@ -133,8 +133,10 @@ class RlSettings(EnvFlags, EngineFlags):
     attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
                                     help="how the policy computes attention, acting and learning; changes time and "
                                          "memory only (their masks are none that flash_attention_2 knows)")
+    gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
     update_batch_tokens: int = flag(8192, at_least=1,
-                                    help="tokens of a forward pass of the update at most; changes memory only")
+                                    help="tokens of a forward pass of the update at most, but at least a step's; "
+                                         "changes memory only")
     eval_every: int = flag(10, at_least=0, help="updates between evaluations on held-out games (0: none, and no best)")
     eval_games: int = flag(30, at_least=0, help="games of an evaluation")
     eval_split: str = flag("valid_seen", help="their split; with env_split's own they are kept out of training")
@@ -163,7 +165,8 @@ class RlSettings(EnvFlags, EngineFlags):
 
 NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_model_path", "wm_model_path", "num_envs",
                 "env_processes", "max_minutes", "save_every", "update_batch_tokens", "env_data_path",
-                "alfworld_config", "padding_side", "kmax", "attn_implementation", "cache_gb", "max_batch_tokens")
+                "alfworld_config", "padding_side", "kmax", "attn_implementation", "gradient_checkpointing", "cache_gb",
+                "max_batch_tokens")
 """Settings that don't change what is learned, or count by what they lead to."""
 
 

@@ -1,15 +1,16 @@
 """One update of online A2C (eq. 8): from whole episodes to new weights.
 
 The prompts of an episode grow out of one another, so an episode is one row in which every shared beginning
-is computed once (:mod:`itp.training.token_tree`); P_θ(K|s_t), V_θ(s_t) and π_θ(a_t|·) of all its steps are
-read from that row.  The module that is trained is the one that acts: there is no copy.
+is computed once (:mod:`itp.training.token_tree`), or several where it would be too long for the GPU;
+P_θ(K|s_t), V_θ(s_t) and π_θ(a_t|·) of its steps are read from there.  The module that is trained is the one
+that acts: there is no copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from itp.policy.heads import PolicyWithHeads
     from itp.training.rl_k import RlSettings
 
+ALIGNED = 8
+"""Widths of batches are multiples of this."""
 MAX_SKIPPED = 20
 """So many updates in a row without a usable gradient: loss scaling doesn't find its scale, the run diverged."""
 
@@ -51,29 +54,36 @@ class Sample:
 
 @dataclass
 class Row:
-    """An episode as a token tree, and where in it things are read."""
+    """Steps of an episode as a token tree, and where in it things are read."""
 
-    tree: TokenTree
-    samples: list[Sample]
-    controls: list[int]
+    tree: TokenTree = field(default_factory=TokenTree)
+    samples: list[Sample] = field(default_factory=list)
+    controls: list[int] = field(default_factory=list)
     """Node of ``<CTRL>``, by sample."""
-    predicted: list[tuple[int, int, int]]
+    predicted: list[tuple[int, int, int]] = field(default_factory=list)
     """(sample, index in its trace, node whose logits predict that token) of every token that was drawn."""
 
 
-def make_row(samples: Sequence[Sample]) -> Row:
-    """Pack an episode.  Tokens that were forced cost nothing: only what leads to a drawn one is in the tree."""
-    row = Row(TokenTree(), list(samples), [], [])
-    for i, sample in enumerate(samples):
+def make_rows(samples: Sequence[Sample], budget: int) -> list[Row]:
+    """Pack an episode, in order, into trees of at most ``budget`` tokens; a step that has more is alone in one.
+
+    Tokens that were forced cost nothing: only what leads to a drawn one is in a tree.
+    """
+    rows: list[Row] = []
+    for sample in samples:
         drawn = [j for j, ids in enumerate(sample.trace.allowed) if ids is None or len(ids) > 1]
         if drawn:
             ids = [*sample.ids, *sample.trace.token_ids[:drawn[-1]]]
         else:
             ids = sample.ids[:sample.control + 1]
+        if not rows or len(rows[-1].tree) + len(ids) - rows[-1].tree.known(ids) > budget:
+            rows.append(Row())
+        row = rows[-1]
         nodes = row.tree.add(ids)
         row.controls.append(nodes[sample.control])
-        row.predicted += [(i, j, nodes[len(sample.ids) - 1 + j]) for j in drawn]
-    return row
+        row.predicted += [(len(row.samples), j, nodes[len(sample.ids) - 1 + j]) for j in drawn]
+        row.samples.append(sample)
+    return rows
 
 
 class Learner:
@@ -85,6 +95,8 @@ class Learner:
         self.lora = settings.lora_r > 0
         if self.lora:
             policy.add_lora(_lora(settings), tokenizer.convert_tokens_to_ids(CTRL))
+        if settings.gradient_checkpointing:
+            policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = policy
         self.value_updates = min(settings.value_updates, settings.total_updates // 4)
         self.updates = self.skipped = 0
@@ -96,6 +108,7 @@ class Learner:
         self.device = next(policy.parameters()).device
         self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # a process without an episode needs its scale, too
 
     def _decay(self, update: int) -> float:
         """Factor of the learning rate."""
@@ -108,14 +121,25 @@ class Learner:
     def update(self, episodes: Sequence[Sequence[Sample]]) -> dict[str, float]:
         """Learn from a batch of episodes.  Returns means over its optimizer steps."""
         value_only = self.updates < self.value_updates
-        lr, pieces = self.scheduler.get_last_lr()[0], self.settings.minibatches
-        self.policy.train(self.lora)  # dropout in front of LoRA, nowhere else
-        parts = [self._step([make_row(e) for e in episodes[i::pieces]], value_only) for i in range(pieces)]
+        lr, budget = self.scheduler.get_last_lr()[0], self.settings.update_batch_tokens
+        # The last batch of a run may have fewer episodes than parts; all processes take equally many steps.
+        pieces = min(self.settings.minibatches, max(self.processes.gather([len(episodes)])))
+        self._to_training()
+        parts = [self._step([row for e in episodes[i::pieces] for row in make_rows(e, budget)], value_only)
+                 for i in range(pieces)]
         self.policy.eval()
         self.scheduler.step()
         self.updates += 1
         means = {name: sum(part[name] for part in parts) / pieces for name in parts[0]}
         return means | {"entropy": 0.0 - means["loss_ent"], "lr": lr}
+
+    def _to_training(self) -> None:
+        """Training mode for dropout in front of LoRA and for layers that are to be recomputed, and nothing else.
+
+        Other dropout would make the policy that learns another one than the policy that acted.
+        """
+        for name, module in self.policy.named_modules():
+            module.training = "lora_dropout" in name or hasattr(module, "gradient_checkpointing")
 
     def _step(self, rows: Sequence[Row], value_only: bool) -> dict[str, float]:
         """One optimizer step on some episodes, together with those of the other processes."""
@@ -154,8 +178,8 @@ class Learner:
     def _groups(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """Rows of similar size, within the budget of tokens."""
         group: list[Row] = []
-        for row in sorted(rows, key=lambda row: len(row.tree.ids)):
-            if group and len(row.tree.ids) * (len(group) + 1) > self.settings.update_batch_tokens:
+        for row in sorted(rows, key=lambda row: len(row.tree)):
+            if group and len(row.tree) * (len(group) + 1) > self.settings.update_batch_tokens:
                 yield group
                 group = []
             group.append(row)
@@ -181,7 +205,9 @@ class Learner:
     def read(self, rows: Sequence[Row]) -> Reading:
         """What the policy says of every step of some episodes, with gradients."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids, mask, positions = batch([row.tree for row in rows], pad)
+        # Attention in CUDA wants rows of a mask aligned, and would keep an aligned copy of it for every layer.
+        width = -(-max(len(row.tree) for row in rows) // ALIGNED) * ALIGNED
+        ids, mask, positions = batch([row.tree for row in rows], pad, width=width)
         controls = torch.tensor([(b, node) for b, row in enumerate(rows) for node in row.controls])
         offsets = [sum(len(row.samples) for row in rows[:b]) for b in range(len(rows))]
         drawn = [(b, node, offsets[b] + i, j) for b, row in enumerate(rows) for i, j, node in row.predicted]

@@ -1,0 +1,137 @@
+"""The update of stage 3: what it computes depends on the episodes alone, not on how they go through the model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from itp.lm.base import Trace
+from itp.policy.heads import PolicyWithHeads
+from itp.runtime import load_causal_lm
+from itp.text.prompts import CTRL
+from itp.training.rl_k import RlSettings
+from itp.training.rl_run import Processes
+from itp.training.rl_update import Learner, Sample, make_rows
+from tests.tiny import write_tiny_model
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("models")
+    model, tokenizer = load_causal_lm(str(write_tiny_model(root / "plain")))
+    policy = PolicyWithHeads.create(model, tokenizer, 2)
+    for head in (policy.heads.k_head, policy.heads.v_head):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    policy.save_pretrained(root / "policy", tokenizer)
+    return root / "policy"
+
+
+def learner_of(folder: Path, **changes) -> Learner:
+    common = {"policy_model_path": str(folder), "out_dir": "", "lora_r": 0, "value_updates": 0, "max_grad_norm": 0.0,
+              "epochs": 100}
+    settings = RlSettings(**(common | changes))
+    torch.manual_seed(0)
+    policy, tokenizer = PolicyWithHeads.from_pretrained(folder)
+    return Learner(policy, tokenizer, settings, torch.float32, Processes())
+
+
+def episodes_of(learner: Learner, lengths: tuple[int, ...]) -> list[list[Sample]]:
+    """Episodes of so many steps: each prompt is the state so far, <CTRL>, and words of its own."""
+    draw, ctrl = random.Random(1), learner.tokenizer.convert_tokens_to_ids(CTRL)
+    episodes = []
+    for length in lengths:
+        state, samples = [draw.randrange(ctrl) for _ in range(20)], []
+        for _ in range(length):
+            action = tuple(draw.randrange(ctrl) for _ in range(3))
+            trace = Trace(action, (None, (*action[1:2], 3, 4), (action[2],)), TEMPERATURE, 0.0)
+            own = [draw.randrange(ctrl) for _ in range(draw.randrange(1, 9))]
+            samples.append(Sample([*state, ctrl, *own], len(state), trace, draw.randrange(3), draw.gauss(0, 1),
+                                  draw.gauss(0, 1)))
+            state = [*state, *action, *(draw.randrange(ctrl) for _ in range(5))]
+        episodes.append(samples)
+    return episodes
+
+
+def updated(learner: Learner, episodes: list[list[Sample]]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The metrics of an update on episodes, and the gradients that it was made of."""
+    found = learner.update(episodes)
+    return found, {name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.requires_grad}
+
+
+def same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
+    assert one[0] == pytest.approx(two[0], rel=1e-4, abs=1e-5)
+    assert one[1].keys() == two[1].keys() and any(g.abs().max() > 1e-3 for g in one[1].values())
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, two[1][name], rtol=1e-4, atol=3e-5)
+
+
+def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
+    episode, = episodes_of(learner_of(folder), (12,))
+    whole, = make_rows(episode, 10 ** 6)
+    alone = make_rows(episode, 1)
+    assert [row.samples for row in alone] == [[sample] for sample in episode]  # one sample may exceed it
+    budget = max(len(row.tree) for row in alone)
+    parts = make_rows(episode, budget)
+    assert [sample for row in parts for sample in row.samples] == episode and len(parts) > 1
+    assert max(len(row.tree) for row in parts) <= budget
+    assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_an_update_is_the_same_within_any_budget(folder: Path, lora_r: int) -> None:
+    found, passes = {}, {}
+    for budget in (1, 90, 10 ** 6):
+        learner = learner_of(folder, update_batch_tokens=budget, lora_r=lora_r, lora_dropout=0.0)
+        episodes, sizes = episodes_of(learner, (9, 3, 1)), []
+        learner.policy.causal_lm.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        found[budget], passes[budget] = updated(learner, episodes), sizes
+    longest = max(len(s.ids) + 2 for episode in episodes for s in episode)
+    assert longest > 90  # a step that no tree of that size holds
+    assert (len(passes[1]), len(passes[10 ** 6])) == (13, 1) and 1 < len(passes[90]) < 13
+    assert max(passes[90]) < longest + 8
+    same(found[1], found[10 ** 6])
+    same(found[90], found[10 ** 6])
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_recomputed_activations_change_memory_only(folder: Path, lora_r: int) -> None:
+    found, saved = [], []
+    for checkpointing in (False, True):
+        learner = learner_of(folder, gradient_checkpointing=checkpointing, lora_r=lora_r, lora_dropout=0.0)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            found.append(updated(learner, episodes_of(learner, (6, 2))))
+        saved.append(sum(sizes))
+        assert not learner.policy.training and not any(m.training for m in learner.policy.modules())
+    same(*found)
+    assert saved[1] < saved[0] / 2
+
+
+def test_a_policy_learns_without_its_own_dropout(tmp_path: Path, folder: Path) -> None:
+    """GPT-2's configuration has dropout, which didn't act: with it, the update would be another policy's."""
+    _, tokenizer = load_causal_lm(str(folder))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5,
+                                       embd_pdrop=0.5, attn_pdrop=0.5, bos_token_id=None, eos_token_id=0))
+    PolicyWithHeads.create(model, tokenizer, 2).save_pretrained(tmp_path, tokenizer)
+    found = []
+    for seed in (0, 1):
+        learner = learner_of(tmp_path, gradient_checkpointing=True)
+        torch.manual_seed(seed)
+        found.append(updated(learner, episodes_of(learner, (3,))))
+    same(*found)
+
+
+def test_a_last_batch_of_fewer_episodes_than_parts(folder: Path) -> None:
+    """One episode in two parts is one part: no step on nothing, and no loss halved by it."""
+    halves, whole = (learner_of(folder, minibatches=n, episodes_per_update=2) for n in (2, 1))
+    halves.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    episode = episodes_of(whole, (4,))
+    same(updated(halves, episode), updated(whole, episode))
