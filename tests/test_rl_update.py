@@ -135,3 +135,13 @@ def test_a_last_batch_of_fewer_episodes_than_parts(folder: Path) -> None:
     halves.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     episode = episodes_of(whole, (4,))
     same(updated(halves, episode), updated(whole, episode))
+
+
+def test_no_weight_is_copied_where_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(folder, lora_r=4)
+    copied: list[torch.Size] = []
+    deepcopy = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__",
+                        lambda self, memo: copied.append(self.shape) or deepcopy(self, memo))
+    learner.save(tmp_path)
+    assert not copied

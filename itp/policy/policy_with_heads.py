@@ -171,14 +171,18 @@ class PolicyWithHeads(nn.Module):
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *,
                         heads: dict[str, torch.Tensor] | None = None, **options: Any) -> None:
-        """Write a model folder.  PEFT's layers are merged into a copy, so that training may go on.
+        """Write a model folder.  PEFT's layers are merged into a copy on the CPU, so that training may go on.
 
         ``heads`` and ``state_dict``, one of the backbone's ``options``: weights that the module doesn't hold (ZeRO-3).
         """
         folder = Path(folder)
         model = self.backbone
         if model is not self.causal_lm:
-            model = copy.deepcopy(self.backbone).merge_and_unload(safe_merge=True)
+            # A weight that deepcopy finds in its memo is not copied: none is on the GPU a second time.
+            memo: dict[int, Any] = {id(w): nn.Parameter(w.detach().to("cpu", copy=True), requires_grad=False)
+                                    for w in self.backbone.parameters()}
+            memo |= {id(b): b.to("cpu", copy=True) for b in self.backbone.buffers()}
+            model = copy.deepcopy(self.backbone, memo).merge_and_unload(safe_merge=True)
         model.save_pretrained(folder, **options)
         save_heads(self.heads, folder, heads)
         if tokenizer is not None:
