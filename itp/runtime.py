@@ -123,23 +123,28 @@ def versions() -> dict[str, str]:
 
 
 def claim_output(out_dir: str | Path, config: Mapping[str, Any], *, override: bool = False,
-                 ignore: tuple[str, ...] = ()) -> Path:
+                 ignore: tuple[str, ...] = (), may_grow: tuple[str, ...] = ()) -> Path:
     """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
 
     A folder that holds results of another configuration is refused, because the two would mix.
-    ``ignore`` names settings that don't change a result (devices, concurrency).  ``override`` replaces
-    the record; what else the folder holds is the caller's to remove.  Returns the folder's path.
+    ``ignore`` names settings that don't change a result (devices, concurrency), ``may_grow`` numbers that a run
+    may turn out to need more of: the record then has the larger one.  ``override`` replaces the record; what
+    else the folder holds is the caller's to remove.  Returns the folder's path.
     """
     out_dir = Path(out_dir)
     record = out_dir / "config.json"
     wanted = json.loads(json.dumps(dict(config), default=str))
     if record.exists() and not override:
-        recorded = read_json(record)["config"]
-        differing = [k for k in sorted({*recorded, *wanted} - set(ignore)) if recorded.get(k) != wanted.get(k)]
+        written = read_json(record)
+        recorded = written["config"]
+        grown = {k: wanted[k] for k in may_grow if k in recorded and wanted[k] > recorded[k]}
+        differing = [k for k in sorted({*recorded, *wanted} - {*ignore, *grown}) if recorded.get(k) != wanted.get(k)]
         if differing:
             said = ", ".join(f"{k}: {recorded.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
             raise UserError(f"{out_dir} holds results of another configuration ({said}); "
                             "choose another output path, or --override to start it anew")
+        if grown:
+            write_json(record, written | {"config": recorded | grown})
         return out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})

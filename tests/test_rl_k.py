@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,60 +13,18 @@ import pytest
 
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games
+from itp.games import Game
 from itp.runtime import UserError, derive_seed, model_card, read_json
 from itp.text.state import State
 from itp.training import rl_k
 from itp.training.fitting import Fitting
-from itp.training.rl_k import RlSettings
 from itp.training.rl_run import RunFolder
-from tests.tiny import write_tiny_model
-
-KMAX = 2
+from tests.rl_runs import KMAX, approx, metrics, settings, write_models
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> tuple[Path, Path]:
-    """A random policy with heads and a random world model that know the names of all things in the games."""
-    import torch
-
-    from itp.policy.heads import PolicyWithHeads
-    from itp.runtime import load_causal_lm
-
-    games = [g for split in ("train", "valid_seen") for g in list_games("alfworld", split, games_root)]
-    things = {name.lower() for game in games for name in re.findall(r"([A-Za-z]+)_bar_", Path(game.path).read_text())}
-    words = sorted(name + part for name in things for part in ("", "basin"))
-    root = tmp_path_factory.mktemp("models")
-    plain, world_model = (write_tiny_model(root / name, seed=seed, words=words)
-                          for seed, name in enumerate(("plain", "world_model")))
-    model, tokenizer = load_causal_lm(str(plain))
-    policy = PolicyWithHeads.create(model, tokenizer, KMAX)
-    for head in (policy.heads.k_head, policy.heads.v_head):
-        torch.nn.init.normal_(head.weight, std=0.1)
-    policy.save_pretrained(root / "policy", tokenizer)
-    return root / "policy", world_model
-
-
-def settings(models: tuple[Path, Path], games_root: Path, out: Path, **changes) -> RlSettings:
-    policy, world_model = models
-    common = {
-        "policy_model_path": str(policy), "wm_model_path": str(world_model), "out_dir": str(out),
-        "env_data_path": str(games_root), "policy_device": "cpu", "wm_device": "cpu", "wm_max_new_tokens": 3,
-        "episodes_per_epoch": 8, "episodes_per_update": 2, "num_envs": 2, "env_processes": 1, "max_steps": 4,
-        "max_seq_len": 480, "history_keep_steps": 6, "foresight_format": "full",
-        "action_selection": "constrained", "action_temperature": 1.3, "lr": 1e-3, "lora_r": 0, "eval_games": 1,
-        "eval_every": 2, "save_every": 2, "value_updates": 1}
-    return RlSettings(**(common | changes))
-
-
-def metrics(out: Path) -> list[dict]:
-    """The rows of a run without what depends on the clock."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-
-
-def approx(rows: list[dict]) -> list[dict]:
-    return [{k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in row.items()} for row in rows]
+    return write_models(tmp_path_factory.mktemp("models"), games_root)
 
 
 class Corridor:
@@ -247,6 +204,32 @@ def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -
         assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
     rl_k.check(dataclasses.replace(chosen, kmax=KMAX))  # the checkpoint's own is no conflict
+
+
+def test_more_room_is_no_other_run(models, corridor, games_root: Path, tmp_path: Path, caplog) -> None:
+    """A run that a prompt stopped goes on as it says itself: with more --max_seq_len, in the same folder."""
+    chosen = settings(models, games_root, tmp_path, force_k=0, wm_model_path="", eval_every=0, episodes_per_epoch=4,
+                      max_steps=2, save_every=1)
+    small = dataclasses.replace(chosen, max_seq_len=12)
+    with pytest.raises(UserError, match="the prompt doesn't fit.*raise --max_seq_len"):
+        rl_k.run(small)
+    assert "0 imagined steps may take 0 tokens and an action 16, which leaves no room" in caplog.text
+    rl_k.run(chosen)
+    assert read_json(tmp_path / "config.json")["config"]["max_seq_len"] == 480
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2]
+    with pytest.raises(UserError, match="max_seq_len: 480 there, 12 now"):
+        rl_k.run(small)
+
+
+@pytest.mark.parametrize("changes, warned", [
+    ({"max_seq_len": 46}, "2 imagined steps may take 30 tokens and an action 16"), ({"max_seq_len": 47}, ""),
+    ({"max_seq_len": 31, "force_k": 1}, "1 imagined steps may take 15 tokens"), ({"max_seq_len": 32, "force_k": 1}, ""),
+    ({"max_seq_len": 19, "foresight_format": "last_obs"}, "2 imagined steps may take 3 tokens"),
+    ({"max_seq_len": 20, "foresight_format": "last_obs"}, ""),
+])
+def test_too_little_room_is_said_at_the_start(models, games_root, tmp_path, caplog, changes, warned) -> None:
+    rl_k.check(settings(models, games_root, tmp_path, **changes))
+    assert (warned in caplog.text) if warned else not caplog.text
 
 
 def test_the_games_folder_of_alfworlds_own_configuration(models, games_root: Path, tmp_path: Path,

@@ -168,6 +168,8 @@ NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_mod
                 "alfworld_config", "padding_side", "kmax", "attn_implementation", "gradient_checkpointing", "cache_gb",
                 "max_batch_tokens")
 """Settings that don't change what is learned, or count by what they lead to."""
+MAY_GROW = ("max_seq_len",)
+"""A run that meets a prompt that doesn't fit goes on with more."""
 
 
 def run(settings: RlSettings) -> None:
@@ -203,6 +205,19 @@ def check(settings: RlSettings) -> None:
     if settings.minibatches > settings.batch_episodes:
         raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "
                         "of an update")
+    _check_room(settings, kmax)
+
+
+def _check_room(settings: RlSettings, kmax: int) -> None:
+    """Warn where the longest imagined trajectory may leave a prompt no room."""
+    k = settings.force_k if settings.force_k >= 0 else kmax
+    longest = k * (settings.imagine_action_max_new_tokens + settings.wm_max_new_tokens)
+    if settings.foresight_format == "last_obs":
+        longest = min(k, 1) * settings.wm_max_new_tokens
+    if longest + settings.action_max_new_tokens >= settings.max_seq_len:
+        log.warning("%d imagined steps may take %d tokens and an action %d, which leaves no room for a state in "
+                    "--max_seq_len %d: the run would stop at the first such prompt; raise it (then or now)", k, longest,
+                    settings.action_max_new_tokens, settings.max_seq_len)
 
 
 def data_root(settings: RlSettings) -> str:
@@ -252,7 +267,8 @@ def claim(settings: RlSettings, games: Sequence[Game], held_out: Sequence[Game])
             "games_fingerprint": derive_seed(*(g.game_id for g in [*games, *held_out]))}
         if settings.wm_model_path:
             config["wm_fingerprint"] = model_fingerprint(settings.wm_model_path)
-        claim_output(settings.out_dir, config, override=settings.override, ignore=NO_INFLUENCE)
+        claim_output(settings.out_dir, config, override=settings.override, ignore=NO_INFLUENCE,
+                     may_grow=MAY_GROW)
     return folder
 
 
