@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fnmatch
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
@@ -268,6 +271,39 @@ def test_learning_on_a_test_split_is_written_on_the_card(models, games_root: Pat
     for name in ("last", "best"):
         card = model_card(str(tmp_path / name))
         assert card["warning"].startswith("trained on the evaluation split valid_seen") and card["control"]
+        assert f"**{card['warning']}**" in (tmp_path / name / "README.md").read_text()
+
+
+def test_readme_adapter_tracker_and_upload(models, corridor, games_root: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def upload(folder_path: Path, ignore_patterns: list[str], repo_id: str) -> None:
+        there = {str(p.relative_to(folder_path)) for p in folder_path.rglob("*") if p.is_file()}
+        sent.append({name for name in there if not any(fnmatch.fnmatch(name, p) for p in ignore_patterns)})
+        assert repo_id == "me/policy"
+        if len(sent) == 1:
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **options: None)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    chosen = settings(models, games_root, tmp_path / "out", force_k=0, wm_model_path="", episodes_per_epoch=2, lora_r=4,
+                      report_to="tensorboard", push_to_hub="me/policy")
+    with pytest.raises(UserError, match="--push_to_hub me/policy: OSError"):
+        rl_k.run(chosen)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    rl_k.run(chosen)  # the same command tries again
+    assert len(metrics(tmp_path / "out")) == 2 and (tmp_path / "out" / "metrics.json").exists()
+    assert {"README.md", "itp_model.json", "model.safetensors", "policy_heads.safetensors",
+            "adapter/adapter_model.safetensors", "adapter/policy_heads.safetensors"} <= sent[1]
+    assert "trainer_state.pt" not in sent[1] and (tmp_path / "out" / "last" / "trainer_state.pt").exists()
+    for name, metric in (("last", "return"), ("best", "eval_success")):
+        text = (tmp_path / "out" / name / "README.md").read_text()
+        assert "Fine-tuned from `policy` on games of alfworld (split train)." in text and f"- {metric}: " in text
+        assert str(tmp_path) not in text and str(games_root) not in text and '"lora_r": 4' in text
+    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("return")] == [
+        (2, pytest.approx(metrics(tmp_path / "out")[1]["return"]))]
 
 
 # ---------------------------------------------------------------- what is learned

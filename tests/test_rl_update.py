@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from itp.lm.base import Trace
 from itp.policy.heads import PolicyWithHeads
@@ -135,6 +136,27 @@ def test_a_last_batch_of_fewer_episodes_than_parts(folder: Path) -> None:
     halves.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     episode = episodes_of(whole, (4,))
     same(updated(halves, episode), updated(whole, episode))
+
+
+def test_a_merged_policy_is_what_was_trained_and_its_adapter_lies_beside(folder: Path, tmp_path: Path) -> None:
+    import peft
+
+    learner = learner_of(folder, lora_r=4, lr=1e-2)
+    learner.update(episodes_of(learner, (5, 2)))
+    before = {name: (p.device, p.clone()) for name, p in learner.policy.named_parameters()}
+    learner.save(tmp_path)
+    after = dict(learner.policy.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, (_, weight) in before.items())
+    ids = torch.tensor([[5, 6, 7, learner.tokenizer.convert_tokens_to_ids(CTRL), 8]])
+    merged, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, folder))
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    with torch.no_grad():
+        trained = learner.policy.backbone(input_ids=ids).logits
+        assert (trained - plain(ids).logits).abs().max() > 1e-2
+        torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapted(ids).logits, trained, rtol=1e-5, atol=1e-5)
+    heads = load_file(tmp_path / "adapter" / "policy_heads.safetensors")
+    torch.testing.assert_close(heads["v_head.weight"], learner.policy.heads.v_head.weight.detach())
 
 
 def test_no_weight_is_copied_where_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,15 @@ def check_options(settings: FinetuneSettings) -> None:
         raise UserError("--q_lora trains an adapter, which --lora_r 0 excludes; set --lora_r")
     if settings.q_lora and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--q_lora needs bitsandbytes, which isn't installed; pip install bitsandbytes, or Q_LORA=false")
-    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
-        raise UserError(f"--report_to {settings.report_to}: it isn't installed; pip install {settings.report_to}")
+    check_tracker(settings.report_to)
     if settings.push_to_hub and not settings.merge and settings.lora_r:
         raise UserError("--push_to_hub uploads the merged model, which --merge false leaves out; drop one of them")
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError for one of TRACKERS that isn't installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--report_to {name}: it isn't installed; pip install {name}")
 
 
 def _check_flash_attention(settings: FinetuneSettings) -> None:

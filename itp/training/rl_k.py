@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from itp.config import flag
 from itp.envs.base import TextEnv
@@ -50,7 +51,8 @@ from itp.runtime import (
     rank_devices,
     resolve_device,
 )
-from itp.training.finetune import is_first_process
+from itp.training import hub
+from itp.training.finetune import TRACKERS, check_tracker, is_first_process
 from itp.training.rl_play import Player, episode_games, prepare, statistics_of, summary
 from itp.training.rl_run import Processes, RunFolder
 from itp.world_model import WorldModel
@@ -141,6 +143,8 @@ class RlSettings(EnvFlags, EngineFlags):
     eval_games: int = flag(30, at_least=0, help="games of an evaluation")
     eval_split: str = flag("valid_seen", help="their split; with env_split's own they are kept out of training")
     save_every: int = flag(10, at_least=1, help="updates between checkpoints")
+    report_to: str = flag("tensorboard", choices=TRACKERS, help="where metrics go besides the log and metrics.jsonl")
+    push_to_hub: str = flag("", help="upload the last policy to this repository (user/name) of the hub, private")
     seed: int = flag(123, help="seed of everything random")
     override: bool = flag(False, help="delete what another configuration left in out_dir")
 
@@ -166,7 +170,7 @@ class RlSettings(EnvFlags, EngineFlags):
 NO_INFLUENCE = ("out_dir", "override", "policy_device", "wm_device", "policy_model_path", "wm_model_path", "num_envs",
                 "env_processes", "max_minutes", "save_every", "update_batch_tokens", "env_data_path",
                 "alfworld_config", "padding_side", "kmax", "attn_implementation", "gradient_checkpointing", "cache_gb",
-                "max_batch_tokens")
+                "max_batch_tokens", "report_to", "push_to_hub")
 """Settings that don't change what is learned, or count by what they lead to."""
 MAY_GROW = ("max_seq_len",)
 """A run that meets a prompt that doesn't fit goes on with more."""
@@ -202,6 +206,7 @@ def check(settings: RlSettings) -> None:
         check_model_path(settings.wm_model_path)
     if settings.fp16 and settings.bf16:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
+    check_tracker(settings.report_to)
     if settings.minibatches > settings.batch_episodes:
         raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "
                         "of an update")
@@ -258,7 +263,7 @@ def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game]
 
 def claim(settings: RlSettings, games: Sequence[Game], held_out: Sequence[Game]) -> RunFolder:
     """The output folder, with this configuration, models and games on record."""
-    folder = RunFolder(settings.out_dir)
+    folder = RunFolder(settings.out_dir, settings.report_to)
     if is_first_process():
         if settings.override:
             folder.clear()
@@ -293,6 +298,9 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
     if resolve_split(settings.env_split) != "train":
         card["warning"] = f"trained on the evaluation split {settings.env_split}: don't report results on it"
 
+    def readme(row: Mapping[str, Any]) -> Callable[[Path], None]:
+        return functools.partial(hub.write_readme, settings=settings, metrics=row)
+
     def unfinished() -> bool:
         minutes, = processes.gather([progress.seconds / 60])[:1]
         return (progress.episodes < settings.total_episodes
@@ -305,12 +313,12 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
         scores = {f"eval_{name}": found[name] for name in ("success", "return", "mean_k", "episode_steps")}
         if scores["eval_success"] > progress.best:
             progress.best = scores["eval_success"]
-            folder.save("best", learner.save, card | {"update": progress.update})
+            folder.save("best", learner.save, card | {"update": progress.update}, readme(scores))
         return scores
 
-    def save() -> None:
+    def save(row: Mapping[str, Any]) -> None:
         state = learner.state() if is_first_process() else {}
-        folder.save("last", learner.save, card | {"update": progress.update},
+        folder.save("last", learner.save, card | {"update": progress.update}, readme(row),
                     {"progress": dataclasses.asdict(progress), "learner": state})
 
     async with EnvPool(make_env, processes_for(settings.env_processes, settings.num_envs)) as player.pool:
@@ -343,9 +351,11 @@ async def train(settings: RlSettings, folder: RunFolder, make_env: Callable[[], 
                          row["entropy"], row["loss"],
                          f", held out {row['eval_success']:.3f}" if "eval_success" in row else "")
                 if last or progress.update % settings.save_every == 0:
-                    save()
+                    save(row)
         finally:
             await player.close()
+    if settings.push_to_hub and is_first_process():
+        hub.push(folder.path / "last", settings.push_to_hub)
     folder.finish(dataclasses.asdict(progress))
     if is_first_process():
         print(f"{progress.episodes} episodes, {progress.update} updates in {progress.seconds / 60:.1f} min; "

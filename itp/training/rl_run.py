@@ -1,7 +1,8 @@
 """What an RL run leaves on disk, and the processes that share it.  No formula of the paper is here.
 
 ``OUT/metrics.jsonl``   a line an update (line 0: the start), cut back to the checkpoint when a run goes on
-``OUT/last``            the policy, a model folder with heads, and ``trainer_state.pt`` to go on from
+``OUT/last``            the policy, a model folder with heads, and ``trainer_state.pt`` to go on from; with LoRA
+                        also ``adapter``, which is merged there
 ``OUT/best``            the policy with the highest success on the held-out games so far
 ``OUT/metrics.json``    written last: the run is finished
 
@@ -10,9 +11,7 @@ Folders appear whole: written beside, then renamed.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,6 @@ from itp.runtime import MODEL_CARD, read_json, write_atomic, write_json
 from itp.training.finetune import is_first_process
 from itp.transitions import read_appended
 
-log = logging.getLogger("itp.rl_k")
 STATE = "trainer_state.pt"
 
 
@@ -65,9 +63,9 @@ class Processes:
 class RunFolder:
     """``OUT``: metrics and checkpoints.  Only the first process writes."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._board: Any = None
+    def __init__(self, path: str | Path, report_to: str = "none") -> None:
+        self.path, self.report_to = Path(path), report_to
+        self._tracker: Any = None
         for name in ("last", "best"):  # killed between two renames: the old folder is still the one
             old = self.path / f".{name}.old"
             if is_first_process() and old.is_dir() and not (self.path / name).exists():
@@ -100,25 +98,23 @@ class RunFolder:
             return
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self._board is None:
-            self._board = self._tensorboard(row["episodes"])
-        if self._board:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["episodes"])
-            self._board.flush()
+        if self.report_to == "none":
+            return
+        if self._tracker is None:
+            from accelerate import Accelerator
 
-    def _tensorboard(self, episodes: int) -> Any:
-        if importlib.util.find_spec("tensorboard") is None:
-            log.info("tensorboard isn't installed: metrics go to %s only", self.path / "metrics.jsonl")
-            return False
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.path / "tensorboard"), purge_step=episodes)
+            self._tracker = Accelerator(log_with=self.report_to, project_dir=self.path)
+            name = "tensorboard" if self.report_to == "tensorboard" else self.path.name  # a folder; a project
+            self._tracker.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": row["episodes"]}})
+        self._tracker.log({name: value for name, value in row.items() if isinstance(value, (int, float))},
+                          step=row["episodes"])
 
     def save(self, name: str, write: Callable[[Path], None], card: Mapping[str, Any],
-             state: Mapping[str, Any] | None = None) -> None:
-        """Make ``OUT/name`` of what ``write`` writes into a folder, with ``card`` added to the model's card."""
+             describe: Callable[[Path], None], state: Mapping[str, Any] | None = None) -> None:
+        """Make ``OUT/name`` of what ``write`` writes into a folder, with ``card`` added to the model's card.
+
+        ``describe`` writes its README.
+        """
         if not is_first_process():
             return
         import torch
@@ -128,9 +124,10 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
         write(beside)
         write_json(beside / MODEL_CARD, {**read_json(beside / MODEL_CARD), **card})
+        describe(beside)
         if state is not None:
             torch.save(dict(state), beside / STATE)
-        for file in beside.iterdir():  # on disk before it takes the old one's place
+        for file in filter(Path.is_file, beside.rglob("*")):  # on disk before it takes the old one's place
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if place.exists():
@@ -139,5 +136,8 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
+        if self._tracker is not None:
+            for tracker in self._tracker.trackers:
+                tracker.finish()
         if is_first_process():
             write_json(self.path / "metrics.json", dict(summary))

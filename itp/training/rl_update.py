@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from itp.lm.base import Trace
+from itp.policy.policy_with_heads import save_heads
 from itp.runtime import UserError
 from itp.text.prompts import CTRL
 from itp.training.losses import a2c_loss, k_entropy, token_logprobs
@@ -231,9 +232,12 @@ class Learner:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, folder: Path) -> None:
-        """The policy as a model folder; with LoRA merged."""
+        """The policy as a model folder; with LoRA merged, and what was trained in ``adapter``."""
         self.check_finite()
         self.policy.save_pretrained(folder, self.tokenizer)
+        if self.lora:
+            self.policy.backbone.save_pretrained(folder / "adapter")
+            save_heads(self.policy.heads, folder / "adapter")
 
     def check_finite(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.policy.parameters() if p.requires_grad):
