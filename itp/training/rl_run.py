@@ -35,9 +35,11 @@ class Processes:
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._together = None
         if self.count > 1:
+            import torch
             from accelerate import PartialState
 
-            self._together = PartialState()
+            # Unless told so, it takes processes without a GPU for strangers: each would learn alone.
+            self._together = PartialState(cpu=not torch.accelerator.is_available())
 
     def share(self, values: Sequence[Any]) -> list[Any]:
         """This process's part of ``values``."""
