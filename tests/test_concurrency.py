@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Alfworld
         only_ids="0,1,2,3", max_steps=2, max_k=2, act_tokens=8, foresight_tokens=8, rap_wm_pred_tokens=8,
         rap_action_gen_tokens=6, prompt_style="tuned", wm_prompt_style="tuned", device="cpu", env_processes=1,
         candidates=3, rounds=2, belief_samples=3, rap_d_actions=3, rap_depth_limit=3, rap_num_rollouts=5,
-        temperature=0.8)
+        temperature=0.8, foresight_format="full", history_keep_steps=0)
 
 
 @pytest.fixture(scope="module")
