@@ -72,9 +72,7 @@ python -m itp.training.train_adaptive_k rl_k "${games[@]}" --policy_model_path "
   --env_processes "$CPUS" --config configs/demo/rl_k_scienceworld.yaml
 
 step "8/8 evaluation on the same variations"
-wm=(--wm_model "$run/world_model/merged_full")
-evaluate itp-r "$run/itp_r/last" "${wm[@]}"
-evaluate itp-r-k0 "$run/itp_r/last" "${wm[@]}" --fixed_k 0
+evaluate itp-r "$run/itp_r/last" --wm_model "$run/world_model/merged_full"
 for actor in expert random; do
   python -m world_model.collect "${games[@]}" "${jvms[@]}" --split test --variations 3 --actor "$actor" \
     --out_dir "$run/held_out/$actor"
@@ -86,10 +84,10 @@ python -m world_model.fidelity --env scienceworld --wm_model "$run/world_model/m
 step "done in $(since)"
 cat <<EOF
 Success and mean score in percent on held-out variations.  sft: the base policy, nothing imagined; itp-r: ITP-R,
-K by its K-head; itp-r-k0: the same policy with K fixed at 0.
+K by its K-head.
 
 EOF
-python -m foresight_eval.report "$run"/eval/{sft,itp-r,itp-r-k0}
+python -m foresight_eval.report "$run"/eval/{sft,itp-r}
 cat <<EOF
 
 models        $run/{base_lm,policy,world_model,warm_up}/merged_full, $run/itp_r/last
