@@ -140,8 +140,10 @@ def main() -> None:
     args = parser.parse_args()
     settings = from_args(Settings, args)
     for folder in args.folders:
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder}: not a result folder (no config.json)")
+        config = folder / "config.json"  # before anything is written: models and games have one, too
+        if not config.exists() or "method" not in read_json(config).get("config", {}):
+            raise UserError(f"{folder}: not a result folder (no config.json of an evaluation); give what --output_path "
+                            "named")
         write_summary(folder)
     results = read_results(args.folders)
     print(overview(results))
