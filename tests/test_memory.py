@@ -72,7 +72,7 @@ def test_formulas_by_hand() -> None:
     lora = policy_bytes(SHAPE, lora_r=2, checkpointing=False, **common)
     assert lora == {"weights": 2000 + 400, "gradients and Adam": 1200, "activations of the update": 2 * block,
                     "masks of the update": 25 * 7,
-                    "keys and values": 3 * 7 * 2 * 8 * 2 + memory.CACHE, "logits": 5 * 10 * 10}
+                    "keys and values": 3 * 7 * 2 * 8 * 2 + memory.CACHE_BYTES, "logits": 5 * 10 * 10}
     whole = policy_bytes(SHAPE, lora_r=0, checkpointing=True, **common)
     assert (whole["weights"], whole["gradients and Adam"]) == (4000 + 2000, 12000)
     assert whole["activations of the update"] == block + 2 * 5 * 4 * 2  # one block's, and the inputs of both

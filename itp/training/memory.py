@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from itp.lm.room import CACHE_BYTES
 from itp.runtime import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("itp.rl_k")
 GB = 1 << 30
-CACHE = 256 << 20
-"""What LocalLM keeps of computed prefixes, unless --cache_gb says otherwise."""
 SLACK = 1.1
 
 
@@ -84,7 +83,7 @@ def policy_bytes(shape: Shape, *, lora_r: int, width: int, update_tokens: int, c
                                       else shape.layers * block),
         # One row at worst: who sees whom in float32, as boolean, and in the computation's width.
         "masks of the update": update_tokens ** 2 * (4 + 1 + width),
-        "keys and values": rows * length * shape.kv * width + CACHE,
+        "keys and values": rows * length * shape.kv * width + CACHE_BYTES,
         # Of drawn tokens alone, half of all at most, since they stand in the history, too: two copies in the
         # computation's width and four in float32, gradients among them.
         "logits": update_tokens * shape.vocabulary * (width + 8),
@@ -94,7 +93,7 @@ def policy_bytes(shape: Shape, *, lora_r: int, width: int, update_tokens: int, c
 def world_model_bytes(shape: Shape, *, width: int, rows: int, length: int) -> dict[str, int]:
     """The same for a model that only answers."""
     return {"weights": shape.parameters * width,
-            "keys and values": rows * length * shape.kv * width + CACHE}
+            "keys and values": rows * length * shape.kv * width + CACHE_BYTES}
 
 
 def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
@@ -106,12 +105,12 @@ def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
         parts = policy_bytes(Shape.of(settings.policy_model_path), lora_r=settings.lora_r, width=width,
                              update_tokens=update, checkpointing=settings.gradient_checkpointing,
                              rows=settings.num_envs, length=length)
-        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE
+        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE_BYTES
         needs.setdefault(devices[0], {}).update({f"policy's {name}": size for name, size in parts.items()})
     if settings.force_k != 0 and devices[1].startswith("cuda"):
         parts = world_model_bytes(Shape.of(settings.wm_model_path), width=4 if settings.wm_dtype == "fp32" else 2,
                                   rows=settings.num_envs, length=length + settings.wm_max_new_tokens)
-        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE
+        parts["keys and values"] += settings.engine["cache_bytes"] - CACHE_BYTES
         needs.setdefault(devices[1], {}).update({f"world model's {name}": size for name, size in parts.items()})
     for device, parts in needs.items():
         log.info("%s will need about %.0f GB: %s", device, SLACK * sum(parts.values()) / GB, _list(parts))
