@@ -223,7 +223,8 @@ def test_the_program_writes_everything(folders: list[Path], tmp_path: Path) -> N
 
 def test_mistakes_are_one_line(folders: list[Path], tmp_path: Path) -> None:
     said = run_report(tmp_path)
-    assert said.returncode == 2 and said.stderr.strip() == f"error: {tmp_path}: not a result folder (no config.json)"
+    assert said.returncode == 2 and said.stderr.strip() == (
+        f"error: {tmp_path}: not a result folder (no config.json of an evaluation); give what --output_path named")
     with pytest.raises(UserError, match="--baseline 'x': give one of sft, itp_r"):
         report.find_baseline(read_results(folders), "x")
 
