@@ -25,7 +25,7 @@ from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import LocalLM, Quorum
 from itp.lm.openai import OpenAILM
-from itp.lm.server import policy_on_record, server_of
+from itp.lm.server import server_of
 from itp.policy.agent import IMAGINED_ACTION_TOKENS, Policy
 from itp.policy.heads import has_heads, kmax_of, load_policy_lm
 from itp.policy.shown import show_as_trained
@@ -50,21 +50,21 @@ async def evaluate(settings: EvalSettings) -> None:
     Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
     """
     ranks = Ranks()
-    settings = show_as_trained(settings, settings.policy_model)
     games = settings.games()
     chosen = choose_games(len(games), settings)
     folder = Path(settings.output_path)
     if ranks.first:
         check(settings)
-        if server := server_of(settings, "policy"):
-            policy_lm = server.connect("policy", concurrency=1)
-            await check_scores(settings, policy_lm)
-            await policy_lm.close()
+        await check_server(settings)
         if ranks.restarted:  # what --override was to delete is deleted
             settings = dataclasses.replace(settings, override=False)
-        folder = claim(settings)
+        # Not before the check, which fetches of a hub name what tells how it is asked.
+        folder = claim(show_as_trained(settings, settings.policy_model))
         check_games(folder, games)
     ranks.meet()
+    if not ranks.first:  # another node has a cache of its own
+        check_model(settings, "policy", settings.policy_model, settings.prompt_style)
+    settings = show_as_trained(settings, settings.policy_model)
     missing = [i for i in chosen if not is_finished(folder, i)]
     if ranks.first:
         log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
@@ -127,7 +127,7 @@ def check_model(settings: EvalSettings, prefix: str, path: str, style: str) -> N
 
 
 def check_server_policy(settings: EvalSettings) -> None:
-    """Refuse what a policy behind a server can't do; what depends on the server is asked in :func:`check_answers`."""
+    """Refuse what a policy behind a server can't do; what depends on the server is asked in :func:`check_server`."""
     server, method = server_of(settings, "policy"), settings.method
     if server is None:
         return
@@ -189,6 +189,16 @@ def check_answers(settings: EvalSettings) -> None:
                         "(world_model.collect --reasoning_share)")
 
 
+async def check_server(settings: EvalSettings) -> None:
+    """Ask a policy's server whether it can do what the run needs, before anything is written."""
+    if server := server_of(settings, "policy"):
+        policy_lm = server.connect("policy", concurrency=1)
+        try:
+            await check_scores(settings, policy_lm)
+        finally:
+            await policy_lm.close()
+
+
 async def check_scores(settings: EvalSettings, policy_lm: LM) -> None:
     """Refuse a server that can't say how likely a given text is, where that is asked of the policy."""
     judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
@@ -211,7 +221,7 @@ def needs_world_model(settings: EvalSettings) -> bool:
 
 def claim(settings: EvalSettings) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
-    config = policy_on_record(settings)
+    config = dataclasses.asdict(settings)
     server = server_of(settings, "policy")
     config["policy_fingerprint"] = server.identity if server else model_fingerprint(settings.policy_model)
     config["max_k"] = max_k(settings)  # not -1: what a report measures budgets by

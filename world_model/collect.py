@@ -33,7 +33,7 @@ from itp.lm.base import LM
 from itp.lm.chat import asked_as
 from itp.lm.local import Quorum
 from itp.lm.room import EngineFlags
-from itp.lm.server import PolicyServerFlags, Server, policy_on_record, server_of
+from itp.lm.server import PolicyServerFlags, Server, server_of
 from itp.policy.agent import SELECTIONS, Policy
 from itp.policy.heads import has_heads, load_policy_lm
 from itp.policy.shown import history_of
@@ -101,7 +101,7 @@ def main() -> None:
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         episodes_file.unlink(missing_ok=True)
         (out / TIMING).unlink(missing_ok=True)
-    config = policy_on_record(settings)
+    config = dataclasses.asdict(settings)
     config |= {f"{role}_fingerprint": model_fingerprint(folder) for role, folder in policies.items()}
     if server:
         config["policy_fingerprint"] = server.identity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +66,6 @@ class Server:
         if selection == "constrained":
             raise UserError(f"--action_selection constrained: {self.identity} is behind a server, which gives no "
                             "logits to walk a trie with; use generate, score where the server can, or a local policy")
-
-
-def policy_on_record(settings: Any) -> dict[str, Any]:
-    """The settings for ``config.json``: without the flags of the policy's server where none is used, so that results
-    from before there were such flags can be gone on with."""
-    unused = () if server_of(settings, "policy") else {field.name for field in dataclasses.fields(PolicyServerFlags)}
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in unused}
 
 
 def server_of(settings: Any, prefix: str) -> Server | None:
