@@ -259,14 +259,33 @@ def _reach(url: str) -> None:
         return
 
 
+def remote_code() -> dict[str, bool]:
+    """What every loader of the Auto classes is told: a model's own code runs only where the user asks for it.
+
+    By a variable of the environment, which processes that a launcher or a script starts have as well.
+    """
+    return {"trust_remote_code": os.environ.get(TRUST_REMOTE_CODE) == "1"}
+
+
+TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
+
+
+def not_loaded(path: str, what: str, error: Exception) -> UserError:
+    """The error to raise where a loader of the Auto classes failed at ``path``."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"{path}: this model comes with Python code of its own; read it, and if you trust it, start "
+                         f"the same command with {TRUST_REMOTE_CODE}=1 in front")
+    return UserError(f"{path}: {what} ({str(error).splitlines()[0]})")
+
+
 def load_tokenizer(path: str):
     """A model's tokenizer.  Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **remote_code())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer there ({str(error).splitlines()[0]})") from error
+        raise not_loaded(path, "no tokenizer there", error) from error
 
 
 def progress_bar(total: int, unit: str):
@@ -298,9 +317,9 @@ def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32", attn_
     device = resolve_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device),
-                                                     attn_implementation=attn_implementation)
+                                                     attn_implementation=attn_implementation, **remote_code())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a causal language model ({str(error).splitlines()[0]})") from error
+        raise not_loaded(path, "not a causal language model", error) from error
     return model.to(device).eval(), tokenizer
 
 

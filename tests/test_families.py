@@ -27,7 +27,7 @@ from itp.lm.decoding import Engine
 from itp.policy.agent import Policy
 from itp.policy.policy_with_heads import add_control_to_tokenizer
 from itp.policy.method import View
-from itp.runtime import UserError, load_tokenizer, model_card
+from itp.runtime import TRUST_REMOTE_CODE, UserError, load_causal_lm, load_tokenizer, model_card
 from itp.text.actions import without_thinking
 from itp.text.prompts import PLAIN, Turns, dialogue_examples, policy_prompt
 from itp.text.state import State
@@ -205,6 +205,40 @@ def test_what_was_trained_in_4_bits_is_what_is_saved(family: str, tmp_path: Path
     assert merged.dtype == start.dtype and not hasattr(merged.config, "quantization_config")
     assert loss(merged) == pytest.approx(metrics["eval_loss"], abs=1e-4)
     assert abs(loss(peft.PeftModel.from_pretrained(start, wm.out_dir)) - metrics["eval_loss"]) > 0.01
+
+
+MODELLING = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs only where the user asks for it, and what is trained from it carries the code along."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = write_family(tmp_path / "base", "llama")
+    (base / "modelling.py").write_text(MODELLING, encoding="utf-8")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"],
+               "auto_map": {"AutoConfig": "modelling.OwnConfig", "AutoModelForCausalLM": "modelling.OwnForCausalLM"}}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    settings = WorldModelSettings(model_path=str(base), out_dir=str(tmp_path / "wm"), data_path="", epochs=1.0,
+                                  eval_share=0.0)
+    examples = to_examples(transitions())
+    for start in (lambda: finetune(settings, examples), lambda: load_causal_lm(str(base))):
+        with pytest.raises(UserError, match="code of its own; .* ITP_TRUST_REMOTE_CODE=1"):
+            start()
+    monkeypatch.setenv(TRUST_REMOTE_CODE, "1")
+    finetune(settings, examples)
+    model, _ = load_causal_lm(str(settings.merged_path))
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert (settings.merged_path / "modelling.py").is_file()
 
 
 # ---------------------------------------------------------------- templates

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
-from itp.runtime import MODEL_CARD, UserError, write_json
+from itp.runtime import MODEL_CARD, UserError, not_loaded, remote_code, write_json
 from itp.training.examples import IGNORED, Row
 from itp.training.finetune import FinetuneSettings, is_first_process, whole_checkpoints
 from itp.training.optimizer import MuonAdamW
@@ -114,9 +114,9 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
     if settings.q_lora:
         options |= _four_bits(dtype, int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(settings.model_path, **options)
+        model = AutoModelForCausalLM.from_pretrained(settings.model_path, **options, **remote_code())
     except (OSError, ValueError, ImportError) as error:  # the last: a bitsandbytes that is too old
-        raise UserError(f"{settings.model_path}: no model could be loaded ({str(error).splitlines()[0]})") from error
+        raise not_loaded(settings.model_path, "no model could be loaded", error) from error
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.q_lora:
@@ -165,9 +165,9 @@ def load_plain_base(settings: FinetuneSettings) -> PreTrainedModel:
     Merged with the original weights instead, the model would not be the one that was trained.
     """
     if not settings.q_lora:
-        return AutoModelForCausalLM.from_pretrained(settings.model_path)
+        return AutoModelForCausalLM.from_pretrained(settings.model_path, **remote_code())
     four = _four_bits(torch.float32, "cpu")
-    return AutoModelForCausalLM.from_pretrained(settings.model_path, **four).dequantize()
+    return AutoModelForCausalLM.from_pretrained(settings.model_path, **four, **remote_code()).dequantize()
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

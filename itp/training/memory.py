@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from itp.lm.room import CACHE_BYTES
-from itp.runtime import UserError
+from itp.runtime import UserError, not_loaded, remote_code
 
 if TYPE_CHECKING:
     from itp.training.rl_k import RlSettings
@@ -46,11 +46,12 @@ class Shape:
         from transformers.pytorch_utils import Conv1D
 
         try:
-            config = AutoConfig.from_pretrained(path).get_text_config()
+            config = AutoConfig.from_pretrained(path, **remote_code()).get_text_config()
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # what experts' kernels know
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.bfloat16, **remote_code())  # what experts' kernels know
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a causal language model ({str(error).splitlines()[0]})") from error
+            raise not_loaded(path, "not a causal language model", error) from error
         head = model.get_output_embeddings()
         # GPT-2's linear layers are Conv1D, with a transposed weight.
         linear = [tuple(m.weight.shape) if isinstance(m, Conv1D) else (m.in_features, m.out_features)

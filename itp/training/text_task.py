@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from itp.lm.chat import card_of
 from itp.policy.policy_with_heads import logits_only_at
+from itp.runtime import remote_code
 from itp.training.examples import Encoding, Example, Row, encode
 from itp.training.finetune import FinetuneSettings, trained_form
 from itp.training.hf_trainer import (
@@ -96,5 +97,6 @@ class TextTask:
         if self._measure is None:
             return {}
         merged = self.settings.merged_path
-        model = AutoModelForCausalLM.from_pretrained(merged) if merged.is_dir() else self.merged(tokenizer)
+        model = (AutoModelForCausalLM.from_pretrained(merged, **remote_code()) if merged.is_dir()
+                 else self.merged(tokenizer))
         return self._measure(model.to(device).eval(), tokenizer, held_rows)
