@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import yaml
 
-from itp.runtime import UserError
+from itp.runtime import UserError, model_fingerprint
 from itp.training.base_policy import BasePolicySettings, read_dialogues
 from itp.training.finetune import check_settings, claim_run, finetune
 from tests.tiny import write_tiny_model
@@ -42,7 +42,8 @@ def test_card_and_upload(settings: BasePolicySettings, monkeypatch: pytest.Monke
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "pipeline_tag": "text-generation",
                                      "tags": ["imagine-then-plan"]}
-    assert "Fine-tuned from `base` on talks.json." in body and f"- train_loss: {metrics['train_loss']}" in body
+    weights = model_fingerprint(settings.model_path)
+    assert f"Fine-tuned from `base` (weights {weights}) on talks.json." in body and f"- train_loss: {metrics['train_loss']}" in body
     assert '"lora_r": 8' in body and "- torch: " in body
     assert str(Path(settings.out_dir).parent) not in text  # no path of this machine
     assert list(Path(settings.out_dir).rglob("events.out.tfevents*"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itp.runtime import MODEL_CARD, UserError, read_json, versions, write_atomic
+from itp.runtime import MODEL_CARD, UserError, model_fingerprint, read_json, versions, write_atomic
 
 if TYPE_CHECKING:
     from itp.training.finetune import FinetuneSettings
@@ -32,6 +32,9 @@ def write_readme(folder: Path, settings: FinetuneSettings | RlSettings, metrics:
     base = config.get("model_path") or config["policy_model_path"]
     # The hub links a base model by its name there; a folder of this machine means nothing to others.
     front = [f"base_model: {base}"] if not Path(base).exists() else []
+    # Of a hub's model the fingerprint is its name with the revision, of a folder what its files hold.
+    fingerprint = model_fingerprint(base)
+    source = f"`{Path(base).name}` (weights {fingerprint})" if Path(base).exists() else f"`{fingerprint}`"
     card = read_json(folder / MODEL_CARD)
     told = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     warning = [f"**{card['warning']}**", ""] if "warning" in card else []
@@ -39,7 +42,7 @@ def write_readme(folder: Path, settings: FinetuneSettings | RlSettings, metrics:
         "---", "library_name: transformers", "pipeline_tag: text-generation", *front,
         "tags: [imagine-then-plan]", "---",
         f"# {Path(settings.out_dir).name}", "",
-        f"Fine-tuned from `{Path(base).name if Path(base).exists() else base}` on {data or 'text'}.",
+        f"Fine-tuned from {source} on {data or 'text'}.",
         f"`{MODEL_CARD}` says how it is to be asked"
         f"{' (turns of a chat)' if 'turns' in card else ' (plain text)'}.", "",
         *warning, "## Metrics", "", *(f"- {name}: {value}" for name, value in told.items()), "",

@@ -118,4 +118,4 @@ def a2c_loss(action_logprobs: torch.Tensor, k_logprobs: torch.Tensor, entropies:
     value = (values - targets).square().sum() / count
     entropy = -entropies.sum() / count
     total = act + value_coef * value + entropy_coef * entropy
-    return total, {"loss_act": float(act), "loss_value": float(value), "loss_ent": float(entropy)}
+    return total, {"loss_act": act.item(), "loss_value": value.item(), "loss_ent": entropy.item()}

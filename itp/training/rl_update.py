@@ -149,10 +149,10 @@ class Learner:
         sums = dict.fromkeys(("loss", "loss_act", "loss_value", "loss_ent"), 0.0)
         for group in self._groups(rows):
             loss, parts = self._loss(group, count, value_only)
-            for name, value in (parts | {"loss": float(loss)}).items():
+            for name, value in (parts | {"loss": loss.item()}).items():
                 sums[name] += value
-            if not math.isfinite(float(loss)):
-                raise UserError(f"the loss is {float(loss)} in update {self.updates + 1}: the training diverged; "
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} in update {self.updates + 1}: the training diverged; "
                                 "lower --lr or use --bf16 (the last checkpoint is kept)")
             self.scaler.scale(loss).backward()
         norm = self._apply()
