@@ -87,6 +87,17 @@ def make_rows(samples: Sequence[Sample], budget: int) -> list[Row]:
     return rows
 
 
+def row_tokens(samples: Sequence[Sample], hidden: int) -> int:
+    """Tokens of a row with which the update of an episode takes the fewest operations.
+
+    A row of S tokens costs S·24h² in the linear maps of a layer of width h and S²·4h in its attention.  A long
+    episode is therefore cheaper in several rows, although each repeats the state that its steps grow out of, P
+    tokens: S (6h + S) / (S − P) for a new token, which is least at S = P (1 + √(1 + 6h / P)).
+    """
+    state = sum(sample.control + 1 for sample in samples) / len(samples)
+    return int(state * (1 + math.sqrt(1 + 6 * hidden / state)))
+
+
 class Learner:
     """The policy's weights with their optimizer."""
 
@@ -122,17 +133,21 @@ class Learner:
     def update(self, episodes: Sequence[Sequence[Sample]]) -> dict[str, float]:
         """Learn from a batch of episodes.  Returns means over its optimizer steps."""
         value_only = self.updates < self.value_updates
-        lr, budget = self.scheduler.get_last_lr()[0], self.settings.update_batch_tokens
+        lr = self.scheduler.get_last_lr()[0]
         # The last batch of a run may have fewer episodes than parts; all processes take equally many steps.
         pieces = min(self.settings.minibatches, max(self.processes.gather([len(episodes)])))
         self._to_training()
-        parts = [self._step([row for e in episodes[i::pieces] for row in make_rows(e, budget)], value_only)
+        parts = [self._step([row for e in episodes[i::pieces] for row in self._rows(e)], value_only)
                  for i in range(pieces)]
         self.policy.eval()
         self.scheduler.step()
         self.updates += 1
         means = {name: sum(part[name] for part in parts) / pieces for name in parts[0]}
         return means | {"entropy": 0.0 - means["loss_ent"], "lr": lr}
+
+    def _rows(self, episode: Sequence[Sample]) -> list[Row]:
+        hidden = self.policy.causal_lm.config.get_text_config().hidden_size
+        return make_rows(episode, min(self.settings.update_batch_tokens, row_tokens(episode, hidden)))
 
     def _to_training(self) -> None:
         """Training mode for dropout in front of LoRA and for layers that are to be recomputed, and nothing else.
