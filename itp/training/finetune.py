@@ -66,7 +66,7 @@ class FinetuneSettings:
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens per example; longer ones lose context on the left, never the target")
     fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
-    bf16: bool = flag(False, help="train in bfloat16")
+    bf16: bool = flag(False, help="train in bfloat16 (needs a GPU, else float32)")
     gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
     attn_implementation: str = flag("sdpa", choices=ATTENTION,
                                     help="how attention is computed, which changes time and memory only; "

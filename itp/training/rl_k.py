@@ -131,7 +131,7 @@ class RlSettings(EnvFlags, EngineFlags):
     lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
     lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in updates only")
     fp16: bool = flag(False, help="update in float16 with loss scaling (needs a GPU, else float32)")
-    bf16: bool = flag(False, help="update in bfloat16")
+    bf16: bool = flag(False, help="update in bfloat16 (needs a GPU, else float32)")
     attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
                                     help="how the policy computes attention, acting and learning; changes time and "
                                          "memory only (their masks are none that flash_attention_2 knows)")
