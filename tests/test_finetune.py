@@ -321,13 +321,14 @@ def test_poisoned_weights_are_refused_at_the_first_step(model_path, tmp_path):
         finetune(settings_for(str(tmp_path / "poisoned"), tmp_path / "out"), EXAMPLES)
 
 
-def test_float16_without_a_gpu_trains_in_float32_and_says_so(model_path, tmp_path, caplog):
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+def test_half_precision_without_a_gpu_is_float32_and_says_so(half, model_path, tmp_path, caplog):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    metrics = finetune(settings_for(model_path, tmp_path / "out", fp16=True, epochs=0.2, merge=False), EXAMPLES)
+    metrics = finetune(settings_for(model_path, tmp_path / "out", epochs=0.2, merge=False, **{half: True}), EXAMPLES)
     assert metrics["dtype"] == "float32" and not (tmp_path / "out" / "merged_full").exists()
     assert [r for r in caplog.messages if "float32 instead" in r] == [
-        "fp16 training needs a CUDA device and there is none: training in float32 instead"]
+        f"{half} training needs a CUDA device and there is none: training in float32 instead"]
 
 
 def test_a_folder_is_claimed_by_its_configuration_once_it_holds_a_checkpoint(model_path, tmp_path, monkeypatch):

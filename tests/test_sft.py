@@ -17,7 +17,7 @@ from itp.policy.heads import PolicyWithHeads, load_policy_lm
 from itp.runtime import MODEL_CARD, UserError, prompt_style, write_json
 from itp.text.prompts import CTRL, control_prompt, policy_prompt
 from itp.text.state import State
-from itp.training import sft
+from itp.training import hf_trainer, sft
 from itp.training.finetune import whole_checkpoints
 from itp.training.sft import SftSettings, Step, as_labelled, read_labelled
 from itp.training.warm_up import StepCollator, WarmUp, WarmUpTask
