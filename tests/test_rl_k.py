@@ -299,7 +299,8 @@ def test_readme_adapter_tracker_and_upload(models, corridor, games_root: Path, t
     assert "trainer_state.pt" not in sent[1] and (tmp_path / "out" / "last" / "trainer_state.pt").exists()
     for name, metric in (("last", "return"), ("best", "eval_success")):
         text = (tmp_path / "out" / name / "README.md").read_text()
-        assert re.search(r"from `policy` \(weights \w{16}\) on games of alfworld \(split train\)\.", text) and f"- {metric}: " in text
+        assert re.search(r"from `policy` \(weights \w{16}\) on games of alfworld \(split train\)\.", text)
+        assert f"- {metric}: " in text
         assert str(tmp_path) not in text and str(games_root) not in text and '"lora_r": 4' in text
     board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("return")] == [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from itp.runtime import load_causal_lm
 from itp.text.prompts import CTRL
 from itp.training.rl_k import RlSettings
 from itp.training.rl_run import Processes
-from itp.training.rl_update import Learner, Sample, make_rows
+from itp.training.rl_update import Learner, Sample, make_rows, row_tokens
 from tests.tiny import write_tiny_model
 
 TEMPERATURE = 0.7
@@ -83,6 +85,15 @@ def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
     assert [sample for row in parts for sample in row.samples] == episode and len(parts) > 1
     assert max(len(row.tree) for row in parts) <= budget
     assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
+
+
+@pytest.mark.parametrize("hidden", [64, 4096])
+def test_rows_are_as_long_as_is_cheapest(folder: Path, hidden: int) -> None:
+    episode, = episodes_of(learner_of(folder), (12,))
+    state = statistics.fmean(sample.control + 1 for sample in episode)
+    cost = {size: size * (24 * hidden ** 2 + 4 * hidden * size) / (size - state)
+            for size in range(math.ceil(state) + 1, 10000)}
+    assert row_tokens(episode, hidden) == pytest.approx(min(cost, key=cost.get), abs=1)
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
