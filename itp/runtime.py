@@ -259,15 +259,15 @@ def _reach(url: str) -> None:
         return
 
 
+TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
+
+
 def remote_code() -> dict[str, bool]:
     """What every loader of the Auto classes is told: a model's own code runs only where the user asks for it.
 
     By a variable of the environment, which processes that a launcher or a script starts have as well.
     """
     return {"trust_remote_code": os.environ.get(TRUST_REMOTE_CODE) == "1"}
-
-
-TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
 
 
 def not_loaded(path: str, what: str, error: Exception) -> UserError:

@@ -48,8 +48,8 @@ class Shape:
         try:
             config = AutoConfig.from_pretrained(path, **remote_code()).get_text_config()
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.bfloat16, **remote_code())  # what experts' kernels know
+                model = AutoModelForCausalLM.from_config(config, **remote_code(),
+                                                         dtype=torch.bfloat16)  # what experts' kernels know
         except (OSError, ValueError) as error:
             raise not_loaded(path, "not a causal language model", error) from error
         head = model.get_output_embeddings()
