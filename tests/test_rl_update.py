@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-import statistics
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from itp.runtime import load_causal_lm
 from itp.text.prompts import CTRL
 from itp.training.rl_k import RlSettings
 from itp.training.rl_run import Processes
-from itp.training.rl_update import Learner, Sample, make_rows, row_tokens
+from itp.training.rl_update import Learner, Sample, cheapest_rows, make_rows, operations
 from tests.tiny import write_tiny_model
 
 TEMPERATURE = 0.7
@@ -87,13 +85,21 @@ def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
     assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
 
 
-@pytest.mark.parametrize("hidden", [64, 4096])
-def test_rows_are_as_long_as_is_cheapest(folder: Path, hidden: int) -> None:
-    episode, = episodes_of(learner_of(folder), (12,))
-    state = statistics.fmean(sample.control + 1 for sample in episode)
-    cost = {size: size * (24 * hidden ** 2 + 4 * hidden * size) / (size - state)
-            for size in range(math.ceil(state) + 1, 10000)}
-    assert row_tokens(episode, hidden) == pytest.approx(min(cost, key=cost.get), abs=1)
+def step(ids: list[int], state: int) -> Sample:
+    """A step with the prompt ``ids``, the first ``state`` of which are its state."""
+    return Sample(ids, state - 1, Trace((1, 2), (None, None), 1.0, 0.0), 0, 1.0, 1.0)
+
+
+def test_rows_are_those_that_cost_least() -> None:
+    imagined = [step([*range(300), *range(1000 * t, 1000 * t + 700)], 300) for t in range(1, 21)]
+    whole, = make_rows(imagined, 10 ** 6)
+    costs = {size: operations(make_rows(imagined, size), 64) for size in range(1000, len(whole.tree) + 100, 100)}
+    rows = cheapest_rows(imagined, 10 ** 6, 64)
+    assert operations(rows, 64) <= 1.1 * min(costs.values()) < operations([whole], 64) / 3
+    assert [s for row in rows for s in row.samples] == imagined
+    assert max(len(row.tree) for row in cheapest_rows(imagined, 1100, 64)) <= 1100
+    growing = [step([*range(800 + 5 * t), *range(5000 * (t + 1), 5000 * (t + 1) + 9)], 800 + 5 * t) for t in range(99)]
+    assert len(cheapest_rows(growing, 10 ** 6, 1)) == 1 < len(make_rows(growing, 2100))  # a second repeats the state
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])

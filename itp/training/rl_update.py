@@ -87,15 +87,25 @@ def make_rows(samples: Sequence[Sample], budget: int) -> list[Row]:
     return rows
 
 
-def row_tokens(samples: Sequence[Sample], hidden: int) -> int:
-    """Tokens of a row with which the update of an episode takes the fewest operations.
+def cheapest_rows(samples: Sequence[Sample], budget: int, hidden: int) -> list[Row]:
+    """Pack an episode within ``budget`` as it takes the fewest operations of a model of width ``hidden``.
 
-    A row of S tokens costs S·24h² in the linear maps of a layer of width h and S²·4h in its attention.  A long
-    episode is therefore cheaper in several rows, although each repeats the state that its steps grow out of, P
-    tokens: S (6h + S) / (S − P) for a new token, which is least at S = P (1 + √(1 + 6h / P)).
+    Long imagined trajectories make a long tree, and attention costs its tokens squared, so that several rows may be
+    cheaper although each repeats the state that its steps grow out of, P tokens: :func:`operations` for a new token,
+    S (6h + S) / (S − P), are least at S = P (1 + √(1 + 6h / P)).
     """
+    whole = make_rows(samples, budget)
     state = sum(sample.control + 1 for sample in samples) / len(samples)
-    return int(state * (1 + math.sqrt(1 + 6 * hidden / state)))
+    best = int(state * (1 + math.sqrt(1 + 6 * hidden / state)))
+    if max(len(row.tree) for row in whole) <= best:
+        return whole
+    # Without imagination the state is nearly all of the tree, and to repeat it would be waste.
+    return min(whole, make_rows(samples, min(budget, best)), key=lambda rows: operations(rows, hidden))
+
+
+def operations(rows: Sequence[Row], hidden: int) -> int:
+    """What a pass costs up to a factor: a layer takes S·24h² in its linear maps, S²·4h in attention to S tokens."""
+    return sum(len(row.tree) * (6 * hidden + len(row.tree)) for row in rows)
 
 
 class Learner:
@@ -147,7 +157,7 @@ class Learner:
 
     def _rows(self, episode: Sequence[Sample]) -> list[Row]:
         hidden = self.policy.causal_lm.config.get_text_config().hidden_size
-        return make_rows(episode, min(self.settings.update_batch_tokens, row_tokens(episode, hidden)))
+        return cheapest_rows(episode, self.settings.update_batch_tokens, hidden)
 
     def _to_training(self) -> None:
         """Training mode for dropout in front of LoRA and for layers that are to be recomputed, and nothing else.
