@@ -147,6 +147,20 @@ def test_a_policy_learns_without_its_own_dropout(tmp_path: Path, folder: Path) -
     same(*found)
 
 
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_updates_of_the_value_head_leave_the_policy_as_it_is(folder: Path, lora_r: int) -> None:
+    learner = learner_of(folder, value_updates=1, lora_r=lora_r)
+    episodes = episodes_of(learner, (5, 4))
+
+    def changed() -> set[str]:
+        before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
+        learner.update(episodes)
+        return {name for name, p in learner.policy.named_parameters() if not torch.equal(p, before[name])}
+
+    assert changed() == {"heads.v_head.weight", "heads.v_head.bias"}
+    assert {name.startswith("heads.v_head") for name in changed()} == {True, False}
+
+
 def test_a_last_batch_of_fewer_episodes_than_parts(folder: Path) -> None:
     """One episode in two parts is one part: no step on nothing, and no loss halved by it."""
     halves, whole = (learner_of(folder, minibatches=n, episodes_per_update=2) for n in (2, 1))

@@ -123,8 +123,9 @@ class Learner:
         self.value_updates = min(settings.value_updates, settings.total_updates // 4)
         self.updates = self.skipped = 0
         value_head = list(policy.heads.v_head.parameters())
-        rest = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
-        groups = [{"params": rest, "lr": settings.lr}, {"params": value_head, "lr": settings.value_lr or settings.lr}]
+        self.acting = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
+        groups = [{"params": self.acting, "lr": settings.lr},
+                  {"params": value_head, "lr": settings.value_lr or settings.lr}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.adam_beta2), weight_decay=settings.wd)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
         self.device = next(policy.parameters()).device
@@ -147,8 +148,12 @@ class Learner:
         # The last batch of a run may have fewer episodes than parts; all processes take equally many steps.
         pieces = min(self.settings.minibatches, max(self.processes.gather([len(episodes)])))
         self._to_training()
+        for p in self.acting:  # V_θ must not move the policy, whose loss isn't there to hold it
+            p.requires_grad_(not value_only)
         parts = [self._step([row for e in episodes[i::pieces] for row in self._rows(e)], value_only)
                  for i in range(pieces)]
+        for p in self.acting:
+            p.requires_grad_(True)
         self.policy.eval()
         self.scheduler.step()
         self.updates += 1
@@ -186,7 +191,7 @@ class Learner:
 
     def _apply(self) -> float:
         """Clip and apply the gradients; their norm."""
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         if self.processes.count > 1:
             for p in weights:  # a process without an episode has none
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
