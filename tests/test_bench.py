@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from itp.lm.base import Generation, GenParams, asking, metered
 from itp.lm.local import LocalLM
+from tests.rl_runs import write_models
 from tests.tiny import write_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -87,3 +89,31 @@ def test_an_outer_meter_counts_what_inner_ones_do():
     assert (inner["policy"].calls, inner["policy"].prompt_tokens) == (1, 7)
     assert (outer["policy"].calls, outer["policy"].prompt_tokens, outer["policy"].completion_tokens) == (2, 12, 5)
     assert outer["world_model"].calls == 1
+
+
+def test_the_cosine_of_two_batches_is_the_share_of_the_signal():
+    from gradient_signal import mean_cosine
+
+    torch.manual_seed(0)
+    signal, batches, size = 2.0, 40, 5000
+    direction = torch.nn.functional.normalize(torch.randn(size), dim=0)
+    noise = torch.randn(batches, size) * 4 / size ** 0.5  # of squared length 16
+    assert mean_cosine(signal * direction + noise, signal * direction + noise) == pytest.approx(4 / (4 + 16), abs=0.02)
+    other = 9 * direction + 0 * noise  # other batches of another measure without noise: c is a root
+    assert mean_cosine(signal * direction + noise, other) == pytest.approx((4 / (4 + 16)) ** 0.5, abs=0.02)
+
+
+def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root, capsys, monkeypatch):
+    import gradient_signal
+
+    policy, _ = write_models(tmp_path, games_root)
+    monkeypatch.setattr(sys, "argv", [
+        "gradient_signal.py", "--policy_model_path", str(policy), "--force_k", "0", "--env_data_path", str(games_root),
+        "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "2",
+        "--max_steps", "4", "--action_selection", "constrained", "--gammas", "0.9,0.5", "--gae_lambdas", "1,0.5",
+        "--batches", "3"])
+    gradient_signal.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[:2] for row in rows] == [["0.90", "1.00"], ["0.90", "0.50"], ["0.50", "1.00"], ["0.50", "0.50"]]
+    assert rows[0][2] == rows[0][3]  # towards itself
+    assert len({row[2] for row in rows}) > 1

@@ -147,6 +147,19 @@ def test_a_policy_learns_without_its_own_dropout(tmp_path: Path, folder: Path) -
     same(*found)
 
 
+def test_the_gradient_of_episodes_is_what_an_update_would_take(folder: Path) -> None:
+    measured, learner = (learner_of(folder, value_coef=0.0) for _ in range(2))
+    measured.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    episodes = episodes_of(learner, (5, 4))
+    before = [p.detach().clone() for p in measured.policy.parameters()]
+    gradient = measured.gradient(episodes)
+    assert all(torch.equal(p, old) and p.grad is None
+               for p, old in zip(measured.policy.parameters(), before, strict=True))
+    _, taken = updated(learner, episodes)
+    taken = torch.cat([g.flatten() for name, g in taken.items() if not name.startswith("heads.v_head")])
+    torch.testing.assert_close(gradient, taken, rtol=1e-4, atol=3e-5)
+
+
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_updates_of_the_value_head_leave_the_policy_as_it_is(folder: Path, lora_r: int) -> None:
     learner = learner_of(folder, value_updates=1, lora_r=lora_r)

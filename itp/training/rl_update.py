@@ -174,8 +174,25 @@ class Learner:
 
     def _step(self, rows: Sequence[Row], value_only: bool) -> dict[str, float]:
         """One optimizer step on some episodes, together with those of the other processes."""
-        count = sum(self.processes.gather([len(row.samples) for row in rows]))
         self.optimizer.zero_grad()
+        sums = self._backward(rows, value_only)
+        norm = self._apply()
+        totals = [sum(values) for values in zip(*self.processes.gather([list(sums.values())]), strict=True)]
+        return dict(zip(sums, totals, strict=True)) | {"grad_norm": norm}
+
+    def gradient(self, episodes: Sequence[Sequence[Sample]]) -> torch.Tensor:
+        """What eq. 8 says of all weights that act and are trained, as one vector; nothing is changed by it."""
+        self._to_training()
+        self.optimizer.zero_grad()
+        self._backward([row for episode in episodes for row in self._rows(episode)], value_only=False)
+        self.policy.eval()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.acting]
+        self.optimizer.zero_grad()
+        return torch.cat([part.flatten() for part in found]).float() / self.scaler.get_scale()
+
+    def _backward(self, rows: Sequence[Row], value_only: bool) -> dict[str, float]:
+        """Add the gradients of some episodes; this process's share of the losses."""
+        count = sum(self.processes.gather([len(row.samples) for row in rows]))
         sums = dict.fromkeys(("loss", "loss_act", "loss_value", "loss_ent"), 0.0)
         for group in self._groups(rows):
             loss, parts = self._loss(group, count, value_only)
@@ -185,9 +202,7 @@ class Learner:
                 raise UserError(f"the loss is {loss.item()} in update {self.updates + 1}: the training diverged; "
                                 "lower --lr or use --bf16 (the last checkpoint is kept)")
             self.scaler.scale(loss).backward()
-        norm = self._apply()
-        totals = [sum(values) for values in zip(*self.processes.gather([list(sums.values())]), strict=True)]
-        return dict(zip(sums, totals, strict=True)) | {"grad_norm": norm}
+        return sums
 
     def _apply(self) -> float:
         """Clip and apply the gradients; their norm."""

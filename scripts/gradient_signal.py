@@ -1,0 +1,104 @@
+r"""How much of A2C's gradient is signal?  Cosines between the gradients of batches that the same weights played.
+
+    python scripts/gradient_signal.py --policy_model_path runs/quickstart/itp_r/last --force_k 0 \
+        --env_data_path runs/quickstart/data --missions 16 --config configs/demo/rl_k.yaml \
+        --gammas 0.97,0.9 --gae_lambdas 1,0.95,0.5 --batches 12
+
+Flags are those of rl_k, and three more; nothing is trained.  Let S be the squared length of the expected gradient and N
+the mean squared length of what chance adds to a batch's.  The mean cosine c of two batches is S / (S + N), so the
+gradient of (1 - c) / c batches together is half signal.  A lower gamma or gae_lambda has less noise, but also another
+expectation, which may lead elsewhere.  "towards" is therefore the mean cosine with what other batches say by the first
+row's values: give those that are right without a good critic, gae_lambda 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from itp.config import flag, parse_settings
+from itp.envs.pool import EnvPool, processes_for
+from itp.policy.shown import EVERYTHING, show_as_trained
+from itp.runtime import UserError, run_main
+from itp.training.rl_k import RlSettings, check, environment, load
+from itp.training.rl_play import episode_games, prepare
+from itp.training.rl_run import Processes, RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Settings(RlSettings):
+    batches: int = flag(8, at_least=2, help="batches of --episodes_per_update episodes")
+    gammas: str = flag("", help="values of --gamma to compare on the same episodes, separated by commas")
+    gae_lambdas: str = flag("", help="values of --gae_lambda to compare with each of them")
+    out_dir: str = ""  # not for users: nothing is left behind
+
+    @property
+    def variants(self) -> list[RlSettings]:
+        gammas, lambdas = _numbers(self.gammas) or [self.gamma], _numbers(self.gae_lambdas) or [self.gae_lambda]
+        return [dataclasses.replace(self, gamma=g, gae_lambda=lam) for g, lam in itertools.product(gammas, lambdas)]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise UserError(f"{text!r}: not numbers separated by commas") from error
+
+
+def main() -> None:
+    settings = parse_settings(Settings, prog="python scripts/gradient_signal.py", description=__doc__)
+    settings = dataclasses.replace(settings, eval_every=0, value_coef=0.0)  # V_θ's own gradient isn't asked for
+    check(settings)
+    settings = show_as_trained(settings, settings.policy_model_path, unknown=EVERYTHING | {"history_keep_steps": 6})
+    variants = settings.variants
+    with tempfile.TemporaryDirectory() as nothing:
+        found = asyncio.run(gradients(settings, variants, RunFolder(nothing)))
+    print(f"{settings.batches} batches of {settings.batch_episodes} episodes")
+    print(f"{'gamma':>6} {'lambda':>6} {'cosine':>7} {'towards':>8} {'batches for half':>17}")
+    for variant, own in zip(variants, found, strict=True):
+        cosine, towards = mean_cosine(own, own), mean_cosine(own, found[0])
+        needed = f"{(1 - cosine) / cosine:.0f}" if cosine > 0 else "-"
+        print(f"{variant.gamma:6.2f} {variant.gae_lambda:6.2f} {cosine:7.3f} {towards:8.3f} {needed:>17}")
+
+
+async def gradients(settings: Settings, variants: Sequence[RlSettings], folder: RunFolder) -> list[torch.Tensor]:
+    """The policy's gradients by each variant, (batches, weights) float32, all of the same episodes."""
+    import torch
+
+    processes = Processes()
+    make_env, games, _ = environment(settings)
+    _, player, learner = load(settings, folder, processes)
+    found = []
+    async with EnvPool(make_env, processes_for(settings.env_processes, settings.num_envs)) as player.pool:
+        for batch in range(settings.batches):
+            size = settings.batch_episodes
+            episodes = await player.play(episode_games(settings, games, batch * size, size))
+            ends = await player.bootstraps(episodes)
+            made = [prepare(episodes, ends, player.lm, variant, processes) for variant in variants]
+            found.append([learner.gradient(samples).cpu() for samples, _ in made])
+            row = made[0][1]
+            print(f"batch {batch + 1}: success {row['success']:.2f}, explained variance "
+                  f"{row['explained_variance']:.2f}", flush=True)
+    await player.close()
+    return [torch.stack(own) for own in zip(*found, strict=True)]
+
+
+def mean_cosine(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Between the gradient of each batch in ``one`` (batches, weights) and those of the other batches in ``two``."""
+    import torch
+
+    cosines = torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(two, dim=1).T
+    count = len(cosines)
+    return ((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))).item()
+
+
+if __name__ == "__main__":
+    run_main(main)
