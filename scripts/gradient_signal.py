@@ -8,7 +8,8 @@ Flags are those of rl_k, and three more; nothing is trained.  Let S be the squar
 the mean squared length of what chance adds to a batch's.  The mean cosine c of two batches is S / (S + N), so the
 gradient of (1 - c) / c batches together is half signal.  A lower gamma or gae_lambda has less noise, but also another
 expectation, which may lead elsewhere.  "towards" is therefore the mean cosine with what other batches say by the first
-row's values: give those that are right without a good critic, gae_lambda 1.
+row's values: give those that are right without a good critic, gae_lambda 1.  What stands behind +- is a standard error
+(jackknife over the batches); where c isn't well above it, there are too few batches to tell a signal from none.
 """
 
 from __future__ import annotations
@@ -35,22 +36,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings(RlSettings):
-    batches: int = flag(8, at_least=2, help="batches of --episodes_per_update episodes")
+    batches: int = flag(8, at_least=3, help="batches of --episodes_per_update episodes")
     gammas: str = flag("", help="values of --gamma to compare on the same episodes, separated by commas")
     gae_lambdas: str = flag("", help="values of --gae_lambda to compare with each of them")
     out_dir: str = ""  # not for users: nothing is left behind
 
     @property
     def variants(self) -> list[RlSettings]:
-        gammas, lambdas = _numbers(self.gammas) or [self.gamma], _numbers(self.gae_lambdas) or [self.gae_lambda]
+        gammas = _numbers("gammas", self.gammas) or [self.gamma]
+        lambdas = _numbers("gae_lambdas", self.gae_lambdas) or [self.gae_lambda]
         return [dataclasses.replace(self, gamma=g, gae_lambda=lam) for g, lam in itertools.product(gammas, lambdas)]
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part]
     except ValueError as error:
-        raise UserError(f"{text!r}: not numbers separated by commas") from error
+        raise UserError(f"--{name} {text}: not numbers separated by commas") from error
 
 
 def main() -> None:
@@ -62,11 +64,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as nothing:
         found = asyncio.run(gradients(settings, variants, RunFolder(nothing)))
     print(f"{settings.batches} batches of {settings.batch_episodes} episodes")
-    print(f"{'gamma':>6} {'lambda':>6} {'cosine':>7} {'towards':>8} {'batches for half':>17}")
+    print(f"{'gamma':>6} {'lambda':>6} {'cosine':>15} {'towards':>15} {'batches for half':>17}")
     for variant, own in zip(variants, found, strict=True):
-        cosine, towards = mean_cosine(own, own), mean_cosine(own, found[0])
-        needed = f"{(1 - cosine) / cosine:.0f}" if cosine > 0 else "-"
-        print(f"{variant.gamma:6.2f} {variant.gae_lambda:6.2f} {cosine:7.3f} {towards:8.3f} {needed:>17}")
+        (cosine, error), (towards, its_error) = mean_cosine(own, own), mean_cosine(own, found[0])
+        needed = f"{(1 - cosine) / cosine:.0f}" if cosine > error else "-"
+        print(f"{variant.gamma:6.2f} {variant.gae_lambda:6.2f} {cosine:7.3f} +- {error:.3f} {towards:7.3f} +- "
+              f"{its_error:.3f} {needed:>17}")
 
 
 async def gradients(settings: Settings, variants: Sequence[RlSettings], folder: RunFolder) -> list[torch.Tensor]:
@@ -84,6 +87,8 @@ async def gradients(settings: Settings, variants: Sequence[RlSettings], folder: 
             ends = await player.bootstraps(episodes)
             made = [prepare(episodes, ends, player.lm, variant, processes) for variant in variants]
             found.append([learner.gradient(samples).cpu() for samples, _ in made])
+            if not all(bool(gradient.isfinite().all()) for gradient in found[-1]):
+                raise UserError("a gradient isn't finite; use --bf16, or neither of --bf16 and --fp16")
             row = made[0][1]
             print(f"batch {batch + 1}: success {row['success']:.2f}, explained variance "
                   f"{row['explained_variance']:.2f}", flush=True)
@@ -91,13 +96,18 @@ async def gradients(settings: Settings, variants: Sequence[RlSettings], folder: 
     return [torch.stack(own) for own in zip(*found, strict=True)]
 
 
-def mean_cosine(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Between the gradient of each batch in ``one`` (batches, weights) and those of the other batches in ``two``."""
+def mean_cosine(one: torch.Tensor, two: torch.Tensor) -> tuple[float, float]:
+    """Between the gradient of each batch in ``one`` (batches, weights) and those of the other batches in ``two``.
+
+    Returns the mean, and its standard error by leaving out one batch at a time.
+    """
     import torch
 
     cosines = torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(two, dim=1).T
-    count = len(cosines)
-    return ((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))).item()
+    cosines.fill_diagonal_(0)
+    count, total = len(cosines), cosines.sum()
+    without = (total - cosines.sum(0) - cosines.sum(1)) / ((count - 1) * (count - 2))
+    return (total / (count * (count - 1))).item(), (without.std(correction=0) * (count - 1) ** 0.5).item()
 
 
 if __name__ == "__main__":

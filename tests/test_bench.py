@@ -98,9 +98,14 @@ def test_the_cosine_of_two_batches_is_the_share_of_the_signal():
     signal, batches, size = 2.0, 40, 5000
     direction = torch.nn.functional.normalize(torch.randn(size), dim=0)
     noise = torch.randn(batches, size) * 4 / size ** 0.5  # of squared length 16
-    assert mean_cosine(signal * direction + noise, signal * direction + noise) == pytest.approx(4 / (4 + 16), abs=0.02)
+    own, error = mean_cosine(signal * direction + noise, signal * direction + noise)
+    assert own == pytest.approx(4 / (4 + 16), abs=0.02) and 0 < error < 0.02
     other = 9 * direction + 0 * noise  # other batches of another measure without noise: c is a root
-    assert mean_cosine(signal * direction + noise, other) == pytest.approx((4 / (4 + 16)) ** 0.5, abs=0.02)
+    assert mean_cosine(signal * direction + noise, other)[0] == pytest.approx((4 / (4 + 16)) ** 0.5, abs=0.02)
+    # The jackknife of a mean over pairs is about what such means scatter by.
+    means = [mean_cosine(*2 * [torch.randn(12, 40) + 0.5]) for _ in range(200)]
+    scatter = torch.tensor([mean for mean, _ in means]).std().item()
+    assert sum(error for _, error in means) / 200 == pytest.approx(scatter, rel=0.25)
 
 
 def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root, capsys, monkeypatch):
@@ -115,5 +120,5 @@ def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root,
     gradient_signal.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
     assert [row[:2] for row in rows] == [["0.90", "1.00"], ["0.90", "0.50"], ["0.50", "1.00"], ["0.50", "0.50"]]
-    assert rows[0][2] == rows[0][3]  # towards itself
+    assert rows[0][2:5] == rows[0][5:8]  # towards itself
     assert len({row[2] for row in rows}) > 1
