@@ -24,7 +24,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["itp*", "world_model*", "foresight_eval*"]),
-    package_data={"world_model.base_tuning": ["config/*.json", "*.sh"], "foresight_eval": ["assets/*"]},
+    package_data={"world_model.base_tuning": ["config/*.json", "*.sh"], "foresight_eval.report": ["assets/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<6",
@@ -47,8 +47,8 @@ setup(
         "tensorboard>=2.16",
     ],
     extras_require={
-        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "playwright>=1.50", *REPORT,
-                *SERVING],
+        "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
+                "playwright>=1.50", *REPORT, *SERVING],
         "qlora": QLORA,
         "report": REPORT,
         "serving": SERVING,

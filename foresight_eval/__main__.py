@@ -1,9 +1,9 @@
 """Evaluate a method on ALFWorld: plays every game of a split and writes tables.
 
     python -m foresight_eval --method foresight --policy_model P --wm_model W \\
-        --env_data_root DATA --split unseen --output_path runs/eval
+        --env_data_root DATA --split unseen --out_dir runs/eval
 
-Output: {idx}.json a game, summary.json, summary.csv, log.txt and config.json in --output_path.
+Output: {idx}.json a game, summary.json, summary.csv, log.txt and config.json in --out_dir.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 
 from foresight_eval.settings import AlfworldSettings
 from itp.config import parse_settings
-from itp.runtime import run_main
+from itp.program import run_main
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
-from itp.runtime import TIMING
-from itp.transitions import read_rows
+from itp.files import read_rows
+from itp.run_dir import TIMING
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
 MEASURED = ("cached_tokens", "seconds")

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foresight_eval.methods.settings import NEED_WORLD_MODEL
-from itp.games import ALFWORLD_TASK_TYPES, golden_steps
+from foresight_eval.settings import AlfworldSettings, SciworldSettings
+from itp.config import flags_that
+from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
+from itp.files import read_json, short_names, write_json
+from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
-from itp.runtime import read_json, short_names, write_json
 from itp.text.state import ACTION, OBSERVATION, State
 
 
@@ -44,8 +46,9 @@ def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(f.stem): read_json(f) for f in files}
 
 
-SAME_GAMES = ("policy_fingerprint", "split", "max_steps", "action_selection", "tasks", "variations", "pairs",
-              "simplification", "max_steps_override", "env_step_limit")
+SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
+    name for settings in (AlfworldSettings, SciworldSettings)
+    for name in flags_that(settings, lambda about: about.selects_games)))
 """Settings by which two results are those of the same policy on the same games; not every program has all."""
 
 

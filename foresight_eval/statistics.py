@@ -32,14 +32,10 @@ def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 100.0
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
-    """The ``q``-th percentile (0..100), linear between neighbours; None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = q / 100 * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    """The ``q``-th percentile (0..100), linear between neighbors; None of nothing."""
+    import numpy as np  # here, because a program that only answers --help has no use for it
+
+    return float(np.percentile(values, q)) if values else None
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import difflib
 import operator
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from itp.runtime import UserError
+from itp.errors import UserError
 
 T = TypeVar("T")
 _REQUIRED = object()
@@ -29,16 +30,37 @@ _REQUIRED = object()
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
+@dataclass(frozen=True)
+class Flag:
+    """What is known of a flag besides its name, type and default.
+
+    ``affects_result``: whether another value changes what the run computes; if not, the run may go on with another
+    one (:func:`itp.run_dir.open_run_dir`).  ``aliases``: other names that the flag is known by.  ``bounds``: where its
+    value must lie, as word -> limit.  ``holds``: "data" where it names training data, "path" where it leads to another
+    place of this machine.  ``selects_games``: whether it decides which games are played, and how long.
+    """
+
+    help: str
+    choices: Sequence[Any] | None
+    required: bool
+    bounds: Mapping[str, float]
+    affects_result: bool
+    aliases: tuple[str, ...]
+    holds: str
+    selects_games: bool
+
+
 def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None = None, at_least: float | None = None,
-         above: float | None = None, below: float | None = None) -> Any:
-    """A dataclass field with what its flag needs.  Without a default the flag is required.
+         above: float | None = None, below: float | None = None, affects_result: bool = True,
+         aliases: tuple[str, ...] = (), holds: str = "", selects_games: bool = False) -> Any:
+    """A dataclass field with what its flag needs (:class:`Flag`).  Without a default the flag is required.
 
     ``at_least``, ``above``, ``below``: where its value must lie; :func:`from_args` refuses others.
     """
     limits = {"at least": at_least, "above": above, "below": below}
-    metadata = {"help": help, "choices": choices, "required": default is _REQUIRED,
-                "bounds": {word: limit for word, limit in limits.items() if limit is not None}}
-    return dataclasses.field(default=None if default is _REQUIRED else default, metadata=metadata)
+    about = Flag(help, choices, default is _REQUIRED, {word: n for word, n in limits.items() if n is not None},
+                 affects_result, aliases, holds, selects_games)
+    return dataclasses.field(default=None if about.required else default, metadata={"flag": about})
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -47,21 +69,33 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
                         help="YAML file with any of these settings, or a section of one; flags win")
     types = typing.get_type_hints(settings)
     for field in flag_fields(settings):
-        kind, meta = types[field.name], field.metadata
-        note = " (required)" if meta["required"] else "" if field.default == "" else f" (default: {field.default})"
-        options: dict[str, Any] = {"help": meta["help"].replace("%", "%%") + note, "default": argparse.SUPPRESS}
+        kind, about = types[field.name], field.metadata["flag"]
+        note = " (required)" if about.required else "" if field.default == "" else f" (default: {field.default})"
+        options: dict[str, Any] = {"help": about.help.replace("%", "%%") + note, "default": argparse.SUPPRESS,
+                                   "dest": field.name}
         if kind is bool:
             # A switch, which also takes a value: --override and --override false.
             options.update(nargs="?", const=True, type=_boolean, metavar="BOOL")
         else:
-            shown = None if meta["choices"] else kind.__name__.upper()
-            options.update(type=kind, choices=meta["choices"], metavar=shown)
-        parser.add_argument(f"--{field.name}", **options)
+            shown = None if about.choices else kind.__name__.upper()
+            options.update(type=kind, choices=about.choices, metavar=shown)
+        parser.add_argument(*(f"--{name}" for name in (field.name, *about.aliases)), **options)
 
 
 def flag_fields(settings: type) -> list[dataclasses.Field]:
     """The fields made with :func:`flag`.  A plain field (also one that overrides a flag) is not for users."""
     return [field for field in dataclasses.fields(settings) if field.metadata]
+
+
+def flags_that(settings: type, test: Callable[[Flag], bool]) -> list[str]:
+    """The names of the flags of ``settings`` for which ``test`` holds."""
+    return [field.name for field in flag_fields(settings) if test(field.metadata["flag"])]
+
+
+def canonical_names(settings: type) -> dict[str, str]:
+    """Every name that a flag of ``settings`` is known by -> its own."""
+    return {name: field.name for field in flag_fields(settings)
+            for name in (field.name, *field.metadata["flag"].aliases)}
 
 
 def from_args(settings: type[T], args: argparse.Namespace) -> T:
@@ -71,27 +105,17 @@ def from_args(settings: type[T], args: argparse.Namespace) -> T:
     return _made(settings, given | {k: v for k, v in vars(args).items() if k in fields})
 
 
-def from_values(settings: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The settings that ``values`` ask for, as YAML gives them; ``config`` among them is the file below the others.
-
-    ``where``: what an error names as their place.
-    """
-    flags = {name: value for name, value in values.items() if name != "config"}
-    given = _read_yaml(str(values["config"]), settings) if values.get("config") else {}
-    return _made(settings, given | _typed(flags, settings, where), f"{where}: ")
-
-
-def _made(settings: type[T], given: Mapping[str, Any], where: str = "") -> T:
+def _made(settings: type[T], given: Mapping[str, Any]) -> T:
     fields = {f.name: f for f in flag_fields(settings)}
-    missing = [name for name, f in fields.items() if f.metadata["required"] and given.get(name) is None]
+    missing = [name for name, f in fields.items() if f.metadata["flag"].required and given.get(name) is None]
     if missing:
-        raise UserError(f"{where}missing required {', '.join('--' + m for m in missing)} (see --help)")
+        raise UserError(f"missing required {', '.join('--' + m for m in missing)} (see --help)")
     for name, value in given.items():
-        bounds = fields[name].metadata["bounds"]
+        bounds = fields[name].metadata["flag"].bounds
         # A default out of bounds means something of its own, such as -1: as the checkpoint says.
         if value != fields[name].default and not all(_HOLDS[word](value, limit) for word, limit in bounds.items()):
             said = " and ".join(f"{word} {limit}" for word, limit in bounds.items())
-            raise UserError(f"{where}--{name} {value}: must be {said}")
+            raise UserError(f"--{name} {value}: must be {said}")
     return settings(**given)
 
 
@@ -128,13 +152,17 @@ def _read_yaml(path: str, settings: type) -> dict[str, Any]:
 
 def _typed(values: Mapping[str, Any], settings: type, where: str) -> dict[str, Any]:
     """``values`` in the types of their settings.  Unknown names and other types are errors, which name ``where``."""
-    values = dict(values)
+    own_name = canonical_names(settings)
+    for name in values:
+        if name not in own_name:
+            raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(name, own_name)}")
+        if name != own_name[name] and own_name[name] in values:
+            raise UserError(f"{where}: {name} is another name of {own_name[name]}; give one of them")
+    values = {own_name[name]: value for name, value in values.items()}
     hints = typing.get_type_hints(settings)
     types = {f.name: hints[f.name] for f in flag_fields(settings)}
-    choices = {f.name: f.metadata["choices"] for f in flag_fields(settings)}
+    choices = {f.name: f.metadata["flag"].choices for f in flag_fields(settings)}
     for name, value in values.items():
-        if name not in types:
-            raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(name, types)}")
         if types[name] is float and _is_number(value):
             values[name] = float(value)
         elif type(value) is not types[name]:

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.games import ALFWORLD_GAMES, SPLITS, list_games
-from itp.runtime import UserError, run_main
+from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.errors import UserError
+from itp.games import SPLITS
+from itp.program import run_main
 
 GB = 1 << 30
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "alfworld", "textworld")
@@ -30,7 +32,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safete
 
 
 @dataclass
-class Settings:
+class DoctorSettings:
     env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
     out: str = flag(".", help="a folder on the disk where models and results are to go")
     disk_gb: float = flag(60.0, help="free disk that is enough: an 8B model, its adapter and its merged copy take 35")
@@ -49,7 +51,7 @@ class Finding:
         return f"{self.state:8}{self.what:12}{self.said}{f'; {self.remedy}' if self.remedy else ''}"
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: DoctorSettings) -> Iterator[Finding]:
     """The findings, as they are made."""
     yield python()
     yield packages()
@@ -107,7 +109,7 @@ def games(root: str) -> Finding:
     counts = {}
     try:
         for split in SPLITS:
-            counts[split] = len(list_games("alfworld", split, root))
+            counts[split] = len(list_games(split, root))
     except UserError as error:
         if not counts:
             return Finding("missing", "games", f"no ALFWorld games under {root}",
@@ -178,7 +180,7 @@ def cache() -> Finding:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python -m itp.doctor", description=__doc__)
+    settings = parse_settings(DoctorSettings, prog="python -m itp.doctor", description=__doc__)
     missing = 0
     for finding in examine(settings):
         print(finding.line(), flush=True)

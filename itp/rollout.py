@@ -16,11 +16,12 @@ from typing import Any
 
 from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
+from itp.errors import PromptTooLong
 from itp.games import Game
 from itp.lm.base import Usage, metered
-from itp.lm.local import Quorum
-from itp.policy.method import Decision, Method, View
-from itp.runtime import derive_seed
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.base import Decision, Method, View
+from itp.seeding import derive_seed
 from itp.text.state import State
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class Step:
 class Episode:
     """A finished episode.
 
-    ``reason``: success, step_limit, env_died, or how the engine ended it (engine_end where there is one way only).
+    ``reason``: success, step_limit, env_died, prompt_too_long, or how the engine ended it (engine_end where there is
+    one way only).
     """
 
     game: Game
@@ -79,14 +81,15 @@ class Episode:
 
 
 async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
-                       concurrency: int, quorum: Quorum | None = None) -> AsyncIterator[Episode]:
+                       concurrency: int, barrier: BatchBarrier | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
     A game is taken from ``games`` when there is an environment for it, one of ``concurrency`` and AHEAD.  An episode
     has ``max_steps`` steps at most, or as many as its game's protocol says.
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
-    the games changes what happens in it.  The first error of a method ends the run.
+    the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
+    as no success; any other error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -95,13 +98,13 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
     @contextlib.asynccontextmanager
     async def seat() -> AsyncIterator[None]:
         async with seats:
-            if quorum is not None:
-                quorum.add(live=1)
+            if barrier is not None:
+                barrier.add(live=1)
             try:
                 yield
             finally:
-                if quorum is not None:
-                    quorum.add(live=-1)
+                if barrier is not None:
+                    barrier.add(live=-1)
 
     async def worker() -> None:
         game = next(todo, None)
@@ -153,8 +156,13 @@ async def _play_once(env, method: Method, game: Game, observation: Observation, 
         view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
                     tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps))
         start = time.perf_counter()
-        with metered() as usage:
-            decision = await method.act(view)
+        try:
+            with metered() as usage:
+                decision = await method.act(view)
+        except PromptTooLong as error:
+            log.warning("%s, step %d: the episode ends here: %s", game.game_id, step, error)
+            episode.reason = "prompt_too_long"
+            break
         seconds = time.perf_counter() - start
         result = await env.step(decision.action)
         observation = result.obs

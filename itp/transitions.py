@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.runtime import UserError, write_atomic
+from itp.errors import UserError
+from itp.files import read_rows, write_atomic
 
 
 @dataclass(frozen=True)
@@ -76,58 +77,9 @@ def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED
     return located
 
 
-def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """(where, value) for each element of a JSON list or each line of a JSONL file.
-
-    Given a list ``skipped``, a line that isn't JSON goes in there instead of ending it all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it the right file, whole and "
-                        "uncompressed?") from error
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); is the file whole?") from error
-        except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
-            raise UserError(f"{path}: not usable JSON ({error})") from error
-        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number or nesting too large
-                said = error.msg if isinstance(error, json.JSONDecodeError) else error
-                message = f"{path}:{number}: not JSON ({said}); mend or remove the line"
-                if skipped is None:
-                    raise UserError(message) from error
-                skipped.append(message)
-                continue
-            yield f"{path}:{number}", value
-
-
-def read_appended(path: str | Path) -> list[Any]:
-    """The rows of a JSONL file that grows by a line at a time; none where there is no file.
-
-    A last line that a kill cut off is removed from the file, so that the next one starts on a line of its own.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return [row for _, row in read_rows(path)]
-
-
 _TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
+
+
 _FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 

@@ -35,22 +35,27 @@ from dataclasses import asdict, dataclass, field
 
 from bench_training import world_model_training
 from foresight_eval.cost import peak_memory
-from foresight_eval.methods import build
-from foresight_eval.runner import make_policy, make_world_model, method_settings
+from foresight_eval.plan import make_plan
 from foresight_eval.settings import AlfworldSettings
+from itp.agent.heads import has_heads
+from itp.agent.policy import SELECTIONS
 from itp.config import flag, parse_settings
-from itp.envs.alfworld import AlfworldEnv
+from itp.devices import DTYPES
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
-from itp.games import Game, list_games, spread
+from itp.errors import UserError
+from itp.files import write_json
+from itp.games import Game, spread
 from itp.lm.base import LM, GenParams, metered
-from itp.lm.chat import asked_as
-from itp.lm.local import LocalLM, Quorum
-from itp.lm.room import EngineFlags, kv_bytes
-from itp.policy.agent import SELECTIONS, Policy
-from itp.policy.shown import show_as_trained
+from itp.lm.local import LocalLM
+from itp.lm.memory_budget import EngineFlags, kv_bytes
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.base import PolicyMethod
+from itp.models import load_policy, load_world_model
+from itp.program import run_main
 from itp.rollout import Episode, run_episodes
-from itp.runtime import DTYPES, UserError, run_main, versions, write_json
-from itp.world_model import WorldModel
+from itp.run_dir import versions
 
 PARTS = ("foresight", "rap", "label", "rl_k", "wm_training")
 SEQUENTIAL = "one by one"
@@ -114,7 +119,7 @@ class Pass:
 def main() -> None:
     settings = parse_settings(BenchSettings, prog="python scripts/bench.py", description=__doc__)
     parts, numbers = check(settings)
-    games = spread(list_games("alfworld", settings.split, settings.env_data_root), settings.games)
+    games = spread(list_games(settings.split, settings.env_data_root), settings.games)
 
     import torch
 
@@ -168,14 +173,14 @@ def sequential_share(settings: BenchSettings, part: str) -> int:
 
 async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence[Game]) -> Pass:
     """One part, ``how`` many at a time."""
-    quorum, alone = Quorum(), how == SEQUENTIAL
+    barrier, alone = BatchBarrier(), how == SEQUENTIAL
     concurrency = 1 if alone else int(how)
     policy_path = settings.heads_model if part == "rl_k" else settings.policy_model
-    lms = {"policy": load(settings, policy_path, "policy", alone, quorum),
-           "world_model": load(settings, settings.wm_model, "world_model", alone, quorum)}
+    lms = {"policy": load(settings, policy_path, "policy", alone, barrier),
+           "world_model": load(settings, settings.wm_model, "world_model", alone, barrier)}
     try:
         if part == "label":
-            return await label(settings, lms, how, concurrency, quorum)
+            return await label(settings, lms, how, concurrency, barrier)
         method = rl_actor(settings, lms) if part == "rl_k" else planner(settings, lms, part)
         chosen = spread(games, settings.sequential_games) if alone else games
         make_env = functools.partial(AlfworldEnv, want_admissible=method.want_admissible)
@@ -187,7 +192,7 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
             async def play() -> int:
                 max_steps = settings.rap_steps if part == "rap" else settings.max_steps
                 async for episode in run_episodes(pool, method, chosen, max_steps=max_steps, seed=settings.seed,
-                                                  concurrency=concurrency, quorum=quorum):
+                                                  concurrency=concurrency, barrier=barrier):
                     episodes.append(episode)
                 return sum(len(e.steps) for e in episodes)
 
@@ -201,68 +206,64 @@ async def run_part(settings: BenchSettings, part: str, how: str, games: Sequence
             await lm.close()
 
 
-def load(settings: BenchSettings, path: str, role: str, alone: bool, quorum: Quorum) -> LM:
-    from itp.policy.heads import PolicyWithHeads, has_heads, load_policy_lm
-
-    options = {"device": settings.device, "dtype": settings.dtype, "role": role}
+def load(settings: BenchSettings, path: str, role: str, alone: bool, barrier: BatchBarrier) -> LM:
+    """The model in this project's engine, or ``alone`` as the yardstick asks it."""
     if not alone:
-        loader = load_policy_lm if role == "policy" else LocalLM.load
-        return loader(path, quorum=quorum, **options, **settings.engine)
+        loader = load_policy if role == "policy" else load_world_model
+        return loader(path, device=settings.device, dtype=settings.dtype, barrier=barrier, engine=settings.engine).lm
+    from itp.agent.policy_with_heads import PolicyWithHeads
     from sequential import SequentialLM
 
     heads = PolicyWithHeads.from_pretrained(path, device=settings.device)[0].heads if has_heads(path) else None
-    return SequentialLM(path, heads=heads, **options)
+    return SequentialLM(path, heads=heads, device=settings.device, dtype=settings.dtype, role=role)
 
 
-def planner(settings: BenchSettings, lms: dict[str, LM], name: str):
+def planner(settings: BenchSettings, lms: dict[str, LM], name: str) -> PolicyMethod:
     """``foresight`` with K fixed, or ``rap``, as the evaluation's own command line would say it."""
-    evaluation = show_as_trained(AlfworldSettings(
-        policy_model=settings.policy_model, wm_model=settings.wm_model, output_path="", fixed_k=settings.fixed_k,
-        action_selection=settings.action_selection, foresight_tokens=192, rap_num_rollouts=settings.rap_num_rollouts),
-        settings.policy_model)
-    return build(name, make_policy(evaluation, lms["policy"]), make_world_model(evaluation, lms["world_model"]),
-                 method_settings(evaluation))
+    fixed_k = settings.fixed_k if name == "foresight" else -1
+    plan = make_plan(AlfworldSettings(
+        policy_model=settings.policy_model, wm_model=settings.wm_model, out_dir="", method=name, fixed_k=fixed_k,
+        action_selection=settings.action_selection, wm_max_new_tokens=192, rap_wm_pred_tokens=192,
+        rap_num_rollouts=settings.rap_num_rollouts))
+    barrier = BatchBarrier()
+    return plan.build_method(plan.load_policy(barrier, lm=lms["policy"]),
+                             plan.load_world_model(barrier, lm=lms["world_model"]))
 
 
-def rl_actor(settings: BenchSettings, lms: dict[str, LM]):
-    """What acts in stage 3: K and actions are drawn."""
-    from itp.training.rl_k import RlSettings
-    from itp.training.rl_play import Actor
+def rl_actor(settings: BenchSettings, lms: dict[str, LM]) -> PolicyMethod:
+    """What acts in stage 3: K and actions are sampled."""
+    from itp.training.itp_r.a2c_rollout import Player
+    from itp.training.itp_r.a2c_settings import RlSettings, checked
 
-    rl = show_as_trained(RlSettings(policy_model_path=settings.heads_model, out_dir="", force_k=settings.fixed_k,
-                               action_selection=settings.action_selection), settings.heads_model)
-    style, turns = asked_as(settings.heads_model, lms["policy"].tokenizer)
-    policy = Policy(lms["policy"], style=style, turns=turns, selection=rl.action_selection, control=True,
-                    temperature=1.0, action_tokens=rl.action_max_new_tokens,
-                    imagined_action_tokens=rl.imagine_action_max_new_tokens)
-    return Actor(policy, world_model(settings, lms, rl.wm_max_new_tokens), rl, greedy=False)
+    rl = checked(RlSettings(policy_model=settings.heads_model, wm_model=settings.wm_model, out_dir="",
+                            fixed_k=settings.fixed_k, action_selection=settings.action_selection,
+                            action_temperature=1.0, action_top_p=1.0, report_to="none"))
+    world_model = load_world_model(settings.wm_model, lm=lms["world_model"], max_new_tokens=rl.wm_max_new_tokens)
+    return Player(rl, lms["policy"], world_model, BatchBarrier()).method(greedy=False)
 
 
-def world_model(settings: BenchSettings, lms: dict[str, LM], max_new_tokens: int) -> WorldModel:
-    style, turns = asked_as(settings.wm_model, lms["world_model"].tokenizer, role="world_model")
-    return WorldModel(lms["world_model"], style=style, turns=turns, max_new_tokens=max_new_tokens)
+async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurrency: int, barrier: BatchBarrier) -> Pass:
+    from itp.training.itp_r.expert_steps import choose_rows, read_expert
+    from itp.training.itp_r.label_settings import LabelSettings
+    from itp.training.itp_r.pseudo_labels import Labeler
 
-
-async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurrency: int, quorum: Quorum) -> Pass:
-    from itp.training.label import Labeller, LabelSettings, choose_rows, read_expert
-
-    own = show_as_trained(LabelSettings(
-        expert_jsonl=settings.expert_jsonl, policy_model_path=settings.policy_model, wm_model_path=settings.wm_model,
-        out_labeled_jsonl="", kmax=settings.fixed_k, max_rows=settings.rows, seed=settings.seed), settings.policy_model)
-    rows = choose_rows(read_expert(settings.expert_jsonl, None), own)
+    own = LabelSettings(
+        expert_jsonl=settings.expert_jsonl, policy_model=settings.policy_model, wm_model=settings.wm_model,
+        out_labeled_jsonl="", max_k=settings.fixed_k, max_rows=settings.rows, seed=settings.seed)
+    rows = choose_rows(read_expert(settings.expert_jsonl, None), own.max_rows, own.seed)
     episodes = [list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)]
     if how == SEQUENTIAL:
         episodes = spread(episodes, max(1, len(episodes) * settings.sequential_rows // len(rows)))
-    style, turns = asked_as(settings.policy_model, lms["policy"].tokenizer)
-    labeller = Labeller(Policy(lms["policy"], style=style, turns=turns),
-                        world_model(settings, lms, own.wm_max_new_tokens), tuple(range(own.kmax + 1)), own)
+    labeler = Labeler(load_policy(settings.policy_model, lm=lms["policy"]),
+                      load_world_model(settings.wm_model, lm=lms["world_model"], max_new_tokens=own.wm_max_new_tokens),
+                      tuple(range(own.max_k + 1)), own)
     todo = iter(episodes)
 
     async def worker() -> None:
-        quorum.add(live=1)
+        barrier.add(live=1)
         for row in itertools.chain.from_iterable(todo):  # an episode's rows follow each other, as in the program
-            await labeller.label(row)
-        quorum.add(live=-1)
+            await labeler.label(row)
+        barrier.add(live=-1)
 
     async def work() -> int:
         await asyncio.gather(*(worker() for _ in range(concurrency)))

@@ -36,20 +36,19 @@ def world_model_training(settings) -> list[TrainingPass]:
     """First the yardstick, then ours, in steps of ``batch_size`` rows of similar length."""
     import torch
 
-    from itp.runtime import load_tokenizer
+    from itp.pretrained import load_tokenizer
     from itp.training.examples import IGNORED, encode
-    from itp.training.finetune import FinetuneSettings, trained_form
-    from itp.training.hf_trainer import Collator, SimilarLengths
-    from itp.training.text_task import TextTask
+    from itp.training.text_task import Collator, TextTask
+    from itp.training.trainer import SimilarLengths
     from itp.transitions import read_transitions
-    from world_model.base_tuning.finetune import fit
+    from world_model.base_tuning.finetune import WorldModelSettings, examples_for
 
-    own = FinetuneSettings(model_path=settings.wm_model, out_dir="", lora_dropout=0.0, max_seq_len=settings.cutoff)
+    own = WorldModelSettings(model_path=settings.wm_model, data_path="", out_dir="", lora_dropout=0.0,
+                             max_seq_len=settings.cutoff)
     tokenizer = load_tokenizer(own.model_path)
     transitions = read_transitions(settings.expert_jsonl)
     transitions = [transitions[i * len(transitions) // settings.train_rows] for i in range(settings.train_rows)]
-    examples = fit(transitions, tokenizer, own.max_seq_len, trained_form(own, tokenizer))
-    rows = encode(examples, tokenizer, own.max_seq_len).rows
+    rows = encode(examples_for(own, tokenizer, transitions), tokenizer, own.max_seq_len).rows
     order = list(SimilarLengths([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed, lambda: 0))
     steps = [[rows[i] for i in order[s:s + settings.batch_size]] for s in range(0, len(order), settings.batch_size)]
     task, pad = TextTask(own, []), tokenizer.pad_token_id or 0

@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.base import Observation
-from itp.games import Game, list_games
-from itp.runtime import UserError, run_main
+from itp.errors import UserError
+from itp.games import Game
+from itp.program import run_main
 
 INVALID = ("", "fly", "take nothing from nowhere", "go to countertop 99", "put pen 1 in/on desk 99", "LOOK")
 
 
 @dataclass
-class Settings:
+class CheckSettings:
     data: str = flag(help="folder that holds json_2.1.1")
     split: str = flag("train", help="train, valid_seen or valid_unseen")
     games: int = flag(50, help="games to play, spread over the split")
@@ -76,8 +78,8 @@ def same(game: Game, where: str, answers: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python scripts/check_fast_engine.py", description=__doc__)
-    games = list_games("alfworld", settings.split, settings.data)
+    settings = parse_settings(CheckSettings, prog="python scripts/check_fast_engine.py", description=__doc__)
+    games = list_games(settings.split, settings.data)
     games = random.Random(settings.seed).sample(games, min(settings.games, len(games)))
     engines = {name: AlfworldEnv(want_admissible=True, fast=name == "fast", expert=settings.expert)
                for name in ("own", "fast")}

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag, parse_settings
-from itp.envs.scienceworld import JAVA_OPTIONS, ScienceworldEnv, find_jar, find_java
-from itp.envs.scienceworld_games import ScienceworldFlags, list_games
+from itp.envs.scienceworld.env import JAVA_OPTIONS, ScienceworldEnv, find_jar, find_java
+from itp.envs.scienceworld.games import ScienceworldFlags, list_games
+from itp.errors import UserError
 from itp.games import Game
-from itp.runtime import UserError, derive_seed, run_main
+from itp.program import run_main
+from itp.seeding import derive_seed
 
 NONSENSE = ("", "fly", "open", "focus on nothing", "go to the moon", "7")
 KINDS = ("random", "few moves", "gold")
@@ -31,7 +33,7 @@ PLENTY, FEW, SHORT = 400, 3, 30
 
 
 @dataclass
-class Settings:
+class CheckSettings:
     episodes: int = flag(30, help="episodes to play, one of each task after the other")
     steps: int = flag(12, help="steps of an episode that doesn't follow the gold path")
     seed: int = flag(0, help="what variations and random actions are drawn from")
@@ -92,7 +94,7 @@ def same(game: Game, where: str, theirs: dict[str, Any], ours: dict[str, Any]) -
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python scripts/check_scienceworld.py", description=__doc__)
+    settings = parse_settings(CheckSettings, prog="python scripts/check_scienceworld.py", description=__doc__)
     by_task: dict[str, list[Game]] = {}
     for game in list_games("train", ScienceworldFlags(tasks="all")):
         by_task.setdefault(game.task_type, []).append(game)

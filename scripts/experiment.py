@@ -1,88 +1,249 @@
-"""The paper's experiments by command: runs all parts of one, and prints its figures beside the paper's.
+"""Run an experiment of the paper, and print its figures beside the paper's.
 
     python scripts/experiment.py configs/experiments/lookahead.yaml
     python scripts/experiment.py configs/experiments/lookahead.yaml --max_games 12 --max_k 3 --dry_run
     python scripts/experiment.py configs/experiments/lookahead.yaml --help         its parameters
 
-Models, games and sizes are parameters; their defaults are what scripts/quickstart.sh leaves in runs/quickstart.  Each
-run is a process of its own, in a folder of its own: the same command goes on where it was.  A run that fails is named
-at the end, and the others go on.  --dry_run prints the commands, which may also be started by hand, elsewhere or by
-torchrun: what is finished is taken.  The result: result.md, result.json and figures/ in --out.
-scripts/experiment_file.py says what such a file may hold.
+The parameters are models, games and sizes.  Their defaults are what scripts/quickstart.sh leaves in runs/quickstart.
+Each run is a command, in a process and a folder of its own.  All commands are checked before the first one starts.
+Start this script again to go on after an interruption.  A run that fails is named at the end, and the others go on.
+--dry_run prints the commands.  You may start some of them by hand: this script takes what they finished.  The folder
+--out gets result.md, result.json and figures/.  docs/reproducing.md explains the form of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import logging
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment_file import (
-    TABLES, Experiment, Found, Run, Settings, Shown, chosen, fill, names_of, out_folder, plan, read_experiment,
-)
-from foresight_eval import tables
+from foresight_eval.report import analyses, plots, tables
 from foresight_eval.results import Result, read_results
-from foresight_eval.settings import EvalSettings
-from itp.config import add_flags, from_args
-from itp.runtime import UserError, check_model_path, read_json, run_main, versions, write_atomic, write_json
-from itp.transitions import read_rows
-from world_model.fidelity import Settings as FidelitySettings
+from foresight_eval.settings import AlfworldSettings, EvalSettings, SciworldSettings
+from itp.config import add_flags, did_you_mean, flag, from_args
+from itp.errors import UserError
+from itp.files import read_json, read_rows, write_atomic, write_json
+from itp.pretrained import check_model_path
+from itp.program import run_main
+from itp.run_dir import versions
+from world_model.base_tuning.finetune import WorldModelSettings
+from world_model.fidelity import FidelitySettings
 
-log = logging.getLogger("itp.experiment")
+log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).resolve().parents[1] / "configs/experiments"
+PROGRAMS = {
+    "python -m foresight_eval": (AlfworldSettings, "--out_dir", ""),
+    "python -m foresight_eval.runner_sciworld": (SciworldSettings, "--out_dir", ""),
+    "python -m world_model.fidelity": (FidelitySettings, "--out_json", ".json"),
+    "python -m world_model.base_tuning.finetune": (WorldModelSettings, "--out_dir", ""),
+}
+"""What a run may start: its settings, the flag that names its output, and how that name ends."""
+TABLES = {
+    "overview": tables.overview, "scores": tables.scores, "cost": tables.cost, "deployment": analyses.deployment,
+    "comparison": lambda results: tables.comparison(results, results[0]), "k_by_length": analyses.k_by_length,
+    "accuracy": analyses.accuracy, "depth": analyses.depth, "training": analyses.training,
+}
+FIGURES = ("success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_against_golden_steps", "k_of")
+
+
+@dataclass
+class Settings:
+    out: str = flag("", help="folder of the results (empty: runs/experiments/NAME)")
+    only: str = flag("", help="only these parts or runs, separated by commas")
+    dry_run: bool = flag(False, help="print the commands and start nothing")
+    override: bool = flag(False, help="evaluations: delete the results of other settings and start anew")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process.  ``settings``: what its program reads from ``command``.  ``out``: the file or folder it makes."""
+
+    part: str
+    name: str
+    command: Sequence[str]
+    settings: Any
+    out: Path
+
+    @property
+    def title(self) -> str:
+        return f"{self.part}/{self.name}"
 
 
 def main() -> None:
-    experiment, settings = parse(sys.argv[1:])
-    all_runs = plan(experiment, settings)
-    runs = chosen(all_runs, experiment, settings.only)
-    if settings.dry_run:
+    experiment, values = parse(sys.argv[1:])
+    runs = chosen(plan(experiment, values), values["only"])
+    if values["dry_run"]:
         for run in runs:
-            print(run.line)
+            print(shlex.join(run.command))
         return
     check(runs)
-    if experiment.figures and importlib.util.find_spec("matplotlib") is None:
-        log.warning("the figures are left out: they need matplotlib; pip install 'itp[report]'")
     failed = [run for run in runs if execute(run) != 0]
-    print(f"\n{show(experiment, settings, runs, failed)}")
-    print(f"\nresult: {out_folder(experiment, settings) / 'result.md'}")
+    print(f"\n{show(experiment, values, runs, failed)}\n\nresult: {values['out']}/result.md")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.title for run in failed)}; what "
-                        "they said stands above; the same command goes on")
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.title for run in failed)}; their "
+                        "messages stand above; start the same command again to go on")
 
 
-def parse(argv: Sequence[str]) -> tuple[Experiment, Settings]:
-    """The experiment that the first word names, and its settings from the others."""
+def parse(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The experiment of the file that ``argv`` names first, and the values of this script's flags."""
     if not argv or argv[0].startswith("-"):
-        shipped = [read_experiment(str(path)) for path in sorted(SHIPPED.glob("*.yaml"))]
-        print(f"{__doc__}\nconfigs/experiments:", *(f"  {found.name:16}{found.title}" for found in shipped), sep="\n")
+        shipped = [f"  {path.stem:16}{read_experiment(path)['title']}" for path in sorted(SHIPPED.glob("*.yaml"))]
+        print(f"{__doc__}\nconfigs/experiments:", *shipped, sep="\n")
         sys.exit(0 if argv else 2)
-    experiment = read_experiment(argv[0])
-    about = f"{experiment.title}.\n\n{textwrap.fill(experiment.paper, 120)}"
+    experiment = read_experiment(Path(argv[0]))
+    about = f"{experiment['title']}.\n\n{textwrap.fill(experiment['paper'], 120)}"
     parser = argparse.ArgumentParser(prog=f"python scripts/experiment.py {argv[0]}", description=about,
                                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, experiment.settings)
-    return experiment, from_args(experiment.settings, parser.parse_args(argv[1:]))
+    fields = [(name, type(parameter["default"]), flag(parameter["default"], help=parameter["help"]))
+              for name, parameter in experiment["parameters"].items()]
+    settings = dataclasses.make_dataclass("Parameters", fields, bases=(Settings,))
+    add_flags(parser, settings)
+    values = dataclasses.asdict(from_args(settings, parser.parse_args(argv[1:])))
+    return experiment, values | {"out": values["out"] or f"runs/experiments/{Path(argv[0]).stem}"}
+
+
+# ---------------------------------------------------------------- the file
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """What a file holds, with the parameters that it uses.  Raises UserError for an unknown name in it."""
+    said = read_yaml(path)
+    check_keys(said, path, ("title", "paper", "tables"), optional=("common", "parameters", "runs", "figures"))
+    runs, own = said.get("runs", {}), said.get("parameters", {})
+    for name, part in runs.items():
+        check_keys(part, f"{path}, part {name}", ("command", "each"))
+    for shown in said["tables"]:
+        check_table(shown, runs, f"{path}, tables")
+    for name in said.get("figures", ()):
+        known(name, FIGURES, f"{path}, figures", "figure")
+    parameters = own | (read_yaml(path.parent / said["common"]) if "common" in said else {}) | own
+    for name, parameter in parameters.items():
+        check_keys(parameter, f"{path}, parameter {name}", ("default", "help"))
+    used = {"max_k" if name == "k" else name for name in re.findall(r"\{(\w+)\}", f"{runs} {said['tables']}")} - {"out"}
+    for name in sorted(used):
+        known(name, parameters, path, "parameter")
+    parameters = {name: parameter for name, parameter in parameters.items() if name in used}
+    return {"figures": [], **said, "runs": runs, "parameters": parameters}
+
+
+def read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not an experiment ({' '.join(str(error).split())}); those of the project are "
+                        "configs/experiments/*.yaml") from error
+
+
+def check_table(shown: Any, runs: Mapping[str, Any], where: str) -> None:
+    check_keys(shown, where, ("table",), optional=("part", "title", "columns", "paper", "files"))
+    known(shown["table"], TABLES, where, "table")
+    known(shown.get("part", ""), ("", *runs), where, "part")
+    for column in shown.get("columns", ()):
+        known(column, tables.overview([]).header if shown["table"] == "overview" else (), where, "column")
+    parts = [part for name, part in runs.items() if shown.get("part", name) == name]
+    rows = [*(name for part in parts for name in part["each"]), *shown.get("files", ())]
+    for column, figures in shown.get("paper", {}).items():
+        for row, figure in figures.items():
+            # The rows of these two are numbers.  k3 is one of k{k}, whatever K_max is.
+            if shown["table"] not in ("depth", "k_by_length") and re.sub(r"\d+", "{k}", row) not in rows:
+                known(row, rows, f"{where}, {column}", "run")
+            if not isinstance(figure, int | float):
+                raise UserError(f"{where}, {column}: {row} must be a number, not {figure!r}")
+
+
+def check_keys(value: Any, where: object, required: Sequence[str], *, optional: Sequence[str] = ()) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must hold `name: value` lines, not {value!r}")
+    for name in value:
+        known(name, (*required, *optional), where, "key")
+    if missing := [name for name in required if value.get(name) is None]:
+        raise UserError(f"{where}: needs {', '.join(missing)}")
+
+
+def known(name: Any, names: Iterable[str], where: object, what: str) -> None:
+    """Raise UserError for a ``name`` that isn't among ``names``."""
+    if name not in names:
+        raise UserError(f"{where}: unknown {what} {name!r}"
+                        + (did_you_mean(name, names) or f"; choose among {', '.join(names)}"))
+
+
+# ---------------------------------------------------------------- the runs
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a run's flags, which raises UserError."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def plan(experiment: Mapping[str, Any], values: dict[str, Any]) -> list[Run]:
+    """All runs in their order.  Raises UserError for a command that its program refuses."""
+    runs: dict[str, Run] = {}
+    for part, said in experiment["runs"].items():
+        for name, flags in said["each"].items():
+            for k in range(values["max_k"] + 1) if "{k}" in name else ["{k}"]:
+                run = make_run(part, name, f"{said['command']} {flags or ''}", values | {"k": k})
+                if run.title in runs:
+                    raise UserError(f"two runs are named {run.title}; give other parameters")
+                runs[run.title] = run
+    return list(runs.values())
+
+
+def make_run(part: str, name: str, command: str, values: Mapping[str, Any]) -> Run:
+    """The run of ``command``, with the flag for its output."""
+    name, words = fill(name, values), [fill(word, values) for word in shlex.split(command)]
+    program = " ".join(words[:3])
+    known(program, PROGRAMS, f"{part}/{name}", "program")
+    settings, out_flag, suffix = PROGRAMS[program]
+    out = Path(values["out"], part, name + suffix)
+    words += [out_flag, str(out)]
+    if values["override"] and issubclass(settings, EvalSettings):
+        words.append("--override")
+    parser = Parser(allow_abbrev=False)
+    add_flags(parser, settings)
+    try:
+        return Run(part, name, words, from_args(settings, parser.parse_args(words[3:])), out)
+    except UserError as error:
+        raise UserError(f"{part}/{name}: {error}") from error
+
+
+def fill(text: str, values: Mapping[str, Any]) -> str:
+    """``text`` with the values of its {names}."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), text)
+
+
+def chosen(runs: Sequence[Run], only: str) -> list[Run]:
+    """The runs that --only asks for."""
+    names = dict.fromkeys(name for run in runs for name in (run.part, run.name, run.title))
+    wanted = [word for word in only.split(",") if word]
+    for word in wanted:
+        known(word, names, "--only", "part or run")
+    return [run for run in runs if not wanted or {run.part, run.name, run.title} & set(wanted)]
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Refuse, before anything starts, what would stop a run at once: models and files that aren't there, say."""
-    from foresight_eval.runner import check as check_evaluation
+    """Raise UserError for what would stop a run at its start: a model or a file that doesn't exist, say."""
+    from foresight_eval.plan import make_plan
 
     made = {run.out for run in runs}
     for run in runs:
-        if any(made.intersection(Path(str(value)).parents) for value in run.flags.values()):
-            continue  # it uses what another run makes first
+        if any(made.intersection(Path(word).parents) for word in run.command):
+            continue  # another run makes a file that it needs
         try:
             if isinstance(run.settings, EvalSettings):
-                check_evaluation(run.settings)
+                make_plan(run.settings)
                 continue
             judged = isinstance(run.settings, FidelitySettings)
             for model in (run.settings.wm_model if judged else run.settings.model_path).split(","):
@@ -91,41 +252,72 @@ def check(runs: Sequence[Run]) -> None:
                 if not Path(file).is_file():
                     raise UserError(f"{file}: no such file")
         except UserError as error:
-            raise UserError(f"{run.title}: {error}; give others, or leave it out by --only") from error
+            raise UserError(f"{run.title}: {error}; or leave this run out with --only") from error
 
 
 def execute(run: Run) -> int:
     print(f"\n== {run.title}", flush=True)
-    return subprocess.run([sys.executable, "-m", run.program, *run.arguments], check=False).returncode
+    return subprocess.run([sys.executable, *run.command[1:]], check=False).returncode
 
 
 # ---------------------------------------------------------------- the result
 
 
-def find(experiment: Experiment, shown: Shown | None, runs: Sequence[Run], names: Mapping[str, Any]) -> Found:
-    """What a table (None: all of them) is made of, as far as it is there."""
-    needs = TABLES[shown.table][0] if shown else ("results", "models")
-    results, models, metrics = [], {}, {}
-    for part in experiment.parts.values():
-        if shown and shown.part not in ("", part.name):
-            continue
-        mine = [run for run in runs if run.part == part.name and run.out.exists()]
-        if part.gives == "results" and "results" in needs:
-            results += [read_result(run) for run in mine if (run.out / "summary.json").is_file()]
-        if part.gives == "models" and "models" in needs:
-            models |= {run.name: next(iter(read_json(run.out)["models"].values())) for run in mine}
-        if part.gives == "metrics" and "metrics" in needs:
-            files = {name: Path(fill(file, names, experiment.name)) for name, file in part.runs.items()}
-            metrics |= {name: read_metrics(file) for name, file in files.items()}
-    return Found(results, models, metrics)
+def show(experiment: Mapping[str, Any], values: Mapping[str, Any], runs: Sequence[Run],
+         failed: Sequence[Run] = ()) -> str:
+    """Write the result, and return what the terminal shows of it.
+
+    Runs that ``failed`` are named, and the tables leave them out: their folders may hold results of other parameters.
+    """
+    out, finished = Path(values["out"]), [run for run in runs if run not in failed]
+    made = [table for shown in experiment["tables"] if (table := make_table(shown, finished, values))]
+    figures = draw(experiment["figures"], finished, out / "figures") if experiment["figures"] else []
+    missing = [f"LEFT OUT, because they failed: {', '.join(run.title for run in failed)}."] if failed else []
+    given = {name: values[name] for name in (*experiment["parameters"], "out")}
+    write_atomic(out / "result.md", "\n".join([
+        f"# {experiment['title']}\n", f"{experiment['paper']}\n", *(f"**{line}**\n" for line in missing),
+        *map(tables.markdown, made), *(f"![{name}](figures/{name}.svg)\n" for name in figures),
+        "## Parameters\n", *(f"- {name}: {value}" for name, value in given.items()), ""]))
+    write_json(out / "result.json", {
+        "title": experiment["title"], "paper": experiment["paper"], "parameters": given, "versions": versions(),
+        "tables": [dataclasses.asdict(table) for table in made],
+        "paper_figures": [shown.get("paper", {}) for shown in experiment["tables"]],
+        "runs": {run.title: shlex.join(run.command) for run in runs}, "failed": [run.title for run in failed]})
+    shown = [f"{table.title}\n{textwrap.fill(table.note, 120)}\n\n{tables.terminal(table)}" for table in made]
+    return "\n\n".join([experiment["title"], textwrap.fill(experiment["paper"], 120), *shown, *missing])
 
 
-def read_result(run: Run) -> Result:
-    return dataclasses.replace(read_results([run.out])[0], name=run.name)
+def collect(runs: Sequence[Run]) -> tuple[list[Result], dict[str, Any]]:
+    """The results that ``runs`` left, and the figures of world models by run."""
+    results = [dataclasses.replace(read_results([run.out])[0], name=run.name) for run in runs
+               if isinstance(run.settings, EvalSettings) and (run.out / "summary.json").is_file()]
+    models = {run.name: next(iter(read_json(run.out)["models"].values())) for run in runs
+              if isinstance(run.settings, FidelitySettings) and run.out.is_file()}
+    return results, models
+
+
+def make_table(shown: Mapping[str, Any], runs: Sequence[Run], values: Mapping[str, Any]) -> tables.Table | None:
+    """A table with the columns that the file names, and then the paper's.  None if there are no data for it."""
+    results, models = collect([run for run in runs if shown.get("part", run.part) == run.part])
+    took = {name: read_metrics(Path(fill(file, values))) for name, file in shown.get("files", {}).items()}
+    made_of = {"accuracy": [models], "depth": [results, models], "training": [took]}.get(shown["table"], [results])
+    if not any(made_of):
+        return None
+    table = TABLES[shown["table"]](*made_of)
+    at = [0, *map(table.header.index, shown.get("columns", table.header[1:]))]
+    header, rows = [table.header[i] for i in at], [[row[i] for i in at] for row in table.rows]
+    for column, figures in shown.get("paper", {}).items():
+        digits = max(len(repr(figure).partition(".")[2]) for figure in figures.values())
+        texts = {fill(row, values): f"{figure:.{digits}f}" for row, figure in figures.items()}
+        header.append(column)
+        for row in rows:
+            row.append(texts.get(row[0], "-"))
+    return dataclasses.replace(table, title=shown.get("title", table.title), header=tuple(header),
+                               rows=tuple(map(tuple, rows)))
 
 
 def read_metrics(path: Path) -> dict[str, Any] | None:
-    """``metrics.json`` of a training; of ``timing.jsonl``, the seconds of all its lines together."""
+    """The content of ``metrics.json``, or the sum of the seconds in ``timing.jsonl``.  None if the file is missing."""
     if not path.is_file():
         return None
     if path.suffix == ".jsonl":
@@ -133,59 +325,16 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
     return read_json(path)
 
 
-def beside(table: tables.Table, shown: Shown, names: Mapping[str, Any]) -> tables.Table:
-    """``table`` with the columns that are asked for, and then the paper's."""
-    at = [0, *map(table.header.index, shown.columns)] if shown.columns else list(range(len(table.header)))
-    header, rows = [table.header[i] for i in at], [[row[i] for i in at] for row in table.rows]
-    for column, figures in shown.paper.items():
-        digits = max(len(repr(figure).partition(".")[2]) for figure in figures.values())
-        figures = {str(fill(row, names, column)): f"{figure:.{digits}f}" for row, figure in figures.items()}
-        header.append(column)
-        for row in rows:
-            row.append(figures.get(row[0], "-"))
-    return dataclasses.replace(table, title=shown.title or table.title, header=tuple(header),
-                               rows=tuple(map(tuple, rows)))
-
-
-def show(experiment: Experiment, settings: Settings, runs: Sequence[Run], failed: Sequence[Run] = ()) -> str:
-    """Write the result; return what the terminal shows of it.
-
-    Runs that ``failed`` are named, and left out of the figures: what lies in their folders may be of other parameters.
-    """
-    out, names = out_folder(experiment, settings), names_of(experiment, settings)
-    finished = [run for run in runs if run not in failed]
-    missing = [f"LEFT OUT, because they failed: {', '.join(run.title for run in failed)}."] if failed else []
-    made = []
-    for shown in experiment.tables:
-        found = find(experiment, shown, finished, names)
-        if any(getattr(found, need) for need in TABLES[shown.table][0]):
-            made.append(beside(TABLES[shown.table][1](found), shown, names))
-    figures = draw(experiment, finished, names, out)
-    given = "\n".join(f"- {name}: {value}" for name, value in names.items())
-    texts = [f"# {experiment.title}\n", f"{experiment.paper}\n", *(f"**{line}**\n" for line in missing),
-             *map(tables.markdown, made), *(f"![{name}](figures/{name}.svg)\n" for name in figures),
-             f"## Parameters\n\n{given}\n"]
-    write_atomic(out / "result.md", "\n".join(texts))
-    write_json(out / "result.json", {
-        "title": experiment.title, "paper": experiment.paper, "parameters": names, "versions": versions(),
-        "tables": [dataclasses.asdict(table) for table in made],
-        "paper_figures": [dict(shown.paper) for shown in experiment.tables],
-        "runs": {run.title: run.line for run in runs}, "failed": [run.title for run in failed]})
-    shown = [f"{table.title}\n{textwrap.fill(table.note, 120)}\n\n{tables.terminal(table)}" for table in made]
-    return "\n\n".join([experiment.title, textwrap.fill(experiment.paper, 120), *shown, *missing])
-
-
-def draw(experiment: Experiment, runs: Sequence[Run], names: Mapping[str, Any], out: Path) -> list[str]:
-    """Draw the figures that the experiment names into ``figures/``, as far as there are data for them."""
-    if not experiment.figures or importlib.util.find_spec("matplotlib") is None:
+def draw(figures: Sequence[str], runs: Sequence[Run], folder: Path) -> list[str]:
+    """Draw those of ``figures`` that there are data for into ``folder``.  Returns the names of the drawn ones."""
+    results, models = collect(runs)
+    try:
+        drawn = [plot for plot in plots.draw(results, [{"models": models}]) if plot.name.startswith(tuple(figures))]
+    except UserError as error:  # matplotlib is missing
+        log.warning("the figures are left out: %s", error)
         return []
-    from foresight_eval import plots
-
-    found = find(experiment, None, runs, names)
-    drawn = [plot for plot in plots.draw(found.results, [{"models": found.models}])
-             if plot.name.startswith(tuple(experiment.figures))]
     for plot in drawn:
-        plot.save(out / "figures")
+        plot.save(folder)
     return [plot.name for plot in drawn]
 
 

@@ -1,7 +1,7 @@
 r"""How much of A2C's gradient is signal?  Cosines between the gradients of batches that the same weights played.
 
-    python scripts/gradient_signal.py --policy_model_path runs/quickstart/itp_r/last --force_k 0 \
-        --env_data_path runs/quickstart/data --missions 16 --config configs/demo/rl_k.yaml \
+    python scripts/gradient_signal.py --policy_model runs/quickstart/itp_r/last --fixed_k 0 \
+        --env_data_root runs/quickstart/data --missions 16 --config configs/demo/rl_k.yaml \
         --gammas 0.97,0.9 --gae_lambdas 1,0.95,0.5 --batches 12
 
 Flags are those of rl_k, and three more; nothing is trained.  Let S be the squared length of the expected gradient and N
@@ -23,19 +23,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from itp.config import flag, parse_settings
+from itp.distributed import Processes
 from itp.envs.pool import EnvPool, processes_for
-from itp.policy.shown import EVERYTHING, show_as_trained
-from itp.runtime import UserError, run_main
-from itp.training.rl_k import RlSettings, check, environment, load
-from itp.training.rl_play import episode_games, prepare
-from itp.training.rl_run import Processes, RunFolder
+from itp.errors import UserError
+from itp.program import run_main
+from itp.training.itp_r.a2c import environment, load
+from itp.training.itp_r.a2c_rollout import episode_games, prepare
+from itp.training.itp_r.a2c_settings import RlSettings, checked
+from itp.training.itp_r.checkpoint import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass
-class Settings(RlSettings):
+class SignalSettings(RlSettings):
     batches: int = flag(8, at_least=3, help="batches of --episodes_per_update episodes")
     gammas: str = flag("", help="values of --gamma to compare on the same episodes, separated by commas")
     gae_lambdas: str = flag("", help="values of --gae_lambda to compare with each of them")
@@ -56,10 +58,9 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python scripts/gradient_signal.py", description=__doc__)
+    settings = parse_settings(SignalSettings, prog="python scripts/gradient_signal.py", description=__doc__)
     settings = dataclasses.replace(settings, eval_every=0, value_coef=0.0)  # V_θ's own gradient isn't asked for
-    check(settings)
-    settings = show_as_trained(settings, settings.policy_model_path, unknown=EVERYTHING | {"history_keep_steps": 6})
+    settings = checked(settings)
     variants = settings.variants
     with tempfile.TemporaryDirectory() as nothing:
         found = asyncio.run(gradients(settings, variants, RunFolder(nothing)))
@@ -72,7 +73,7 @@ def main() -> None:
               f"{its_error:.3f} {needed:>17}")
 
 
-async def gradients(settings: Settings, variants: Sequence[RlSettings], folder: RunFolder) -> list[torch.Tensor]:
+async def gradients(settings: SignalSettings, variants: Sequence[RlSettings], folder: RunFolder) -> list[torch.Tensor]:
     """The policy's gradients by each variant, (batches, weights) float32, all of the same episodes."""
     import torch
 

@@ -16,8 +16,10 @@ import statistics
 from dataclasses import dataclass
 
 from itp.config import flag, parse_settings
+from itp.devices import resolve_device
 from itp.lm.local import LocalLM
-from itp.runtime import check_model_path, resolve_device, run_main
+from itp.pretrained import check_model_path
+from itp.program import run_main
 from itp.text.prompts import policy_prompt
 
 KINDS = ("apple", "bowl", "bread", "butterknife", "cup", "dishsponge", "egg", "fork", "kettle", "knife", "lettuce",
@@ -29,7 +31,7 @@ ROOM = ("You are in the middle of a room. Looking quickly around you, you see a 
 
 
 @dataclass
-class Settings:
+class ProbeSettings:
     model_path: str = flag(help="policy, prompted with plain text")
     device: str = flag("cpu", help="device of the model")
 
@@ -57,7 +59,7 @@ async def probe(lm: LocalLM) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python scripts/probe_task_object.py", description=__doc__)
+    settings = parse_settings(ProbeSettings, prog="python scripts/probe_task_object.py", description=__doc__)
     check_model_path(settings.model_path)
     shown, absent = asyncio.run(probe(LocalLM.load(settings.model_path, device=resolve_device(settings.device))))
     auc = statistics.fmean((a > b) + 0.5 * (a == b) for a in shown for b in absent)

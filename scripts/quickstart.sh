@@ -58,8 +58,8 @@ collect d_roll --actor policy --policy_model "$run/policy/merged_full" --max_gam
 step "6/10 world model: LoRA under DeepSpeed on D_exp and D_roll"
 cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model EPOCHS=$WM_EPOCHS \
-  LR=3e-3 PER_DEVICE_BS=8 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 LORA_DROPOUT=0 SAVE_STEPS=0 FP16=False \
-  bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
+  SAVE_STEPS=0 FP16=False bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" \
+  --config configs/demo/world_model.yaml
 
 step "7/10 evaluation on unseen rooms: the base policy, and ITP-I"
 evaluate() {

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.runtime import DTYPES, MODEL_CARD, load_tokenizer, resolve_dtype, run_main
+from itp.devices import DTYPES, resolve_dtype
+from itp.model_card import MODEL_CARD
+from itp.pretrained import load_tokenizer
+from itp.program import run_main
 
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
-from itp.lm.base import Control, Generation, GenParams, TokenLogprobs, asking
-from itp.lm.encoding import Encoder
-from itp.policy.heads import PolicyHeads
+from itp.agent.policy_with_heads import PolicyHeads
+from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, asking
+from itp.lm.tokenize import Encoder
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,13 +31,14 @@ class StopStrings(StoppingCriteria):
 
 
 class SequentialLM:
-    """The LM contract, request after request.  ``heads``: what :meth:`control` reads."""
+    """The LM contract, request after request.  ``heads``: what :meth:`read_heads` reads."""
 
     def __init__(self, path: str, *, role: str, device: str, dtype: str, heads: PolicyHeads | None = None) -> None:
         self.name, self.role, self.heads = path, role, heads
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[dtype]).to(device).eval()
         self.encode = Encoder(self.tokenizer)  # only for those who ask how long a text is
+        self.context_length = None
         self.batches: list[int] = []
         self.busy_s = 0.0
         self.passes, self.tokens_read = 0, 0
@@ -48,8 +49,8 @@ class SequentialLM:
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
         return self._each(pairs, lambda pair: self._score(*pair))
 
-    async def control(self, prompts: Sequence[str]) -> list[Control]:
-        return self._each(prompts, self._control)
+    async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
+        return self._each(prompts, self._read_heads)
 
     async def close(self) -> None:
         pass
@@ -102,8 +103,8 @@ class SequentialLM:
         found = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return TokenLogprobs(tuple(found.tolist()), ids.shape[1] + len(targets))
 
-    def _control(self, prompt: str) -> Control:
+    def _read_heads(self, prompt: str) -> HeadOutputs:
         ids = self._ids(prompt)
         hidden = self.model(ids, output_hidden_states=True).hidden_states[-1][:, -1]
         k_logits, values = self.heads(hidden)
-        return Control(tuple(k_logits[0].log_softmax(-1).tolist()), values[0].item(), ids.shape[1])
+        return HeadOutputs(tuple(k_logits[0].log_softmax(-1).tolist()), values[0].item(), ids.shape[1])

@@ -23,8 +23,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def games_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with real ALFWorld games made on the spot: 6 train (one of each task type), 2 seen, 2 unseen."""
-    from itp.envs.alfworld_games import Settings, generate
+    from itp.envs.alfworld.generate import GenerateSettings, generate
 
     root = tmp_path_factory.mktemp("games")
-    generate(Settings(out=str(root), train=6, seen=2, unseen=2))
+    generate(GenerateSettings(out_dir=str(root), train=6, seen=2, unseen=2))
     return root

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foresight_eval import report, results
-from itp.games import ALFWORLD_TASK_TYPES, Game
-from itp.imagination import ImaginedTrajectory
+from foresight_eval import results
+from foresight_eval.summary import write_summary
+from itp.agent.imagination import ImaginedTrajectory
+from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
+from itp.games import Game
 from itp.lm.base import Usage
-from itp.policy.method import Decision
+from itp.methods.base import Decision
 from itp.rollout import Episode, Step
 from itp.text.state import State
 
@@ -22,7 +24,7 @@ PLAYED = (("go to desk 1", DESK), ("take mug 1 from desk 1", TAKEN), ("go to fri
 """What is done, and what comes of it."""
 CONFIG = {"method": "foresight", "disable_wm": 0, "fixed_k": -1, "max_k": 2, "policy_fingerprint": "p",
           "wm_fingerprint": "w", "split": "unseen", "max_steps": 40, "action_selection": "constrained",
-          "output_path": ""}
+          "out_dir": ""}
 
 
 def make_games(folder: Path, n: int) -> list[Game]:
@@ -56,5 +58,5 @@ def write_result(folder: Path, episodes: Sequence[Episode], **config: Any) -> re
     for i, episode in enumerate(episodes):
         results.write_episode(folder, i, episode)
     (folder / "config.json").write_text(json.dumps({"config": CONFIG | config, "versions": {}}))
-    report.write_summary(folder)
+    write_summary(folder)
     return results.read_results([folder])[0]

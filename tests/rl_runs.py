@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from itp.games import list_games
-from itp.training.rl_k import RlSettings
+from itp.envs.alfworld.games import list_games
+from itp.training.itp_r.a2c_settings import RlSettings
 from tests.tiny import write_tiny_model
 
 KMAX = 2
@@ -19,10 +19,10 @@ def write_models(root: Path, games_root: Path) -> tuple[Path, Path]:
     """A random policy with heads and a random world model that know the names of all things in the games."""
     import torch
 
-    from itp.policy.heads import PolicyWithHeads
-    from itp.runtime import load_causal_lm
+    from itp.agent.policy_with_heads import PolicyWithHeads
+    from itp.pretrained import load_causal_lm
 
-    games = [g for split in ("train", "valid_seen") for g in list_games("alfworld", split, games_root)]
+    games = [g for split in ("train", "valid_seen") for g in list_games(split, games_root)]
     things = {name.lower() for game in games for name in re.findall(r"([A-Za-z]+)_bar_", Path(game.path).read_text())}
     words = sorted(name + part for name in things for part in ("", "basin"))
     plain, world_model = (write_tiny_model(root / name, seed=seed, words=words)
@@ -38,8 +38,8 @@ def write_models(root: Path, games_root: Path) -> tuple[Path, Path]:
 def settings(models: tuple[Path, Path], games_root: Path, out: Path, **changes) -> RlSettings:
     policy, world_model = models
     common = {
-        "policy_model_path": str(policy), "wm_model_path": str(world_model), "out_dir": str(out),
-        "env_data_path": str(games_root), "policy_device": "cpu", "wm_device": "cpu", "wm_max_new_tokens": 3,
+        "policy_model": str(policy), "wm_model": str(world_model), "out_dir": str(out),
+        "env_data_root": str(games_root), "policy_device": "cpu", "wm_device": "cpu", "wm_max_new_tokens": 3,
         "episodes_per_epoch": 8, "episodes_per_update": 2, "num_envs": 2, "env_processes": 1, "max_steps": 4,
         "max_seq_len": 480, "history_keep_steps": 6, "foresight_format": "full",
         "action_selection": "constrained", "action_temperature": 1.3, "lr": 1e-3, "lora_r": 0, "eval_games": 1,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld import AlfworldEnv, split_intro, twin_if_admissible
-from itp.games import Game, list_games
-from itp.runtime import UserError
+from itp.envs.alfworld.env import AlfworldEnv, split_intro, twin_if_admissible
+from itp.envs.alfworld.games import list_games
+from itp.errors import UserError
+from itp.games import Game
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def games(games_root: Path) -> list[Game]:
     """Training games, those with the smallest worlds first: TextWorld's own engine is slow."""
-    return sorted(list_games("alfworld", "train", games_root), key=lambda game: os.path.getsize(game.path))
+    return sorted(list_games("train", games_root), key=lambda game: os.path.getsize(game.path))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_lazy_plan_is_the_plan_made_at_once(games: list[Game]) -> None:
     import textworld
     from textworld.envs.pddl.pddl import PddlEnv
 
-    from itp.envs.alfworld_fast import FastPddlEnv
+    from itp.envs.alfworld.fast_engine import FastPddlEnv
 
     own, fast = PddlEnv(textworld.EnvInfos()), FastPddlEnv(textworld.EnvInfos())
     for engine in (own, fast):
@@ -84,7 +85,7 @@ def test_lazy_plan_is_the_plan_made_at_once(games: list[Game]) -> None:
 def test_each_world_is_translated_once(games: list[Game], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import fast_downward
 
-    from itp.envs import alfworld_translation
+    from itp.envs.alfworld import fast_translation as alfworld_translation
 
     translations = []
     translate = fast_downward.pddl2sas
@@ -111,19 +112,6 @@ def test_each_world_is_translated_once(games: list[Game], monkeypatch: pytest.Mo
     assert translations == [False, False, True]
     env.close()
     planning.close()
-
-
-def test_apply_and_remove() -> None:
-    import textworld.envs
-
-    from itp.envs import alfworld_fast
-
-    own = textworld.envs.PddlEnv
-    alfworld_fast.apply()
-    alfworld_fast.apply()
-    assert textworld.envs.PddlEnv is alfworld_fast.FastPddlEnv
-    alfworld_fast.remove()
-    assert textworld.envs.PddlEnv is own is not alfworld_fast.FastPddlEnv
 
 
 def test_reset_splits_the_intro(env: AlfworldEnv, games: list[Game]) -> None:
@@ -225,7 +213,7 @@ def test_environments_of_one_process_dont_meet(games: list[Game]) -> None:
 
 
 def test_text_does_not_depend_on_the_hash_seed(games: list[Game]) -> None:
-    program = ("import sys, random; from itp.envs.alfworld import AlfworldEnv; from itp.games import Game\n"
+    program = ("import sys, random; from itp.envs.alfworld.env import AlfworldEnv; from itp.games import Game\n"
                "env, rng = AlfworldEnv(True), random.Random(0)\n"
                "game = Game('alfworld', 'train', 'g', sys.argv[1], '')\n"
                "obs = env.reset(game)\n"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from itp.envs.alfworld_expert import Expert
+from itp.envs.alfworld.expert import Expert
 
 ROOM = ("You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a coffeemachine 1, "
         "a countertop 2, a countertop 1, a drawer 1, a fridge 1, a microwave 1, and a sinkbasin 1.")
@@ -138,9 +138,10 @@ def test_a_refused_choice_is_not_repeated():
 @pytest.fixture(scope="module")
 def games(tmp_path_factory):
     """One game of each task type in a small room, none of them chosen for being solvable."""
-    from itp.envs.alfworld_games import eligible_scenes
-    from itp.envs.alfworld_worlds import make_game, write_game
-    from itp.games import ALFWORLD_TASK_TYPES, Game
+    from itp.envs.alfworld.generate import eligible_scenes
+    from itp.envs.alfworld.worlds import make_game, write_game
+    from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
+    from itp.games import Game
 
     root, made = tmp_path_factory.mktemp("games"), []
     for task_type in ALFWORLD_TASK_TYPES:
@@ -153,7 +154,7 @@ def games(tmp_path_factory):
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])
 def test_real_engine_agrees_with_what_the_expert_believes(games, noise):
-    from itp.envs.alfworld import AlfworldEnv
+    from itp.envs.alfworld.env import AlfworldEnv
 
     env, rng = AlfworldEnv(want_admissible=True), random.Random(1)
     for game, params in games:

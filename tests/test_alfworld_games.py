@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld_games import Batch, Settings, draw_games, generate, make_batch, plan_batches
-from itp.envs.alfworld_worlds import CAPACITY, Thing, World, make_game, other_missions, write_problem
-from itp.games import ALFWORLD_TASK_TYPES, SPLITS, list_games
-from itp.runtime import UserError
+from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, list_games
+from itp.envs.alfworld.generate import GameBatch, GenerateSettings, generate, make_batch, plan_batches, sample_games
+from itp.envs.alfworld.worlds import CAPACITY, Thing, World, alternative_goals, make_game, write_problem
+from itp.errors import UserError
+from itp.games import SPLITS
 
 
-def settings(out: Path, **changes) -> Settings:
-    return Settings(**{"out": str(out), "train": 6, "seen": 1, "unseen": 2, "seed": 3, **changes})
+def settings(out: Path, **changes) -> GenerateSettings:
+    return GenerateSettings(**{"out_dir": str(out), "train": 6, "seen": 1, "unseen": 2, "seed": 3, **changes})
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -37,8 +38,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def drawn():
     """144 games that no engine has seen."""
-    batches = plan_batches(Settings(out="", train=72, seen=36, unseen=36, seed=1))
-    return [(batch, next(draw_games(batch, Counter()))) for batch in batches]
+    batches = plan_batches(GenerateSettings(out_dir="", train=72, seen=36, unseen=36, seed=1))
+    return [(batch, next(sample_games(batch, Counter()))) for batch in batches]
 
 
 # What is written
@@ -48,20 +49,20 @@ def test_alfworld_itself_collects_them(root):
     from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
 
     for split, count in zip(SPLITS, (6, 1, 2)):
-        ours = [game.path for game in list_games("alfworld", split, root)]
+        ours = [game.path for game in list_games(split, root)]
         folder = str(root / "json_2.1.1" / split)
         config = {"env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6]},
                   "dataset": {"data_path": folder, "num_train_games": 0}}
         assert sorted(AlfredTWEnv(config, train_eval="train").game_files) == sorted(ours)
         assert len(ours) == count
-    assert sorted(game.task_type for game in list_games("alfworld", "train", root)) == sorted(ALFWORLD_TASK_TYPES)
+    assert sorted(game.task_type for game in list_games("train", root)) == sorted(ALFWORLD_TASK_TYPES)
 
 
 def test_walkthrough_wins_in_the_unmodified_engine(root):
-    from itp.envs.alfworld import AlfworldEnv
+    from itp.envs.alfworld.env import AlfworldEnv
 
     env = AlfworldEnv(fast=False)
-    for game in list_games("alfworld", "valid_unseen", root)[:1]:
+    for game in list_games("valid_unseen", root)[:1]:
         assert env.reset(game).text.startswith("You are in the middle of a room.")
         walkthrough = json.loads(Path(game.path).read_text())["walkthrough"]
         won = [env.step(action).success for action in walkthrough]
@@ -70,11 +71,11 @@ def test_walkthrough_wins_in_the_unmodified_engine(root):
 
 
 def test_alfworlds_own_expert_can_play_them(root):
-    from itp.envs.alfworld import AlfworldEnv
+    from itp.envs.alfworld.env import AlfworldEnv
 
     env = AlfworldEnv(expert="handcoded")
     won = 0
-    for game in list_games("alfworld", "train", root):
+    for game in list_games("train", root):
         observation = env.reset(game)
         for _ in range(60):
             result = env.step(observation.expert_action)
@@ -88,7 +89,7 @@ def test_alfworlds_own_expert_can_play_them(root):
 
 def test_task_sentence_and_parameters_agree_with_the_folder(root):
     for split in SPLITS:
-        for game in list_games("alfworld", split, root):
+        for game in list_games(split, root):
             task_type, target, movable, place, scene = Path(game.path).parent.parent.name.split("-")
             traj = json.loads(Path(game.path).with_name("traj_data.json").read_text())
             params = traj["pddl_params"]
@@ -124,28 +125,28 @@ def test_missions_are_not_done_at_the_start_and_can_be_done(drawn):
     tools = {"pick_heat_then_place_in_recep": "Microwave", "pick_cool_then_place_in_recep": "Fridge",
              "pick_clean_then_place_in_recep": "SinkBasin"}
     for _, game in drawn:
-        for each in (game, *other_missions(game, 3, seed=0)):
-            init, goal = write_problem(each.world, each.mission).split("(:goal")
+        for each in (game, *alternative_goals(game, 3, seed=0)):
+            init, goal = write_problem(each.world, each.goal).split("(:goal")
             typed = dict(re.findall(r"\(receptacleType (\S+) (\S+)Type\)", init))
             kinds = dict(re.findall(r"\(objectType (\S+) (\S+)Type\)", init))
             lies_in = {(kinds[o], typed[r]) for o, r in re.findall(r"\(inReceptacle (\S+) (\S+)\)", init)}
-            target, parent = each.mission.target, each.mission.parent
+            target, parent = each.goal.target, each.goal.parent
             assert (target, parent) not in lies_in
-            assert Counter(kinds.values())[target] >= 1 + (each.mission.task_type == "pick_two_obj_and_place")
+            assert Counter(kinds.values())[target] >= 1 + (each.goal.task_type == "pick_two_obj_and_place")
             assert f"{target}Type" in goal
             if parent:
                 assert f"(canContain {parent}Type {target}Type)" in init and f"{parent}Type" in goal
-            if tool := tools.get(each.mission.task_type):
+            if tool := tools.get(each.goal.task_type):
                 assert tool in typed.values() and parent != tool
-            if each.mission.lamp:
-                assert each.mission.lamp in kinds.values() and f"{each.mission.lamp}Type" in goal
+            if each.goal.lamp:
+                assert each.goal.lamp in kinds.values() and f"{each.goal.lamp}Type" in goal
 
 
 def test_other_missions_differ_in_the_goal_alone(drawn):
     compared = 0
     for _, game in drawn:
-        others = other_missions(game, 4, seed=7)
-        problems = [write_problem(each.world, each.mission).split("(:goal") for each in (game, *others)]
+        others = alternative_goals(game, 4, seed=7)
+        problems = [write_problem(each.world, each.goal).split("(:goal") for each in (game, *others)]
         assert len({init for init, _ in problems}) == 1
         assert len({goal for _, goal in problems}) == len(problems)
         compared += len(others)
@@ -154,7 +155,7 @@ def test_other_missions_differ_in_the_goal_alone(drawn):
 
 def test_a_world_poses_its_missions_of_every_type_early(drawn):
     for _, game in drawn:
-        types = [other.mission.task_type for other in game.others()]
+        types = [other.goal.task_type for other in game.others()]
         for task_type in set(types):
             half = types[:len(types) // 2].count(task_type)
             assert abs(half - types.count(task_type) / 2) <= 1, types
@@ -178,9 +179,9 @@ def test_fingerprint_is_of_the_placement_not_of_the_coordinates():
 
 
 def test_draws_do_not_depend_on_the_process():
-    code = ("import hashlib; from itp.envs.alfworld_worlds import make_game, write_problem\n"
+    code = ("import hashlib; from itp.envs.alfworld.worlds import make_game, write_problem\n"
             "games = [make_game(s, 'pick_and_place_simple', s) for s in (7, 215, 322, 410)]\n"
-            "text = ''.join(write_problem(g.world, g.mission) + g.sentence for g in games)\n"
+            "text = ''.join(write_problem(g.world, g.goal) + g.sentence for g in games)\n"
             "print(hashlib.sha256(text.encode()).hexdigest())")
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env={"PYTHONHASHSEED": seed, "PATH": "", "PYTHONPATH": ":".join(filter(None, sys.path))})
@@ -193,7 +194,7 @@ def test_a_room_without_the_tool_has_no_such_mission():
 
 
 def test_task_types_take_turns_and_missions_share_worlds():
-    batches = plan_batches(Settings(out="", train=20, seen=7, unseen=0, missions=2))
+    batches = plan_batches(GenerateSettings(out_dir="", train=20, seen=7, unseen=0, missions=2))
     numbers = {split: sorted(n for b in batches if b.split == split for n in b.numbers) for split in SPLITS}
     assert numbers == {"train": list(range(20)), "valid_seen": list(range(7)), "valid_unseen": []}
     assert all(ALFWORLD_TASK_TYPES[n % 6] == batch.task_type for batch in batches for n in batch.numbers)
@@ -206,7 +207,7 @@ def test_task_types_take_turns_and_missions_share_worlds():
 def test_rerun_makes_only_what_is_missing_and_the_same(root):
     before = digests(root)
     assert generate(settings(root))["made"] == 0
-    games = list_games("alfworld", "train", root)
+    games = list_games("train", root)
     Path(games[0].path).unlink()
     Path(games[1].path).with_name("traj_data.json").write_text('{"task_ty')
     assert generate(settings(root))["made"] == 2
@@ -238,10 +239,10 @@ def test_override_starts_anew(tmp_path):
 
 
 def test_two_missions_in_one_world_are_games_of_their_own(tmp_path):
-    made = make_batch(Batch(5, "train", "look_at_obj_in_light", (1, 7), str(tmp_path)))
+    made = make_batch(GameBatch(5, "train", "look_at_obj_in_light", (1, 7), str(tmp_path)))
     assert made.written == 2
     assert [Path(trial).name for trial in made.trials] == ["trial_000001", "trial_000007"]
     problems = [json.loads((Path(trial) / "game.tw-pddl").read_text())["pddl_problem"] for trial in made.trials]
     (one, goal), (other, other_goal) = (problem.split("(:goal") for problem in problems)
     assert one == other and goal != other_goal
-    assert make_batch(Batch(5, "train", "look_at_obj_in_light", (1, 7), str(tmp_path))).written == 0
+    assert make_batch(GameBatch(5, "train", "look_at_obj_in_light", (1, 7), str(tmp_path))).written == 0

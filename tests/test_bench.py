@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from itp.lm.base import Generation, GenParams, asking, metered
+from itp.lm.base import GenParams, Generation, asking, metered
 from itp.lm.local import LocalLM
 from tests.rl_runs import write_models
 from tests.tiny import write_tiny_model
@@ -47,7 +47,7 @@ def test_a_random_model_in_the_benchmark_reads_what_decoding_must(tmp_path, game
     from bench import BenchSettings, describe, read_bytes, run_part
     from random_model import RandomModelSettings, write
 
-    from itp.games import list_games
+    from itp.envs.alfworld.games import list_games
 
     tokenizer = str(write_tiny_model(tmp_path / "m"))
     (tmp_path / "m" / "itp_model.json").write_text('{"prompt_style": "tuned"}')
@@ -68,7 +68,7 @@ def test_a_random_model_in_the_benchmark_reads_what_decoding_must(tmp_path, game
     assert asyncio.run(generated()) == 0
     settings = BenchSettings(policy_model=folder, wm_model=folder, env_data_root=str(games_root), games=2,
                              sequential_games=1, max_steps=1, fixed_k=1, env_processes=1, action_selection="generate")
-    games = list_games("alfworld", "unseen", str(games_root))
+    games = list_games("unseen", str(games_root))
     alone, batched = (asyncio.run(run_part(settings, "foresight", how, games)) for how in ("one by one", "2"))
     assert batched.actions.items() >= alone.actions.items() and 0 < batched.gb_read < 2 * alone.gb_read
     said = describe(batched, alone, 2.0)
@@ -113,7 +113,7 @@ def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root,
 
     policy, _ = write_models(tmp_path, games_root)
     monkeypatch.setattr(sys, "argv", [
-        "gradient_signal.py", "--policy_model_path", str(policy), "--force_k", "0", "--env_data_path", str(games_root),
+        "gradient_signal.py", "--policy_model", str(policy), "--fixed_k", "0", "--env_data_root", str(games_root),
         "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "2",
         "--max_steps", "4", "--action_selection", "constrained", "--gammas", "0.9,0.5", "--gae_lambdas", "1,0.5",
         "--batches", "3"])

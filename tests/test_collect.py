@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld import AlfworldEnv
-from itp.envs.alfworld_expert import Expert
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.expert import Expert
+from itp.envs.alfworld.games import list_games, task_params
 from itp.envs.base import EnvDied, Observation
-from itp.games import Game, list_games, task_params
-from itp.runtime import UserError
+from itp.errors import UserError
+from itp.games import Game
 from itp.text.state import parse
 from itp.training.base_policy import read_dialogues
 from itp.transitions import Transition, read_transitions
@@ -49,7 +50,7 @@ def check_chain(episode: list[Transition]) -> None:
 
 def test_the_expert_wins_every_game(monkeypatch, games_root: Path, tmp_path: Path, capsys) -> None:
     episodes = by_episode(run(monkeypatch, games_root, tmp_path, "--actor", "expert"))
-    games = list_games("alfworld", "train", games_root)
+    games = list_games("train", games_root)
     assert list(episodes) == [f"{g.game_id}#0" for g in games]
     for episode, game in zip(episodes.values(), games, strict=True):
         check_chain(episode)
@@ -115,7 +116,7 @@ def test_the_expert_teaches_in_the_states_that_a_policy_reaches(monkeypatch, gam
     for episode in by_episode(rows).values():
         check_chain(episode)
         teacher = None
-        game = next(g for g in list_games("alfworld", "train", games_root) if f"{g.game_id}#0" == episode[0].episode_id)
+        game = next(g for g in list_games("train", games_root) if f"{g.game_id}#0" == episode[0].episode_id)
         for t in episode:  # what the expert would do after all that was really done
             teacher = teacher or Expert(task_params(game), game.task_type, parse(t.state).first)
             assert t.expert_action == teacher.act()

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 
 from foresight_eval import results
-from foresight_eval.methods import build
-from foresight_eval.methods.settings import METHODS, WRITE_THOUGHTS
-from foresight_eval.runner import evaluate, make_policy, make_world_model, method_settings
+from foresight_eval.plan import make_plan
+from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
-from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool
-from itp.games import list_games
-from itp.lm.local import LocalLM, Quorum
+from itp.errors import UserError
+from itp.lm.local import LocalLM
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.settings import METHODS, WRITE_THOUGHTS
 from itp.rollout import run_episodes
-from itp.runtime import UserError
 from itp.text.prompts import NO, YES
 from tests.test_evaluation import timeless
 from tests.tiny import write_tiny_model
@@ -34,9 +35,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Alfworld
     """Small budgets: two steps of four games, drawn at temperature .8."""
     folder = tmp_path_factory.mktemp("models")
     return AlfworldSettings(
-        policy_model=str(write_tiny_model(folder / "policy", seed=0, words=(YES, NO))), output_path="",
+        policy_model=str(write_tiny_model(folder / "policy", seed=0, words=(YES, NO))), out_dir="",
         wm_model=str(write_tiny_model(folder / "wm", seed=1)), env_data_root=str(games_root), split="train",
-        only_ids="0,1,2,3", max_steps=2, max_k=2, act_tokens=8, foresight_tokens=8, rap_wm_pred_tokens=8,
+        only_ids="0,1,2,3", max_steps=2, max_k=2, act_tokens=8, wm_max_new_tokens=8, rap_wm_pred_tokens=8,
         rap_action_gen_tokens=6, prompt_style="tuned", wm_prompt_style="tuned", device="cpu", env_processes=1,
         candidates=3, rounds=2, belief_samples=3, rap_d_actions=3, rap_depth_limit=3, rap_num_rollouts=5,
         temperature=0.8, foresight_format="full", history_keep_steps=0)
@@ -45,21 +46,22 @@ def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Alfworld
 @pytest.fixture(scope="module")
 def played(base: AlfworldSettings) -> dict[tuple[str, int], Records]:
     """What every method did in the games, one at a time and all at once, by (method, concurrency)."""
-    games = list_games("alfworld", "train", base.env_data_root)[:4]
+    games = list_games("train", base.env_data_root)[:4]
 
     async def play_all() -> dict[tuple[str, int], Records]:
-        quorum, found = Quorum(), {}
-        policy_lm = LocalLM.load(base.policy_model, quorum=quorum)
-        wm_lm = LocalLM.load(base.wm_model, quorum=quorum, role="world_model")
+        barrier, found = BatchBarrier(), {}
+        policy_lm = LocalLM.load(base.policy_model, barrier=barrier)
+        wm_lm = LocalLM.load(base.wm_model, barrier=barrier, role="world_model")
         async with EnvPool(functools.partial(AlfworldEnv, want_admissible=True), 1) as pool:
             for name in METHODS:
                 selection = "generate" if name in WRITE_THOUGHTS else "constrained"
                 settings = dataclasses.replace(base, method=name, action_selection=selection)
-                method = build(name, make_policy(settings, policy_lm), make_world_model(settings, wm_lm),
-                               method_settings(settings))
+                plan = make_plan(settings)
+                method = plan.build_method(plan.load_policy(barrier, lm=policy_lm),
+                                           plan.load_world_model(barrier, lm=wm_lm))
                 for concurrency in (1, 4):
                     episodes = run_episodes(pool, method, games, max_steps=base.max_steps, seed=base.seed,
-                                            concurrency=concurrency, quorum=quorum)
+                                            concurrency=concurrency, barrier=barrier)
                     found[name, concurrency] = {
                         (i := games.index(e.game)): results.episode_record(i, e) async for e in episodes}
         await policy_lm.close()
@@ -84,7 +86,7 @@ def test_the_same_at_any_concurrency(played: dict[tuple[str, int], Records], met
 
 def test_costs_are_in_the_summary(base: AlfworldSettings, tmp_path: Path) -> None:
     folder = tmp_path / "rap"
-    asyncio.run(evaluate(dataclasses.replace(base, output_path=str(folder), method="rap", only_ids="0,1")))
+    asyncio.run(evaluate(dataclasses.replace(base, out_dir=str(folder), method="rap", only_ids="0,1")))
     records, cost = results.read_episodes(folder), json.loads((folder / "cost.json").read_text())
     steps = [step for record in records.values() for step in record["foresight_steps"]]
     for role in ("policy", "world_model"):
@@ -112,11 +114,11 @@ def test_costs_are_in_the_summary(base: AlfworldSettings, tmp_path: Path) -> Non
 def test_what_a_method_needs_is_checked_first(base: AlfworldSettings, tmp_path: Path, changes: dict,
                                               says: str) -> None:
     with pytest.raises(UserError, match=says):
-        asyncio.run(evaluate(dataclasses.replace(base, output_path=str(tmp_path / "out"), **changes)))
+        asyncio.run(evaluate(dataclasses.replace(base, out_dir=str(tmp_path / "out"), **changes)))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_policy_without_yes_and_no(base: AlfworldSettings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--method rap asks the policy for yes or no.*reasoning_share"):
-        asyncio.run(evaluate(dataclasses.replace(base, output_path=str(tmp_path / "out"), method="rap",
+        asyncio.run(evaluate(dataclasses.replace(base, out_dir=str(tmp_path / "out"), method="rap",
                                                  policy_model=base.wm_model)))

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 
 from itp.config import flag, parse_settings
-from itp.games import ALFWORLD_TASK_TYPES, list_games, resolve_split, task_params
-from itp.runtime import (
-    UserError, claim_output, derive_seed, model_card, model_fingerprint, prompt_style, read_json, resolve_device,
-    run_main, write_atomic, write_json,
-)
-from itp.transitions import REQUIRED, Transition, read_appended, read_rows, read_transitions, write_transitions
+from itp.devices import resolve_device
+from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, list_games, task_params
+from itp.errors import UserError
+from itp.files import read_appended, read_json, read_rows, write_atomic, write_json
+from itp.games import resolve_split
+from itp.model_card import ModelCard, style_of
+from itp.pretrained import model_fingerprint
+from itp.program import run_main
+from itp.run_dir import open_run_dir
+from itp.seeding import derive_seed
+from itp.transitions import REQUIRED, Transition, read_transitions, write_transitions
 
 
 @dataclass
@@ -191,12 +196,12 @@ def test_an_expert_file_needs_more_fields(tmp_path: Path) -> None:
 
 
 def test_real_games_are_listed(games_root: Path) -> None:
-    train = list_games("alfworld", "train", games_root)
+    train = list_games("train", games_root)
     assert {game.task_type for game in train} == set(ALFWORLD_TASK_TYPES) and len(train) == 6
     assert [g.path for g in train] == sorted(g.path for g in train)
     assert all(Path(g.path) == games_root / "json_2.1.1/train" / g.game_id / "game.tw-pddl" for g in train)
-    assert list_games("alfworld", "train", games_root / "json_2.1.1") == train
-    assert list_games("alfworld", "train", games_root, only_ids=[4, 1]) == [train[4], train[1]]
+    assert list_games("train", games_root / "json_2.1.1") == train
+    assert list_games("train", games_root, only_ids=[4, 1]) == [train[4], train[1]]
     pick = next(g for g in train if g.task_type == "pick_two_obj_and_place")
     assert task_params(pick)["object_target"] == pick.game_id.split("-")[1]
 
@@ -206,7 +211,7 @@ def test_real_games_are_listed(games_root: Path) -> None:
                                           ("valid_unseen", "valid_unseen"), ("train", "train")])
 def test_split_aliases(alias: str, split: str, games_root: Path) -> None:
     assert resolve_split(alias) == split
-    assert {g.split for g in list_games("alfworld", alias, games_root)} == {split}
+    assert {g.split for g in list_games(alias, games_root)} == {split}
 
 
 def make_file(root: Path, trial: str, text: str = '{"solvable": true}') -> Path:
@@ -225,7 +230,7 @@ def test_only_playable_games_are_listed(tmp_path: Path) -> None:
     make_file(root, "pick_and_place_with_movable_recep-Mug-Bowl-Shelf-1/trial_0")
     make_file(root, "pick_flowers-Mug-None-Shelf-1/trial_0")
     (root / "json_2.1.1/train/pick_and_place_simple-Mug-None-Shelf-2/trial_0").mkdir(parents=True)
-    assert [Path(g.path) for g in list_games("alfworld", "train", root)] == good
+    assert [Path(g.path) for g in list_games("train", root)] == good
 
 
 @pytest.mark.parametrize("split, only, says", [
@@ -236,41 +241,72 @@ def test_only_playable_games_are_listed(tmp_path: Path) -> None:
 def test_errors_of_lists(tmp_path: Path, split: str, only: tuple[int, ...], says: str) -> None:
     make_file(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/trial_1")
     with pytest.raises(UserError) as error:
-        list_games("alfworld", split, tmp_path, only)
+        list_games(split, tmp_path, only)
     assert says in str(error.value)
 
 
 def test_a_broken_or_missing_game_file(tmp_path: Path) -> None:
     (tmp_path / "json_2.1.1/train").mkdir(parents=True)
     with pytest.raises(UserError, match="no playable game .* itp.envs.alfworld_games"):
-        list_games("alfworld", "train", tmp_path)
+        list_games("train", tmp_path)
     path = make_file(tmp_path, "pick_and_place_simple-Mug-None-Shelf-1/trial_1", '{"solvable": tr')
     with pytest.raises(UserError, match=f"{path}: not a readable game file"):
-        list_games("alfworld", "train", tmp_path)
-    with pytest.raises(UserError, match="unknown environment 'zork'"):
-        list_games("zork", "train", tmp_path)
+        list_games("train", tmp_path)
 
 
 # --- result folders, files, seeds, models
 
 
 def test_a_result_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    config = {"split": "dev", "max_steps": 40, "device": "cpu", "path": Path("a")}
-    assert claim_output(out, config, ignore=("device",)) == out
-    before = (out / "config.json").read_text()
-    assert read_json(out / "config.json")["versions"]["python"].startswith("3.")
-    claim_output(out, {**config, "device": "cuda"}, ignore=("device",))
-    assert (out / "config.json").read_text() == before
-    for other, says in (({**config, "max_steps": 50}, "max_steps: 40 there, 50 now"),
-                        ({**config, "new": 1}, "new: None there, 1 now"),
-                        ({k: v for k, v in config.items() if k != "split"}, "split: 'dev' there, None now")):
+    @dataclass
+    class Run:
+        split: str = flag("dev", help="which games")
+        max_steps: int = flag(40, help="steps at most", aliases=("steps",))
+        device: str = flag("cpu", help="where", affects_result=False)
+        budget: int = flag(100, help="tokens (0: without limit)")
+        internal: int = 7
+
+    out, facts = tmp_path / "run", {"weights": "abc", "path": Path("a")}
+    record = out / "config.json"
+    assert open_run_dir(out, Run(), facts=facts) == out
+    before = record.read_text()
+    assert read_json(record)["config"] == {"split": "dev", "max_steps": 40, "device": "cpu", "budget": 100,
+                                           "weights": "abc", "path": "a"}
+    assert read_json(record)["versions"]["python"].startswith("3.")
+    open_run_dir(out, Run(device="cuda", internal=8), facts=facts)
+    assert record.read_text() == before
+    for other, known, says in ((Run(max_steps=50, device="cuda"), facts, "max_steps: 40 there, 50 now"),
+                               (Run(), facts | {"new": 1}, "new: None there, 1 now"),
+                               (Run(), facts | {"weights": "abd"}, "weights: 'abc' there, 'abd' now"),
+                               (Run(budget=101), facts, "budget: 100 there, 101 now")):
         with pytest.raises(UserError) as error:
-            claim_output(out, other, ignore=("device",))
+            open_run_dir(out, other, facts=known)
         assert says in str(error.value) and str(out) in str(error.value) and "device" not in str(error.value)
-        assert (out / "config.json").read_text() == before
-    claim_output(out, {**config, "max_steps": 50}, override=True)
-    assert read_json(out / "config.json")["config"]["max_steps"] == 50
+        assert record.read_text() == before
+    # A record of older code: a flag by another name, and none of what has come since, which was off then.
+    old = json.loads(before)
+    old["config"]["steps"] = old["config"].pop("max_steps")
+    write_json(record, old)
+    open_run_dir(out, Run(), facts=facts | {"new": 0})
+    with pytest.raises(UserError, match="max_steps: 40 there, 50 now"):
+        open_run_dir(out, Run(max_steps=50), facts=facts)
+    open_run_dir(out, Run(max_steps=50), facts=facts, override=True)
+    assert read_json(record)["config"]["max_steps"] == 50
+
+
+def test_some_numbers_of_a_run_may_grow(tmp_path: Path) -> None:
+    @dataclass
+    class Run:
+        budget: int = flag(100, help="tokens (0: without limit)")
+
+    def recorded(budget: int) -> int:
+        open_run_dir(tmp_path, Run(budget), may_grow=("budget",))
+        return read_json(tmp_path / "config.json")["config"]["budget"]
+
+    assert [recorded(100), recorded(150), recorded(0)] == [100, 150, 0]
+    for less in (100, 150):  # 0 is without limit
+        with pytest.raises(UserError, match=f"budget: 0 there, {less} now"):
+            recorded(less)
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,11 +370,11 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
 
 
 def test_model_card(tmp_path: Path) -> None:
-    assert model_card("") == {} and model_card(str(tmp_path)) == {}
-    assert prompt_style("") == prompt_style(str(tmp_path)) == "instruct"
+    assert ModelCard.read("") is None and ModelCard.read(tmp_path) is None
+    assert style_of("") == style_of(tmp_path) == "instruct"
     write_json(tmp_path / "itp_model.json", {"prompt_style": "tuned"})
-    assert model_card(str(tmp_path)) == {"prompt_style": "tuned"}
-    assert prompt_style(str(tmp_path)) == "tuned"
+    assert ModelCard.read(str(tmp_path)) == ModelCard("tuned")
+    assert style_of(str(tmp_path)) == "tuned"
 
 
 def test_a_device_that_is_not_there_falls_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from itp.runtime import UserError
-from itp.text.prompts import action_target, dialogue_segments, policy_prompt
+from itp.errors import UserError
+from itp.text.prompts import action_target, policy_prompt
+from itp.text.segments import dialogue_segments
 from itp.text.state import parse
 from itp.transitions import REQUIRED, read_transitions
 from world_model.data_processing import fetch
-from world_model.data_processing.convert import Settings, convert, main
+from world_model.data_processing.convert import ConvertSettings, convert, main
 from world_model.data_processing.recorded import Unreadable, read_turns, recorded
 
 INSTRUCTION = "Interact with a household to solve a task. ... strictly follow \"Thought: ...\\nAction: ...\"."
@@ -55,10 +56,10 @@ def science() -> dict[str, Any]:
         gpt("Action: focus on plant")]}
 
 
-def settings(tmp_path: Path, rows: Any, **options: Any) -> Settings:
+def settings(tmp_path: Path, rows: Any, **options: Any) -> ConvertSettings:
     file = tmp_path / "in.json"
     file.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
-    return Settings(input=str(file), out_dir=str(tmp_path / "out"), **options)
+    return ConvertSettings(input=str(file), out_dir=str(tmp_path / "out"), **options)
 
 
 def converted(tmp_path: Path, rows: Any, **options: Any):
@@ -105,7 +106,7 @@ def test_eto_scienceworld(tmp_path: Path) -> None:
 
 def test_first_observations_that_dialogues_lack_come_from_the_simulator(tmp_path: Path) -> None:
     """ETO's dialogues begin with the task alone; the id names the game, and its task must be the dialogue's."""
-    from itp.envs.scienceworld import ScienceworldEnv
+    from itp.envs.scienceworld.env import ScienceworldEnv
     from itp.games import Game
 
     env = ScienceworldEnv()
@@ -283,7 +284,7 @@ def test_thousand_mutations(tmp_path: Path) -> None:
     for seed in range(1000):
         file.write_bytes(mutate(good, random.Random(seed)))
         try:
-            out = convert([str(file)], Settings(input=str(file), out_dir=""))
+            out = convert([str(file)], ConvertSettings(input=str(file), out_dir=""))
         except UserError as error:
             assert "\n" not in str(error) and str(file) in str(error)
             errors += 1

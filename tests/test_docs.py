@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.methods.settings import METHODS
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor
 from itp.config import add_flags
-from itp.envs import alfworld_games
-from itp.training.base_lm import BaseLMSettings
+from itp.envs.alfworld import generate as alfworld_games
+from itp.methods.settings import METHODS
 from itp.training.base_policy import BasePolicySettings
-from itp.training.label import LabelSettings
-from itp.training.rl_k import RlSettings
-from itp.training.sft import SftSettings
+from itp.training.from_scratch.base_lm import BaseLMSettings
+from itp.training.itp_r.a2c_settings import RlSettings
+from itp.training.itp_r.label import LabelSettings
+from itp.training.itp_r.warm_up_data import SftSettings
 from world_model import collect, fidelity
 from world_model.base_tuning.finetune import WorldModelSettings
 from world_model.data_processing import convert, fetch
@@ -27,9 +27,10 @@ from world_model.data_processing import convert, fetch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SETTINGS = {
-    "itp.doctor": doctor.Settings, "itp.envs.alfworld_games": alfworld_games.Settings,
-    "world_model.collect": collect.Settings, "world_model.fidelity": fidelity.Settings,
-    "world_model.data_processing.convert": convert.Settings, "world_model.data_processing.fetch": fetch.Settings,
+    "itp.doctor": doctor.DoctorSettings, "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
+    "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
+    "world_model.data_processing.convert": convert.ConvertSettings,
+    "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings,
@@ -74,7 +75,7 @@ def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert not unknown, f"{page.name}: {module} doesn't take {unknown}"
         else:
             path = ROOT / module.replace(".", "/")
-            assert path.with_suffix(".py").is_file() or module in ("itp.training.train_adaptive_k",), module
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -97,11 +98,13 @@ def test_the_example_method_plays(tmp_path: Path, games_root: Path) -> None:
     import asyncio
     import functools
 
-    from itp.envs.alfworld import AlfworldEnv
+    from itp.envs.alfworld.env import AlfworldEnv
     from itp.envs.pool import EnvPool
-    from itp.games import list_games
-    from itp.lm.local import LocalLM, Quorum
-    from itp.policy.agent import Policy
+    from itp.envs.alfworld.games import list_games
+    from itp.lm.local import LocalLM
+    from itp.lm.scheduler import BatchBarrier
+    from itp.agent.policy import Policy
+    from itp.methods.settings import MethodSettings
     from itp.rollout import run_episodes
     from tests.tiny import write_tiny_model
 
@@ -110,13 +113,13 @@ def test_the_example_method_plays(tmp_path: Path, games_root: Path) -> None:
     exec(code, names)
 
     async def play() -> list:
-        quorum = Quorum()
-        lm = LocalLM.load(str(write_tiny_model(tmp_path / "m")), quorum=quorum)
-        method = names["Two"](Policy(lm, temperature=1.0, action_tokens=4))
+        barrier = BatchBarrier()
+        lm = LocalLM.load(str(write_tiny_model(tmp_path / "m")), barrier=barrier)
+        method = names["Two"](Policy(lm, temperature=1.0, action_tokens=4), None, MethodSettings())
         pool = EnvPool(functools.partial(AlfworldEnv), 1)
         try:
-            return [e async for e in run_episodes(pool, method, list_games("alfworld", "seen", games_root)[:1],
-                                                  max_steps=2, seed=0, concurrency=1, quorum=quorum)]
+            return [e async for e in run_episodes(pool, method, list_games("seen", games_root)[:1],
+                                                  max_steps=2, seed=0, concurrency=1, barrier=barrier)]
         finally:
             await pool.close()
             await lm.close()

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,18 +21,22 @@ from typing import Any
 
 import pytest
 
-from foresight_eval import report, results
-from foresight_eval.runner import check, choose_games, evaluate
+from foresight_eval import results
+from foresight_eval.plan import make_plan
+from foresight_eval.report.report import overview
+from foresight_eval.runner import choose_games, evaluate
 from foresight_eval.settings import AlfworldSettings
-from itp.envs.alfworld import AlfworldEnv
+from foresight_eval.summary import write_summary
+from itp.config import flag_fields
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool
-from itp.games import list_games
-from itp.policy.method import Method
+from itp.errors import UserError
+from itp.methods.actors import ExpertActor, RandomWalk
+from itp.methods.base import Method
 from itp.rollout import run_episodes
-from itp.runtime import UserError
 from itp.text.prompts import foresight_text
 from tests.tiny import write_tiny_model
-from world_model.collect import ExpertActor, RandomWalk
 
 ROOT = Path(__file__).resolve().parents[1]
 META = {"steps", "reward", "finished", "success", "terminate_reason", "error"}
@@ -47,14 +52,14 @@ def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Alfworld
     """Two tiny random models on the six train games; four steps, K drawn at random."""
     folder = tmp_path_factory.mktemp("models")
     return AlfworldSettings(
-        policy_model=str(write_tiny_model(folder / "policy", seed=0)), output_path="",
+        policy_model=str(write_tiny_model(folder / "policy", seed=0)), out_dir="",
         wm_model=str(write_tiny_model(folder / "wm", seed=1)), env_data_root=str(games_root), split="train",
-        max_steps=4, max_k=2, k_policy="random", act_tokens=8, foresight_tokens=12, history_keep_steps=2,
+        max_steps=4, max_k=2, k_policy="random", act_tokens=8, wm_max_new_tokens=12, history_keep_steps=2,
         prompt_style="tuned", wm_prompt_style="tuned", device="cpu", env_processes=1, concurrency=6, temperature=0.7)
 
 
 def flags(settings: AlfworldSettings) -> list[str]:
-    return [part for field in dataclasses.fields(settings) for part in (f"--{field.name}",
+    return [part for field in flag_fields(type(settings)) for part in (f"--{field.name}",
             str(getattr(settings, field.name)))]
 
 
@@ -65,7 +70,7 @@ def start(settings: AlfworldSettings, **options: Any) -> subprocess.Popen:
 
 
 def run(base: AlfworldSettings, out: Path, **changes: Any) -> dict[int, dict[str, Any]]:
-    asyncio.run(evaluate(dataclasses.replace(base, output_path=str(out), **changes)))
+    asyncio.run(evaluate(dataclasses.replace(base, out_dir=str(out), **changes)))
     return results.read_episodes(out)
 
 
@@ -80,7 +85,7 @@ def timeless(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def finished(base: AlfworldSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(result folder, what was printed) of an undisturbed run in a process of its own, started elsewhere."""
     cwd = tmp_path_factory.mktemp("cwd")
-    process = start(dataclasses.replace(base, output_path="runs/eval"), cwd=cwd)
+    process = start(dataclasses.replace(base, out_dir="runs/eval"), cwd=cwd)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return cwd / "runs" / "eval", out
@@ -88,7 +93,7 @@ def finished(base: AlfworldSettings, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_result_files(finished: tuple[Path, str], base: AlfworldSettings) -> None:
     folder, _ = finished
-    games = list_games("alfworld", "train", base.env_data_root)
+    games = list_games("train", base.env_data_root)
     names = {f"{i}.json" for i in range(6)} | {"summary.json", "cost.json", "summary.csv", "log.txt", "config.json",
                                               "timing.jsonl"}
     assert set(os.listdir(folder)) == names
@@ -156,13 +161,13 @@ def test_a_summary_is_a_function_of_the_files(finished: tuple[Path, str], tmp_pa
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
     (tmp_path / "notes.json").write_text("not a result")
     (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
-    summary = report.write_summary(tmp_path)
+    summary = write_summary(tmp_path)
     assert json.loads(json.dumps(summary)) == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["overall"]["n"], summary["overall"]["success"]) == (3, 2)
-    assert summary["rates"][report.bucket(won["meta"]["task_type"])] == 1.0
+    assert summary["rates"][results.bucket(won["meta"]["task_type"])] == 1.0
     assert summary["steps_per_episode"] == (10 + 10 + 4) / 3
     assert (tmp_path / "summary.csv").read_text().splitlines()[1].endswith(",66.67")
-    assert report.table([tmp_path]).splitlines()[1].split()[0] == tmp_path.name
+    assert overview(results.read_results([tmp_path])).splitlines()[1].split()[0] == tmp_path.name
 
 
 @pytest.mark.parametrize("task_type, bucket", [
@@ -170,12 +175,12 @@ def test_a_summary_is_a_function_of_the_files(finished: tuple[Path, str], tmp_pa
     ("pick_heat_then_place_in_recep", "Heat"), ("pick_cool_then_place_in_recep", "Cool"),
     ("pick_two_obj_and_place", "Pick2")])
 def test_buckets(task_type: str, bucket: str) -> None:
-    assert report.bucket(task_type) == bucket
+    assert results.bucket(task_type) == bucket
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(base: AlfworldSettings, finished: tuple[Path, str],
                                                      tmp_path: Path) -> None:
-    settings = dataclasses.replace(base, output_path=str(tmp_path / "eval"), concurrency=1)
+    settings = dataclasses.replace(base, out_dir=str(tmp_path / "eval"), concurrency=1)
     folder, enough = tmp_path / "eval", random.randint(1, 3)
     process = start(settings)
     deadline = time.monotonic() + 200
@@ -198,7 +203,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(base: AlfworldSettings, fin
     out, err = refused.communicate(timeout=120)
     errors = [line for line in err.splitlines() if "error" in line.lower()]
     assert refused.returncode == 2 and out == "" and len(errors) == 1 and "Traceback" not in err
-    assert "max_steps: 4 there, 5 now" in errors[0] and "wm_model" in errors[0] and "concurrency" not in errors[0]
+    assert "max_steps: 4 there, 5 now" in errors[0] and "wm_fingerprint" in errors[0] and "concurrency" not in errors[0]
     assert timeless(results.read_episodes(folder)) == timeless(records)
 
     # The same paths with other weights are another configuration too.
@@ -289,7 +294,7 @@ def test_only_the_k_head_is_bound_to_the_k_it_was_trained_with(base: AlfworldSet
 
     def checked(**changes: Any) -> str:
         caplog.clear()
-        check(dataclasses.replace(with_heads, **changes))
+        make_plan(dataclasses.replace(with_heads, **changes))
         return caplog.text
 
     for k_policy in ("auto", "head"):
@@ -325,13 +330,35 @@ def test_fixed_k(base: AlfworldSettings, tmp_path: Path) -> None:
 
 def test_predictions_that_are_cut_are_counted(base: AlfworldSettings, tmp_path: Path,
                                               caplog: pytest.LogCaptureFixture) -> None:
-    records = run(base, tmp_path, k_policy="auto", fixed_k=1, foresight_tokens=2, max_steps=3)
+    records = run(base, tmp_path, k_policy="auto", fixed_k=1, wm_max_new_tokens=2, max_steps=3)
     spent = [step["usage"]["world_model"] for step in steps_of(records)]
     assert all(usage["calls"] == 1 and usage["cut"] in (0, 1) for usage in spent)
     assert not any(usage["cut"] for usage in spent if usage["completion_tokens"] < 2)
     cut = json.loads((tmp_path / "summary.json").read_text())["cut_predictions"]
     assert 0 < cut == sum(usage["cut"] for usage in spent)
-    assert caplog.text.count("cut at 2 tokens, and more may be: raise --foresight_tokens") == 1
+    assert caplog.text.count("cut at 2 tokens, and more may be: raise --wm_max_new_tokens") == 1
+
+
+def test_a_context_that_holds_no_prompt_ends_episodes_and_says_so(base: AlfworldSettings, tmp_path: Path,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(base.policy_model, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    records = run(base, tmp_path / "out", policy_model=str(tmp_path / "short"), method="sft", only_ids="0,1")
+    assert [record["meta"]["terminate_reason"] for record in records.values()] == ["prompt_too_long"] * 2
+    assert steps_of(records) == [] and not any(record["meta"]["success"] for record in records.values())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["endings"] == {"prompt_too_long": 2} and summary["overall"]["n"] == 2
+    assert "2 episodes ended because a prompt was longer than the model's context" in caplog.text
+
+
+def test_prompts_beyond_max_seq_len_lose_history_and_are_counted(base: AlfworldSettings, tmp_path: Path,
+                                                                 caplog: pytest.LogCaptureFixture) -> None:
+    records = run(base, tmp_path, method="sft", history_keep_steps=0, max_seq_len=20, only_ids="0,1")
+    spent = [[step["usage"]["policy"]["shortened"] for step in record["foresight_steps"]] for record in records.values()]
+    assert spent == [[0, 0, 1, 1]] * 2  # with one step of history there is nothing more to leave out
+    assert json.loads((tmp_path / "summary.json").read_text())["shortened_prompts"] == 4
+    assert "4 prompts lost their oldest steps" in caplog.text
 
 
 @pytest.mark.parametrize("style", ["tuned", "instruct"])
@@ -357,13 +384,13 @@ def test_thoughts(base: AlfworldSettings, tmp_path: Path) -> None:
 
 
 def test_success_is_what_the_engine_says(base: AlfworldSettings, tmp_path: Path) -> None:
-    games = list_games("alfworld", "train", base.env_data_root)
+    games = list_games("train", base.env_data_root)
 
     async def play(method: Method, folder: Path, max_steps: int) -> dict[str, Any]:
         async with EnvPool(functools.partial(AlfworldEnv, want_admissible=True), 1) as pool:
             async for episode in run_episodes(pool, method, games, max_steps=max_steps, seed=1, concurrency=6):
                 results.write_episode(folder, games.index(episode.game), episode)
-        return report.write_summary(folder)
+        return write_summary(folder)
 
     won = asyncio.run(play(ExpertActor(), tmp_path / "expert", 50))
     lost = asyncio.run(play(RandomWalk(), tmp_path / "random", 10))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -17,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from foresight_eval import analyses
-from itp.config import add_flags, from_args
-from itp.runtime import UserError, timed
+from foresight_eval.report import analyses
+from itp.config import parse_settings
+from itp.errors import UserError
+from itp.run_dir import timed
 from tests.made_results import PLAYED, make_episode, make_games, write_result
 from tests.test_docs import PAGES, commands
 from tests.tiny import write_tiny_model
@@ -28,23 +28,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import experiment as program  # noqa: E402
-from experiment_file import PROGRAMS, plan, read_experiment  # noqa: E402
 
 SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 SMALL: dict[str, Any] = {
-    "title": "Small",
+    "title": "Small", "paper": "The paper's.",
     "parameters": {"policy": {"default": "p", "help": "a policy"}, "max_k": {"default": 2, "help": "K_max"},
-                   "run": {"default": "r", "help": "a folder"}},
-    "parts": {
-        "play": {"program": "foresight_eval", "flags": {"policy_model": "{policy}", "max_k": "{max_k}"},
-                 "runs": {"k{k}": {"fixed_k": "{k}"}, "best-{max_k}": None}},
-        "truth": {"program": "world_model.fidelity", "flags": {"transitions": "t.jsonl"},
-                  "runs": {"wm": {"wm_model": "{out}/train/x"}}},
-        "cost": {"metrics": {"stage 2": "{run}/metrics.json", "rollouts": "{run}/timing.jsonl", "none": "{run}/no"}},
+                   "run": {"default": "r", "help": "a folder"}, "idle": {"default": "x", "help": "in no command"}},
+    "runs": {
+        "play": {"command": "python -m foresight_eval --policy_model {policy} --max_k {max_k}",
+                 "each": {"k{k}": "--fixed_k {k}", "best-{max_k}": None}},
+        "truth": {"command": "python -m world_model.fidelity --transitions t.jsonl",
+                  "each": {"wm": "--wm_model {out}/train/x"}},
     },
     "tables": [{"table": "overview", "part": "play", "columns": ["All", "NB"],
                 "paper": {"paper": {"best-{max_k}": 88.5, "k1": 7, "k7": 6}}},
-               {"table": "depth"}, {"table": "training", "paper": {"paper": {"stage 2": 12.8, "rollouts": 9.55}}}],
+               {"table": "depth"},
+               {"table": "training", "paper": {"paper": {"stage 2": 12.8, "rollouts": 9.55}},
+                "files": {"stage 2": "{run}/metrics.json", "rollouts": "{run}/timing.jsonl", "none": "{run}/no"}}],
     "figures": ["k_of"],
 }
 
@@ -71,67 +71,84 @@ def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize("change, said", [
     (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
-    (put("tables", []), "needs tables"),
-    (put("tables", {"table": "overview"}), "tables: must be a list"),
+    (put("tables", None), "needs tables"),
+    (put("tables", {"table": "overview"}), "tables: must hold `name: value` lines, not 'table'"),
     (put("figures", ["k_off"]), "figures: unknown figure 'k_off', did you mean 'k_of'"),
     (put("parameters", "policy", "defualt", "x"), "parameter policy: unknown key 'defualt', did you mean 'default'"),
-    (put("parameters", "policy", "default", None), "parameter policy: needs a default"),
-    (put("parameters", "only", {"default": "x", "help": "h"}), "parameter only: this name is taken"),
-    (put("parameters", "idle", {"default": "x", "help": "h"}), "parameter idle: no run uses it"),
-    (put("parts", "play", "program", "foresight_evil"), "unknown program 'foresight_evil', did you mean"),
-    (put("parts", "play", "run", {}), "part play: unknown key 'run', did you mean 'runs'"),
-    (put("parts", "play", "runs", "a/b", None), "run 'a/b' names a folder"),
-    (put("parts", "play", "runs", "x", {"output_path": "o"}), "output_path is the experiment's own to set"),
-    (put("parts", "play", "runs", "x", {"fixed_q": 1}), "part play, run x: unknown setting 'fixed_q', did you mean "
-                                                        "'fixed_k'"),
-    (put("parts", "play", "runs", "x", {"fixed_k": "one"}), "part play, run x: fixed_k must be int, not 'one'"),
-    (put("parts", "play", "runs", "x", {"method": "foreseen"}), "part play, run x: method must be one of"),
-    (put("parts", "play", "runs", "x", {"candidates": 0}), "part play, run x: --candidates 0: must be at least 1"),
-    (put("parts", "play", "runs", "x", {"seed": "{max_q}"}), "run x, seed: unknown parameter 'max_q', did you mean "
-                                                             "'max_k'"),
-    (put("parts", "play", "runs", "x", {"seed": "{k}"}), "run x, seed: unknown parameter 'k'"),
-    (put("parts", "play", "runs", "best-2", None), "part play has two runs named best-2"),
-    (put("parts", "play", "flags", {"wm_model": "{policy}"}), "part play, run k{k}: missing required --policy_model"),
-    (put("parameters", "max_k", "default", "two"), "needs a parameter max_k, a whole number"),
-    (put("tables", 0, "table", "overvue"), "tables, number 1: unknown table 'overvue', did you mean 'overview'"),
+    (put("parameters", "policy", "default", None), "parameter policy: needs default"),
+    (put("runs", "play", "run", {}), "part play: unknown key 'run'; choose among command, each"),
+    (put("runs", "play", None), "part play: must hold `name: value` lines"),
+    (put("runs", "play", "command", "python -m foresight_evil"), "play/k0: unknown program 'python -m foresight_evil', "
+                                                                 "did you mean 'python -m foresight_eval'"),
+    (put("runs", "play", "command", "rm -r x"), "unknown program 'rm -r x'"),
+    (put("runs", "play", "each", "x", "--fixed_q 1"), "play/x: unrecognized arguments: --fixed_q 1"),
+    (put("runs", "play", "each", "x", {"fixed_k": 1}), "play/x: unrecognized arguments: {fixed_k: 1}"),
+    (put("runs", "play", "each", "x", "--fixed_k one"), "play/x: argument --fixed_k: invalid int value: 'one'"),
+    (put("runs", "play", "each", "x", "--method foreseen"), "play/x: argument --method: invalid choice: 'foreseen'"),
+    (put("runs", "play", "each", "x", "--candidates 0"), "play/x: --candidates 0: must be at least 1"),
+    (put("runs", "play", "each", "x", "--seed {max_q}"), "unknown parameter 'max_q', did you mean 'max_k'"),
+    (put("runs", "play", "each", "x", "--seed {k}"), "play/x: argument --seed: invalid int value: '{k}'"),
+    (put("runs", "play", "each", "best-2", None), "two runs are named play/best-2"),
+    (put("runs", "play", "command", "python -m foresight_eval --wm_model {policy}"), "play/k0: missing required "
+                                                                                     "--policy_model"),
+    (put("parameters", {}), "unknown parameter 'max_k'"),
+    (put("tables", 0, "table", "overvue"), "tables: unknown table 'overvue', did you mean 'overview'"),
     (put("tables", 0, "part", "plays"), "unknown part 'plays', did you mean 'play'"),
-    (put("tables", 0, "part", "truth"), "overview is of results, which part truth"),
     (put("tables", 0, "columns", ["Al"]), "unknown column 'Al', did you mean 'All'"),
-    (put("tables", 0, "paper", {"paper": {"best-k": 1}}), "paper, paper: unknown run 'best-k'"),
+    (put("tables", 1, "columns", ["K"]), "unknown column 'K'"),
+    (put("tables", 0, "paper", {"paper": {"best-k": 1}}), "tables, paper: unknown run 'best-k'"),
     (put("tables", 0, "paper", {"paper": {"k1": "high"}}), "k1 must be a number, not 'high'"),
-    (put("common", "none.yaml"), "none.yaml: no such file"),
+    (put("common", "none.yaml"), "No such file or directory"),
 ])
 def test_what_is_not_known_is_refused_in_a_line(change: Callable, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as refused:
-        found, settings = program.parse([write(tmp_path, change)])
-        plan(found, settings)
+        planned(write(tmp_path, change))
     assert "\n" not in str(refused.value)
 
 
+def planned(*argv: str) -> list[program.Run]:
+    return program.plan(*program.parse(argv))
+
+
 def test_files_and_names_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.yaml: no such file"):
-        read_experiment("none.yaml")
+    with pytest.raises(UserError, match="none.yaml: .*No such file"):
+        program.read_experiment(Path("none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="bad.yaml: not YAML"):
-        read_experiment(str(tmp_path / "bad.yaml"))
-    found, settings = program.parse([write(tmp_path), "--only", "k1,truth"])
-    assert [run.name for run in program.chosen(plan(found, settings), found, settings.only)] == ["k1", "wm"]
-    with pytest.raises(UserError, match="unknown part or run 'k3'"):
-        program.chosen(plan(found, settings), found, "k3")
+    with pytest.raises(UserError, match="bad.yaml: not an experiment .*line 1"):
+        program.read_experiment(tmp_path / "bad.yaml")
+    runs = planned(write(tmp_path))
+    assert [run.name for run in program.chosen(runs, "k1,truth")] == ["k1", "wm"]
+    assert [run.name for run in program.chosen(runs, "play/k1")] == ["k1"]
+    with pytest.raises(UserError, match="--only: unknown part or run 'k3'"):
+        program.chosen(runs, "k3")
 
 
-def test_parameters_reach_the_flags_and_common_flags_lie_below(tmp_path: Path) -> None:
+def test_parameters_reach_the_flags_and_later_ones_win(tmp_path: Path) -> None:
     (tmp_path / "common.yaml").write_text(yaml.safe_dump({
-        "parameters": {"split": {"default": "seen", "help": "a split"}, "policy": {"default": "common", "help": "p"}},
-        "flags": {"foresight_eval": {"split": "{split}", "max_k": 9}}}))
-    found, settings = program.parse([write(tmp_path, put("common", "common.yaml")), "--max_k", "1", "--split", "unseen",
-                                     "--out", "o", "--override"])
-    k0, k1, best, truth = plan(found, settings)
+        "split": {"default": "seen", "help": "a split"}, "policy": {"default": "common", "help": "p"}}))
+
+    def change(said: dict[str, Any]) -> None:
+        said["common"] = "common.yaml"
+        said["runs"]["play"]["command"] += " --split {split} --fixed_k 9"
+
+    k0, k1, best, truth = planned(write(tmp_path, change), "--max_k", "1", "--split", "unseen", "--out", "o o",
+                                  "--override")
     assert [run.name for run in (k0, k1, best)] == ["k0", "k1", "best-1"]
     said = k1.settings
     assert (said.fixed_k, said.split, said.max_k, said.policy_model) == (1, "unseen", 1, "p")
-    assert (k1.settings.override, k1.settings.output_path, best.settings.fixed_k) == (True, "o/play/k1", -1)
-    assert (truth.settings.wm_model, truth.settings.out_json) == ("o/train/x", "o/truth/wm.json")
+    assert (k1.settings.override, k1.settings.out_dir, best.settings.fixed_k) == (True, "o o/play/k1", 9)
+    assert (truth.settings.wm_model, truth.settings.out_json) == ("o o/train/x", "o o/truth/wm.json")
+    assert planned(write(tmp_path, change), "--policy", "")[0].settings.policy_model == ""
+
+
+def test_a_parameter_that_no_command_uses_is_no_flag(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        program.parse([write(tmp_path), "--idle", "y"])
+    assert "unrecognized arguments: --idle y" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program.parse([write(tmp_path), "--help"])
+    shown = capsys.readouterr().out
+    assert "--policy STR" in shown and "a policy (default: p)" in shown and "The paper's." in shown
 
 
 # ---------------------------------------------------------------- the experiments of the project
@@ -140,22 +157,19 @@ def test_parameters_reach_the_flags_and_common_flags_lie_below(tmp_path: Path) -
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_experiments_plan_what_the_programs_take(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found, settings = program.parse([str(path)])
-    runs = plan(found, settings)
+    runs = planned(str(path))
     assert len(runs) == len({run.out for run in runs}) and (runs or path.stem == "training_cost")
     for run in runs:
-        parser = argparse.ArgumentParser(allow_abbrev=False)
-        add_flags(parser, PROGRAMS[run.program][0])
-        assert from_args(PROGRAMS[run.program][0], parser.parse_args(run.arguments)) == run.settings
-        assert run.line.startswith(f"python -m {run.program} --")
+        settings, _, _ = program.PROGRAMS[" ".join(run.command[:3])]
+        assert parse_settings(settings, run.command[3:]) == run.settings
+        assert not any("{" in word for word in run.command)
 
 
 def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
     def names(stem: str, *flags: str) -> list[str]:
-        found, settings = program.parse([f"configs/experiments/{stem}.yaml", *flags])
-        return [f"{run.part}/{run.name}" for run in plan(found, settings)]
+        return [run.title for run in planned(f"configs/experiments/{stem}.yaml", *flags)]
 
     assert {path.stem for path in SHIPPED} == {
         "table1", "methods", "lookahead", "without_rl", "world_models", "depth", "k_by_length", "deployment",
@@ -165,11 +179,10 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
     methods = ["CoT", "ReAct", "RAP", "ITP-I", "SFT", "ITP-R"]
     assert names("table1") == [f"{part}/{method}" for part in ("alfworld", "scienceworld-seen", "scienceworld-unseen")
                                for method in methods]
-    splits = {run.part: run.settings.split for run in plan(*program.parse(["configs/experiments/table1.yaml"]))}
+    splits = {run.part: run.settings.split for run in planned("configs/experiments/table1.yaml")}
     assert splits == {"alfworld": "unseen", "scienceworld-seen": "dev", "scienceworld-unseen": "test"}
-    from foresight_eval.methods.settings import METHODS
-    runs = plan(*program.parse(["configs/experiments/methods.yaml"]))
-    assert {run.settings.method for run in runs} == set(METHODS)
+    from itp.methods.settings import METHODS
+    assert {run.settings.method for run in planned("configs/experiments/methods.yaml")} == set(METHODS)
 
 
 def test_commands_of_the_pages_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +190,15 @@ def test_commands_of_the_pages_are_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     found = [words[2:] for page in PAGES for words in commands(page) if words[1:2] == ["scripts/experiment.py"]]
     assert len(found) >= 4
     for words in found:
-        experiment, settings = program.parse(words)
-        assert program.chosen(plan(experiment, settings), experiment, settings.only)
+        experiment, values = program.parse(words)
+        assert program.chosen(program.plan(experiment, values), values["only"])
+
+
+def test_the_form_that_the_page_shows_is_one_that_is_read(tmp_path: Path) -> None:
+    shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/reproducing.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "e.yaml").write_text(shown.replace("common/", f"{ROOT}/configs/experiments/common/"))
+    assert [run.title for run in planned(str(tmp_path / "e.yaml"), "--max_k", "1")] == [
+        "play/fixed-k0", "play/fixed-k1", "play/adaptive"]
 
 
 # ---------------------------------------------------------------- what is printed
@@ -207,8 +227,8 @@ def played(tmp_path: Path) -> tuple[str, Path]:
 
 def test_the_papers_figures_stand_beside_their_rows(played: tuple[str, Path], tmp_path: Path) -> None:
     path, out = played
-    found, settings = program.parse([path, "--out", str(out), "--run", str(tmp_path / "run")])
-    text = program.show(found, settings, plan(found, settings))
+    found, values = program.parse([path, "--out", str(out), "--run", str(tmp_path / "run")])
+    text = program.show(found, values, program.plan(found, values))
     made = json.loads((out / "result.json").read_text())["tables"]
     overview, depth, training = made
     assert overview["header"] == ["", "All", "NB", "paper"]
@@ -231,9 +251,8 @@ def test_the_papers_figures_stand_beside_their_rows(played: tuple[str, Path], tm
 
 def test_only_what_was_asked_for_and_found_is_shown(played: tuple[str, Path]) -> None:
     path, out = played
-    found, settings = program.parse([path, "--out", str(out), "--max_k", "4"])
-    found = dataclasses.replace(found, figures=())
-    program.show(found, settings, program.chosen(plan(found, settings), found, "k1,k4"))
+    found, values = program.parse([path, "--out", str(out), "--max_k", "4"])
+    program.show(found | {"figures": []}, values, program.chosen(program.plan(found, values), "k1,k4"))
     overview, depth, *_ = json.loads((out / "result.json").read_text())["tables"]
     assert [row[0] for row in overview["rows"]] == ["k1"] and [row[0] for row in depth["rows"]] == ["1"]
 
@@ -269,11 +288,13 @@ def test_what_a_program_took_adds_up_over_its_starts(tmp_path: Path) -> None:
 def test_a_real_experiment_goes_on_where_it_was(tmp_path: Path, games_root: Path) -> None:
     write_tiny_model(tmp_path / "policy")
     said = {
-        "title": "Tiny", "common": str(ROOT / "configs/experiments/common/alfworld.yaml"),
+        "title": "Tiny", "paper": "Nothing.", "common": str(ROOT / "configs/experiments/common/alfworld.yaml"),
         "parameters": {"policy": {"default": str(tmp_path / "policy"), "help": "a policy"}},
-        "parts": {"play": {"program": "foresight_eval", "flags": {
-            "policy_model": "{policy}", "prompt_style": "tuned", "act_tokens": 4, "method": "sft"},
-            "runs": {"k{k}": {"seed": "{k}"}, "lost": {"env_data_root": "nowhere"}}}},
+        "runs": {"play": {
+            "command": "python -m foresight_eval --policy_model {policy} --method sft --prompt_style tuned "
+                       "--act_tokens 4 --env_data_root {data} --max_games {max_games} --max_steps {max_steps} "
+                       "--max_k {max_k} --env_processes {env_processes} --action_selection {selection}",
+            "each": {"k{k}": "--seed {k}", "lost": "--env_data_root nowhere"}}},
         "tables": [{"table": "overview", "columns": ["n", "mean k"], "paper": {"paper": {"k0": 1.5}}}],
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(said))

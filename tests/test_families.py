@@ -16,32 +16,41 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.methods import build
-from foresight_eval.methods.settings import METHODS, NEED_WORLD_MODEL, MethodSettings
-from foresight_eval.runner import check, evaluate
+from foresight_eval.plan import make_plan
+from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
+from itp.agent.policy import Policy
+from itp.agent.policy_with_heads import add_control_to_tokenizer
+from itp.agent.world_model import WorldModel
+from itp.chat_template import end_of_turn, template_of
 from itp.envs.base import Observation
+from itp.errors import UserError
 from itp.games import Game
-from itp.lm.chat import asked_as, end_of_turn, turns_of
-from itp.lm.decoding import Engine
-from itp.policy.agent import Policy
-from itp.policy.policy_with_heads import add_control_to_tokenizer
-from itp.policy.method import View
-from itp.runtime import TRUST_REMOTE_CODE, UserError, load_causal_lm, load_tokenizer, model_card
-from itp.text.actions import without_thinking
-from itp.text.prompts import PLAIN, Turns, dialogue_examples, policy_prompt
+from itp.lm.engine import Engine
+from itp.methods.base import View
+from itp.methods.registry import build
+from itp.methods.settings import METHODS, NEED_WORLD_MODEL, MethodSettings
+from itp.model_card import ModelCard, format_for
+from itp.pretrained import TRUST_REMOTE_CODE, load_causal_lm, load_tokenizer
+from itp.text.parsing import without_thinking
+from itp.text.prompt_format import PLAIN, TUNED, PromptFormat, PromptTemplate
+from itp.text.prompts import policy_prompt
+from itp.text.segments import dialogue_examples
 from itp.text.state import State
-from itp.training import base_policy, label, rl_k, sft
-from itp.training.examples import IGNORED, Example, encode, hold_out
-from itp.training.finetune import finetune, trained_form
-from itp.training.hf_trainer import Collator
-from itp.training.text_task import TextTask
-from itp.training.warm_up import WarmUpTask
+from itp.training import base_policy
+from itp.training.examples import IGNORED, Example, encode, split_off_eval
+from itp.training.itp_r import a2c, label, warm_up
+from itp.training.itp_r.a2c_settings import RlSettings
+from itp.training.itp_r.label_settings import LabelSettings
+from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
+from itp.training.itp_r.warm_up_task import WarmUpTask
+from itp.training.run import finetune
+from itp.training.settings import trained_card
+from itp.training.text_task import Collator, TextTask
 from itp.transitions import Transition, write_transitions
-from itp.world_model import WorldModel
 from tests.families import FAMILIES, write_family
 from tests.toy import ToyLM
-from world_model.base_tuning.finetune import WorldModelSettings, fit, to_examples
+from world_model.base_tuning.finetune import WorldModelSettings, examples_for, to_examples
 
 KMAX = 1
 STEPS = [("go to cabinet 1", "The cabinet 1 is closed."), ("open cabinet 1", "You open the cabinet 1."),
@@ -74,16 +83,16 @@ class Seen:
         self.ids: set[tuple[int, ...]] = set()
         self.policy: list[tuple[Policy, State, str, dict]] = []
         self.world: list[tuple[WorldModel, State, str]] = []
-        for name, ids_of in (("generate", lambda r: r.ids), ("control", lambda ids: ids), ("score", lambda p: p[0])):
+        for name, ids_of in (("generate", lambda r: r.ids), ("read_heads", lambda ids: ids), ("score", lambda p: p[0])):
             self._catch(patch, name, ids_of)
         ask, imagine = Policy.prompt, WorldModel.prompt
 
-        def prompt(policy: Policy, state: State, name: str, **parts: str) -> str:
+        def prompt(policy: Policy, state: State, name: str, new_tokens: int, **parts: str) -> str:
             self.policy.append((policy, policy._shown(state), name, parts))
-            return ask(policy, state, name, **parts)
+            return ask(policy, state, name, new_tokens, **parts)
 
         def world_prompt(model: WorldModel, state: State, action: str) -> str:
-            self.world.append((model, state.last(model.keep_steps), action))
+            self.world.append((model, state.last(model.history_keep_steps), action))
             return imagine(model, state, action)
 
         patch.setattr(Policy, "prompt", prompt)
@@ -104,22 +113,21 @@ class Seen:
         for model, state, action in self.world:
             settings = WorldModelSettings(model_path=base, out_dir="", data_path="", prompt_form=form)
             tokenizer = model.lm.tokenizer
-            examples = to_examples([Transition("", 0, state.render(), action, "x")], trained_form(settings, tokenizer))
+            examples = examples_for(settings, tokenizer, [Transition("", 0, state.render(), action, "x")])
             compared.add(prompt_of(encode(examples, tokenizer, 9999).rows[0]))
         for policy, state, name, parts in self.policy:
             foresight, tokenizer = parts.get("foresight", ""), policy.lm.tokenizer
-            if policy.control:
-                settings = sft.SftSettings(train_jsonl="", policy_model_path="", out_dir="", max_seq_len=9999,
-                                           model_path=base_policy_path)
-                task = WarmUpTask(settings, [sft.Step("", state, foresight, "look", 0)])
+            if policy.form.control_token:
+                settings = SftSettings(train_jsonl="", policy_model="", out_dir="", max_seq_len=9999,
+                                       model_path=base_policy_path)
+                task = WarmUpTask(settings, [LabeledStep("", state, foresight, "look", 0)])
                 step, = task._tokens(tokenizer, {"examples": 0})
-                control = tuple(step.prompt[:step.control + 1])
-                assert any(ids[:len(control)] == control for ids in self.ids)
+                assert any(ids[:len(step.heads_prompt)] == tuple(step.heads_prompt) for ids in self.ids)
                 compared.add(tuple(step.prompt))
             else:
                 settings = base_policy.BasePolicySettings(model_path=base, out_dir="", train_json="", prompt_form=form)
-                talk, turns = dialogue(state, foresight, name, "look"), trained_form(settings, tokenizer)
-                row, = encode([Example(dialogue_examples(talk, turns)[0], eos=False)], tokenizer, 9999).rows
+                talk, template = dialogue(state, foresight, name, "look"), trained_card(settings, tokenizer).template
+                row, = encode([Example(dialogue_examples(talk, template)[0], eos=False)], tokenizer, 9999).rows
                 compared.add(prompt_of(row))
         assert compared <= self.ids
         return len(compared)
@@ -140,39 +148,39 @@ def test_one_family_through_everything(family: str, form: str, q_lora: bool, tmp
 
     wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", **run)
     tokenizer = load_tokenizer(base)
-    finetune(wm, fit(transitions(), tokenizer, 2048, trained_form(wm, tokenizer)))
+    finetune(wm, examples_for(wm, tokenizer, transitions()))
     talks = [{"id": str(i), "conversations": dialogue(State("look", "You see."), "", "Action", a)}
              for i, (a, _) in enumerate(STEPS)]
     (tmp_path / "talks.json").write_text(json.dumps(talks))
     policy = base_policy.BasePolicySettings(model_path=base, out_dir=str(tmp_path / "policy"),
                                             train_json=str(tmp_path / "talks.json"), **run)
-    finetune(policy, base_policy.read_dialogues(policy.train_json, trained_form(policy, tokenizer)))
+    finetune(policy, base_policy.read_dialogues(policy.train_json, trained_card(policy, tokenizer).template))
     policy_path, wm_path = str(policy.merged_path), str(wm.merged_path)
-    assert ("turns" in model_card(wm_path)) == ("turns" in model_card(policy_path)) == (form == "chat")
+    assert all((ModelCard.read(path).template == PLAIN) == (form == "plain") for path in (wm_path, policy_path))
 
     seen = Seen(monkeypatch)
     devices = {"policy_device": "cpu", "wm_device": "cpu"}
-    labels = label.LabelSettings(expert_jsonl=str(tmp_path / "expert.jsonl"), policy_model_path=policy_path,
-                                 wm_model_path=wm_path, out_labeled_jsonl=str(tmp_path / "labelled.jsonl"), kmax=KMAX,
+    labels = LabelSettings(expert_jsonl=str(tmp_path / "expert.jsonl"), policy_model=policy_path,
+                                 wm_model=wm_path, out_labeled_jsonl=str(tmp_path / "labelled.jsonl"), max_k=KMAX,
                                  wm_max_new_tokens=4, **devices)
     label.run(labels)
-    warm_up = sft.SftSettings(train_jsonl=labels.out_labeled_jsonl, policy_model_path=policy_path, kmax=KMAX,
-                              out_dir=str(tmp_path / "warm_up"), **(run | {"prompt_form": "auto"}))
-    sft.run(warm_up)
+    stage_2 = SftSettings(train_jsonl=labels.out_labeled_jsonl, policy_model=policy_path, max_k=KMAX,
+                          out_dir=str(tmp_path / "warm_up"), **(run | {"prompt_form": "auto"}))
+    warm_up.run(stage_2)
     with_heads = str(tmp_path / "warm_up/merged_full")
-    rl_k.run(rl_k.RlSettings(
-        policy_model_path=with_heads, wm_model_path=wm_path, out_dir=str(tmp_path / "rl"),
-        env_data_path=str(games_root), episodes_per_epoch=1, episodes_per_update=1, num_envs=1, env_processes=1,
+    a2c.run(RlSettings(
+        policy_model=with_heads, wm_model=wm_path, out_dir=str(tmp_path / "rl"),
+        env_data_root=str(games_root), episodes_per_epoch=1, episodes_per_update=1, num_envs=1, env_processes=1,
         max_steps=2, wm_max_new_tokens=4, eval_every=0, action_selection="constrained", max_seq_len=4000, **devices))
     learned = str(tmp_path / "rl/last")
-    assert model_card(learned).get("turns") == model_card(policy_path).get("turns")
+    assert ModelCard.read(learned).template == ModelCard.read(policy_path).template
     for model, method, fixed_k in ((learned, "foresight", 1), (policy_path, "mpc", -1)):
         asyncio.run(evaluate(AlfworldSettings(
-            policy_model=model, wm_model=wm_path, output_path=str(tmp_path / method), only_ids="0", method=method,
+            policy_model=model, wm_model=wm_path, out_dir=str(tmp_path / method), only_ids="0", method=method,
             env_data_root=str(games_root), split="train", max_steps=2, fixed_k=fixed_k, max_k=KMAX, candidates=2,
-            temperature=1.0, act_tokens=4, foresight_tokens=4, device="cpu", env_processes=1, concurrency=1)))
+            temperature=1.0, act_tokens=4, wm_max_new_tokens=4, device="cpu", env_processes=1, concurrency=1)))
     assert seen.check(form, base, policy_path) > 20
-    assert {p.control for p, *_ in seen.policy} == {True, False}
+    assert {p.form.control_token for p, *_ in seen.policy} == {True, False}
     assert {"Action", "Helps"} <= {name for _, _, name, _ in seen.policy}
 
 
@@ -188,11 +196,11 @@ def test_what_was_trained_in_4_bits_is_what_is_saved(family: str, tmp_path: Path
     wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", epochs=10.0, batch_size=3,
                             grad_accum=1, eval_share=0.3, lr=1e-2, lora_dropout=0.0, q_lora=True)
     tokenizer = load_tokenizer(base)
-    examples = fit(transitions(), tokenizer, 2048, trained_form(wm, tokenizer))
+    examples = examples_for(wm, tokenizer, transitions())
     metrics = finetune(wm, examples)
     task = TextTask(wm, examples)
     encoding = task.encode(tokenizer)
-    held = [encoding.rows[i] for i in hold_out(encoding.groups, wm.eval_share, wm.seed)[1]]
+    held = [encoding.rows[i] for i in split_off_eval(encoding.groups, wm.eval_share, wm.seed)[1]]
 
     @torch.no_grad()
     def loss(model: torch.nn.Module) -> float:
@@ -230,7 +238,7 @@ def test_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = WorldModelSettings(model_path=str(base), out_dir=str(tmp_path / "wm"), data_path="", epochs=1.0,
                                   eval_share=0.0)
-    examples = to_examples(transitions())
+    examples = list(to_examples(transitions()))
     for start in (lambda: finetune(settings, examples), lambda: load_causal_lm(str(base))):
         with pytest.raises(UserError, match="code of its own; .* ITP_TRUST_REMOTE_CODE=1"):
             start()
@@ -247,22 +255,22 @@ def test_model_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_turns_are_the_template(family: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_family(tmp_path, family)))
-    turns = turns_of(tokenizer, "Be brief.")
+    template = template_of(tokenizer, "Be brief.")
     told = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A state.\nIt is."}], tokenize=False,
         add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024")
-    assert told.removeprefix(tokenizer.bos_token or "") == f"{turns.head}A state.\nIt is.{turns.tail}"
-    prompt = policy_prompt("Task: t\nObservation: o", turns=turns, style="instruct")
-    assert prompt.startswith(turns.head) and prompt.endswith(f"{turns.tail}Action:")
+    assert told.removeprefix(tokenizer.bos_token or "") == f"{template.head}A state.\nIt is.{template.tail}"
+    prompt = policy_prompt("Task: t\nObservation: o", form=PromptFormat("instruct", template=template))
+    assert prompt.startswith(template.head) and prompt.endswith(f"{template.tail}Action:")
     assert prompt.count("Be brief.") == 1
-    assert turns.tail.endswith("<think>\n\n</think>\n\n") == (family == "qwen3")
+    assert template.tail.endswith("<think>\n\n</think>\n\n") == (family == "qwen3")
     end = "<|eot_id|>" if family == "llama" else "<|im_end|>"
     assert end_of_turn(tokenizer) == {tokenizer.convert_tokens_to_ids(end)}
 
 
 def test_base_model_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     """Qwen's base models name another end-of-sequence token than their template ends turns with."""
-    from itp.runtime import load_causal_lm
+    from itp.pretrained import load_causal_lm
 
     folder = write_family(tmp_path, "qwen2")
     tokenizer = load_tokenizer(str(folder))
@@ -297,53 +305,52 @@ class Refusing:
     "{% for m in messages %}[{{ m.content }}]{% endfor %}",
     "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"])
 def test_system_turn_that_a_template_refuses(template: str) -> None:
-    assert turns_of(Refusing(template), "Be brief.") == Turns("[Be brief.\n\n", "]")
+    assert template_of(Refusing(template), "Be brief.") == PromptTemplate("[Be brief.\n\n", "]")
 
 
 def test_open_block_of_thought_is_closed() -> None:
     template = "{% for m in messages %}U {{ m.content }}\n{% endfor %}A <think>\n"
-    assert turns_of(Refusing(template)).tail == "\nA <think>\n\n</think>\n\n"
-    assert turns_of(Refusing(template), thinking=True) == Turns("U ", "\nA <think>", True)
+    assert template_of(Refusing(template)).tail == "\nA <think>\n\n</think>\n\n"
+    assert template_of(Refusing(template), thinking=True) == PromptTemplate("U ", "\nA <think>", True)
 
 
 @pytest.mark.parametrize("template", ["nothing", "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"])
 def test_unusable_template(template: str) -> None:
     with pytest.raises(UserError, match="refusing: its chat template can't be used"):
-        turns_of(Refusing(template))
+        template_of(Refusing(template))
 
 
-def test_asked_as(tmp_path: Path) -> None:
+def test_format_of_a_model_from_elsewhere(tmp_path: Path) -> None:
     folder = str(write_family(tmp_path, "qwen3"))
     tokenizer = load_tokenizer(folder)
-    style, turns = asked_as(folder, tokenizer)
-    assert style == "instruct" and "You act in a household" in turns.head and not turns.thinks
-    assert asked_as(folder, tokenizer, chat=False) == ("instruct", PLAIN)
-    assert asked_as(folder) == ("instruct", PLAIN)  # a server puts its own template around
-    assert asked_as(folder, tokenizer, thinking=True)[1].thinks
+    chat, plain = format_for(folder, tokenizer), PromptFormat("instruct")
+    assert chat.style == "instruct" and "You act in a household" in chat.template.head and not chat.template.thinks
+    assert format_for(folder, tokenizer, chat=False) == plain
+    assert format_for(folder) == plain  # a server puts its own template around
+    assert format_for(folder, tokenizer, thinking=True).template.thinks
     with pytest.raises(UserError, match="--thinking"):
-        asked_as(folder, tokenizer, chat=False, thinking=True)
-    assert asked_as(folder, tokenizer, style="tuned") == ("tuned", PLAIN)
+        format_for(folder, tokenizer, chat=False, thinking=True)
+    assert format_for(folder, tokenizer, style="tuned") == TUNED
     for env, acts, simulates in (("alfworld", "You act in a household", "a household text game"),
                                  ("scienceworld", "You do science experiments", "a science laboratory text game")):
-        assert acts in asked_as(folder, tokenizer, env=env)[1].head
-        assert simulates in asked_as(folder, tokenizer, role="world_model", env=env)[1].head
+        assert acts in format_for(folder, tokenizer, env=env).template.head
+        assert simulates in format_for(folder, tokenizer, role="world_model", env=env).template.head
 
 
 def test_stage_2_on_scienceworld_learns_what_inference_asks(tmp_path: Path) -> None:
     """From an instruct model, whose prompts hold the environment's instruction, in turns and as plain text."""
     folder, state = str(write_family(tmp_path, "qwen2")), State("find a plant", "This room is called the hallway.")
-    settings = sft.SftSettings(train_jsonl="", policy_model_path=folder, out_dir="", model_path=folder,
-                               env="scienceworld", max_seq_len=9999)
+    settings = SftSettings(train_jsonl="", policy_model=folder, out_dir="", model_path=folder,
+                           env="scienceworld", max_seq_len=9999)
     for form in ("auto", "plain"):
         settings = dataclasses.replace(settings, prompt_form=form)
         tokenizer = load_tokenizer(folder)
         add_control_to_tokenizer(tokenizer)
-        task = WarmUpTask(settings, [sft.Step("", state, "\nIf: look\nThen: o", "look", 0)])
+        task = WarmUpTask(settings, [LabeledStep("", state, "\nIf: look\nThen: o", "look", 0)])
         step, = task._tokens(tokenizer, {"examples": 0})
-        style, turns = task.asked(tokenizer)
-        policy = Policy(None, env="scienceworld", style=style, turns=turns, control=True)
-        asked = policy.prompt(state, "Action", foresight="\nIf: look\nThen: o")
-        assert (style, turns == PLAIN) == ("instruct", form == "plain")
+        policy = Policy(None, task.prompt_format(tokenizer))
+        asked = policy.action_prompt(state, foresight="\nIf: look\nThen: o")
+        assert (policy.form.style, policy.form.template == PLAIN) == ("instruct", form == "plain")
         assert asked.count("You do science experiments") == 1
         assert step.prompt == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
@@ -360,8 +367,8 @@ def test_methods_ask_in_turns(name: str, style: str) -> None:
             # The toy knows labels on lines of their own.
             return await super().generate([p.replace("<a>", "\n") for p in prompts], params)
 
-    policy = Policy(Listening("policy"), style=style, turns=Turns("<u>", "<a>"))
-    world_model = WorldModel(Listening("world_model"), style=style, turns=Turns("<w>", "<a>"))
+    policy = Policy(Listening("policy"), PromptFormat(style, template=PromptTemplate("<u>", "<a>")))
+    world_model = WorldModel(Listening("world_model"), PromptFormat(style, template=PromptTemplate("<w>", "<a>")))
     state = State("put a clean plate in fridge", "you see 7")
     view = View(Game("alfworld", "train", "g", "g", "look_at_obj_in_light"), 0, state,
                 Observation(state.observation, state.task), 5)
@@ -390,7 +397,7 @@ class Replies:
         return [Generation(self.text, 1, 1, 0, "stop") for _ in prompts]
 
 
-THINKS = Turns("<user>", "<assistant>", thinks=True)
+THINKS = PromptFormat("instruct", template=PromptTemplate("<user>", "<assistant>", thinks=True))
 
 
 @pytest.mark.parametrize("reply, action, parsed", [
@@ -401,7 +408,7 @@ THINKS = Turns("<user>", "<assistant>", thinks=True)
 ])
 def test_thoughts_are_no_action(reply: str, action: str, parsed: bool) -> None:
     lm = Replies(reply)
-    policy = Policy(lm, style="instruct", turns=THINKS, action_tokens=10, thinking_tokens=100)
+    policy = Policy(lm, THINKS, action_tokens=10, thinking_tokens=100)
     state = State("t", "o")
     choice = asyncio.run(policy.act(state, None, 0))
     assert (choice.action, choice.parsed) == (action, parsed)
@@ -410,27 +417,27 @@ def test_thoughts_are_no_action(reply: str, action: str, parsed: bool) -> None:
     assert asyncio.run(policy.propose(state, 0)) == action
     assert asyncio.run(policy.think_and_act(state, 0)).action == action
     for imagined in (False, True):
-        assert [c.action for c in asyncio.run(policy.draw(state, None, 3, 0, imagined=imagined))] == [action] * 3
+        assert [c.action for c in asyncio.run(policy.sample(state, None, 3, 0, imagined=imagined))] == [action] * 3
 
 
 @pytest.mark.parametrize("flags, message", [
     ({"method": "rap"}, "--thinking: --method rap reads how sure"),
     ({"method": "sft", "action_selection": "score"}, "--action_selection generate")])
 def test_thinking_needs_a_free_answer(flags: dict, message: str) -> None:
-    settings = AlfworldSettings(policy_model="p", wm_model="w", output_path="", max_k=1, thinking=True, **flags)
+    settings = AlfworldSettings(policy_model="p", wm_model="w", out_dir="", max_k=1, thinking=True, **flags)
     with pytest.raises(UserError, match=message):
-        check(settings)
+        make_plan(settings)
 
 
 def test_horizon_and_reflection_after_thinking() -> None:
-    policy = Policy(Replies("<think>9 steps?</think>\n\nHorizon: 2"), style="instruct", turns=THINKS)
+    policy = Policy(Replies("<think>9 steps?</think>\n\nHorizon: 2"), THINKS)
     assert asyncio.run(policy.horizon(State("t", "o"), 5, 0))[0] == 2
     policy = dataclasses.replace(policy, lm=Replies("<think>hm</think>\nReflection: it fails.\nMore"))
     assert asyncio.run(policy.reflect(State("t", "o"), "", 0)) == "it fails."
 
 
 def test_world_model_on_a_server_may_think() -> None:
-    model = WorldModel(Replies("<think>Let me see.</think>\n\nYou see a mug."), style="instruct")
+    model = WorldModel(Replies("<think>Let me see.</think>\n\nYou see a mug."), PromptFormat("instruct"))
     assert asyncio.run(model.step([State("t", "o")], ["look"])) == ["You see a mug."]
     assert asyncio.run(model.sample(State("t", "o"), "look", 2, 0)) == ["You see a mug."] * 2
     assert without_thinking("plain") == "plain"
@@ -443,11 +450,10 @@ def test_dialogue_in_turns() -> None:
     talk = [{"from": "human", "value": "Task: t\nObservation: o"}, {"from": "gpt", "value": "Action: a"},
             {"from": "human", "value": "Observation: p"}, {"from": "gpt", "value": "Action: b", "weight": 0},
             {"from": "human", "value": "Observation: q"}, {"from": "gpt", "value": "Action: c"}]
-    turns = Turns("<u>", "<a>")
-    state = State("t", "o")
-    assert dialogue_examples(talk, turns) == [
-        [(policy_prompt(state.render(), turns=turns), False), (" a\n", True)],
-        [(policy_prompt(state.after("a", "p").after("b", "q").render(), turns=turns), False), (" c\n", True)]]
+    form, state = PromptFormat(template=PromptTemplate("<u>", "<a>")), State("t", "o")
+    assert dialogue_examples(talk, form.template) == [
+        [(policy_prompt(state.render(), form=form), False), (" a\n", True)],
+        [(policy_prompt(state.after("a", "p").after("b", "q").render(), form=form), False), (" c\n", True)]]
 
 
 def test_sliding_window_is_a_limit(tmp_path: Path) -> None:

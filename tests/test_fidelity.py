@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld import AlfworldEnv
-from itp.envs.alfworld_expert import Expert
-from itp.games import Game, list_games, task_params
-from itp.lm.base import Generation, GenParams
-from itp.policy.agent import Choice
-from itp.runtime import UserError
+from itp.agent.policy import Choice
+from itp.agent.world_model import WorldModel
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.expert import Expert
+from itp.envs.alfworld.games import list_games, task_params
+from itp.errors import UserError
+from itp.games import Game
+from itp.lm.base import GenParams, Generation
 from itp.text.facts import fact_f1, facts
 from itp.text.state import State
 from itp.transitions import Transition
-from itp.world_model import WorldModel
 from tests.toy import ToyLM
 from world_model.consistency import consistency
 from world_model.fidelity import (
-    Settings, identify, kind_of, measure, measure_depth, read_measured, token_f1, windows_of,
+    FidelitySettings, identify, kind_of, measure, measure_depth, read_measured, token_f1, windows_of,
 )
 
 CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
@@ -159,13 +160,13 @@ class Brief(ToyLM):
 
 def test_predictions_that_are_cut_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     rows = episode("a", ["x", "y", "z"]) + episode("b", ["y", "y", "x"])
-    world_model = WorldModel(Brief("world_model"), max_new_tokens=4, limit="--foresight_tokens")
+    world_model = WorldModel(Brief("world_model"), max_new_tokens=4, limit_flag="--wm_max_new_tokens")
     figures = asyncio.run(measure(world_model, rows))
     assert figures["all"]["cut"] == 3 and figures["all"]["exact_match"] == 1
     depths = asyncio.run(measure_depth(world_model, windows_of(rows, 3)))
     assert [depths[d]["cut"] for d in (1, 2, 3)] == [1, 2, 0]
     said, = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert "cut at 4 tokens" in said and said.endswith("raise --foresight_tokens")
+    assert "cut at 4 tokens" in said and said.endswith("raise --wm_max_new_tokens")
 
 
 class Forgetful:
@@ -238,7 +239,7 @@ class Obliging(Real):
     (Obliging, {"games": 2, "dreamed": 2, "replayed": 0, "both": 0, "ratio": 0.0}),
 ])
 def test_consistency_on_real_games(games_root: Path, world_model: type, expected: dict[str, float]) -> None:
-    games = [g for g in list_games("alfworld", "train", games_root) if g.task_type in CARRIED]
+    games = [g for g in list_games("train", games_root) if g.task_type in CARRIED]
     env = AlfworldEnv()
     by_first = {env.reset(game).text: game for game in games}
     env.close()
@@ -247,7 +248,7 @@ def test_consistency_on_real_games(games_root: Path, world_model: type, expected
 
 
 def test_nothing_dreamed_has_no_ratio(games_root: Path) -> None:
-    games = list_games("alfworld", "train", games_root)[:1]
+    games = list_games("train", games_root)[:1]
     env = AlfworldEnv()
     by_first = {env.reset(games[0]).text: games[0]}
     env.close()
@@ -260,7 +261,7 @@ def test_what_was_measured_is_kept_until_models_or_data_change(tmp_path: Path) -
     model.mkdir()
     (model / "config.json").write_text("{}")
     rows.write_text("{}\n")
-    settings = Settings(wm_model=str(model), transitions=str(rows), out_json=str(out))
+    settings = FidelitySettings(wm_model=str(model), transitions=str(rows), out_json=str(out))
     measured = {"model": {"one_step": {}}}
     assert read_measured(str(out), identify(settings)) == {}
     out.write_text(json.dumps(identify(settings) | {"models": measured}))

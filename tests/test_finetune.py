@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from itp.runtime import UserError
-from itp.text.prompts import Turns, dialogue_examples
+from itp.errors import UserError
+from itp.text.prompt_format import PromptTemplate
+from itp.text.segments import dialogue_examples
 from itp.training import base_policy
-from itp.training.examples import Example, encode, hold_out
-from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune, whole_checkpoints
-from itp.training.hf_trainer import Collator, SimilarLengths
-from itp.training.text_task import TextTask
+from itp.training.checkpoints import whole_checkpoints
+from itp.training.examples import Example, encode, split_off_eval
+from itp.training.run import finetune, open_run
+from itp.training.settings import FinetuneSettings, check_settings
+from itp.training.text_task import Collator, TextTask
+from itp.training.trainer import SimilarLengths
 from tests.killed import kill
 
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
@@ -174,13 +177,13 @@ def test_too_long_examples_lose_the_left_of_their_context_never_their_target():
 
 def test_episodes_are_held_out_whole_and_always_the_same():
     groups = [f"e{i // 5}" for i in range(100)]
-    train, held = hold_out(groups, 0.1, seed=1)
+    train, held = split_off_eval(groups, 0.1, seed=1)
     assert sorted(train + held) == list(range(100)) and len(held) == 10
     assert not {groups[i] for i in train} & {groups[i] for i in held}
-    assert hold_out(groups, 0.1, seed=1) == (train, held) != hold_out(groups, 0.1, seed=2)
-    train, held = hold_out([""] * 40, 0.05, seed=1)
+    assert split_off_eval(groups, 0.1, seed=1) == (train, held) != split_off_eval(groups, 0.1, seed=2)
+    train, held = split_off_eval([""] * 40, 0.05, seed=1)
     assert (len(train), len(held)) == (38, 2)
-    assert hold_out(["only"], 0.5, seed=1) == ([0], [])
+    assert split_off_eval(["only"], 0.5, seed=1) == ([0], [])
 
 
 def test_an_epoch_has_every_row_once_grouped_by_length_in_a_reproducible_order():
@@ -272,7 +275,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
         return base_policy.BasePolicySettings(out_dir=str(out), **flags)
 
     examples = base_policy.read_dialogues(str(data))
-    assert not claim_run(settings(killed), [data])
+    assert not open_run(settings(killed), [data])
     resumed = finetune(settings(killed), examples)
     whole = finetune(settings(tmp_path / "whole"), examples)
     assert resumed["resumed"] and not whole["resumed"]
@@ -282,12 +285,12 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(model_
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
 
-    assert claim_run(settings(killed), [data])  # finished
+    assert open_run(settings(killed), [data])  # finished
     with pytest.raises(UserError, match="lr: 0.001 there, 0.5 now"):
-        claim_run(dataclasses.replace(settings(killed), lr=0.5), [data])
+        open_run(dataclasses.replace(settings(killed), lr=0.5), [data])
     dialogues(data, 41)
     with pytest.raises(UserError, match="data_sha256"):
-        claim_run(settings(killed), [data])
+        open_run(settings(killed), [data])
 
 
 def test_a_checkpoint_with_a_file_cut_short_is_not_whole(tmp_path):
@@ -336,18 +339,18 @@ def test_a_folder_is_claimed_by_its_configuration_once_it_holds_a_checkpoint(mod
     data.write_text("[]")
     settings = settings_for(model_path, tmp_path / "out")
     other = dataclasses.replace(settings, lr=0.5)
-    assert not claim_run(settings, [data])
-    assert not claim_run(other, [data])  # nothing was trained yet, so nothing can mix
+    assert not open_run(settings, [data])
+    assert not open_run(other, [data])  # nothing was trained yet, so nothing can mix
     (tmp_path / "out" / "checkpoint-3").mkdir()
     (tmp_path / "out" / "checkpoint-3" / "complete.json").write_text('{"sizes": {}}')
     with pytest.raises(UserError, match="lr: 0.5 there, 0.01 now"):
-        claim_run(settings, [data])
+        open_run(settings, [data])
     monkeypatch.chdir(tmp_path)  # the same folders by other names, and settings that don't change the result
-    assert not claim_run(dataclasses.replace(other, out_dir="out", model_path=os.path.relpath(model_path), merge=False),
+    assert not open_run(dataclasses.replace(other, out_dir="out", model_path=os.path.relpath(model_path), merge=False),
                          [Path("data.json")])
     foreign = settings_for(model_path, tmp_path / "new", merged_dir=str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds files that aren't this run's"):
-        claim_run(foreign, [data])
+        open_run(foreign, [data])
 
 
 # ---------------------------------------------------------------- base policy data
@@ -381,7 +384,7 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     learned = [(WORDS[token], WORDS[label]) for token, label in pairs if label >= 0]
     assert learned == [("go", "go"), ("to", "to"), ("1", "2"), ("b", "d"), ("<eos>", "<eos>")]
 
-    chat = dialogue_examples(row["conversations"], Turns("<user>", "<assistant>"))
+    chat = dialogue_examples(row["conversations"], PromptTemplate("<user>", "<assistant>"))
     assert [segments[-1] for segments in chat] == [(" go to 2\n", True), (" d\n", True)]  # a sequence each: all of it
 
 

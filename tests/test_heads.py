@@ -13,16 +13,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from itp.agent.heads import has_heads, kmax_of
+from itp.agent.policy_with_heads import PolicyHeads, PolicyWithHeads
+from itp.errors import UserError
 from itp.lm.base import GenParams
-from itp.policy.heads import PolicyHeads, PolicyWithHeads, has_heads, kmax_of, load_policy_lm
-from itp.runtime import UserError
+from itp.models import load_policy
+from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, control_prompt, foresight_text, policy_prompt
-from itp.training.token_tree import TokenTree, batch
+from itp.training.itp_r.token_tree import TokenTree, batch
 from tests.tiny import write_tiny_model
 
 STATE = "Task: put a clean plate in fridge\nObservation: You are in the middle of a room."
 LONGER = STATE + "\nAction: go to cabinet 1\nObservation: You arrive at cabinet 1. The cabinet 1 is closed."
 FORESIGHT = foresight_text([("open cabinet 1", "You open the cabinet 1.")])
+FORM = PromptFormat(control_token=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,8 +87,8 @@ def test_the_control_token_is_added_once_and_never_shrinks_the_vocabulary(plain,
     torch.testing.assert_close(embeddings[ctrl], before[:known].mean(0))
     torch.testing.assert_close(embeddings[:known], before[:known])
     # One token, wherever it stands, and the control prompt is the beginning of the policy's.
-    ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, control=True))[0].tolist()
-    start = encoded(tokenizer, control_prompt(STATE))[0].tolist()
+    ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, form=FORM))[0].tolist()
+    start = encoded(tokenizer, control_prompt(STATE, FORM))[0].tolist()
     assert ids[:len(start)] == start and start[-1] == ctrl and ids.count(ctrl) == 1
     assert start[:-1] == encoded(tokenizer, STATE + "\n")[0].tolist()
 
@@ -104,8 +108,8 @@ def test_heads_start_indifferent_and_compute_in_float32():
 def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain, tmp_path):
     policy = random_heads(PolicyWithHeads.create(*(loaded := load(plain)), 2))
     tokenizer = loaded[1]
-    texts = [control_prompt(STATE), policy_prompt(LONGER, foresight=FORESIGHT, control=True) + " open cabinet 1\n",
-             policy_prompt(STATE, control=True)]
+    texts = [control_prompt(STATE, FORM), policy_prompt(LONGER, foresight=FORESIGHT, form=FORM) + " open cabinet 1\n",
+             policy_prompt(STATE, form=FORM)]
     alone = [read(policy, tokenizer, text) for text in texts]
     ctrl = tokenizer.convert_tokens_to_ids(CTRL)
     rows = [encoded(tokenizer, text)[0].tolist() for text in texts]
@@ -126,8 +130,8 @@ def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain
     torch.testing.assert_close(boolean.logits, tree_out.logits[0, [3, 5]])
 
     policy.save_pretrained(tmp_path / "policy", tokenizer)
-    engine = load_policy_lm(str(tmp_path / "policy")).engine
-    readings = engine.control([row[:column + 1] for row, column in zip(rows, columns, strict=True)])
+    engine = load_policy(str(tmp_path / "policy")).lm.engine
+    readings = engine.read_heads([row[:column + 1] for row, column in zip(rows, columns, strict=True)])
     for i, single in enumerate(alone):
         for packed in (left, tree_out, boolean):
             torch.testing.assert_close(packed.k_logits[i], single.k_logits[0], rtol=0, atol=1e-5)
@@ -142,15 +146,15 @@ def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain
 async def test_a_loaded_policy_chooses_k_and_generates(plain, tmp_path):
     model, tokenizer = load(plain)
     random_heads(PolicyWithHeads.create(model, tokenizer, 2)).save_pretrained(tmp_path / "p", tokenizer)
-    lm = load_policy_lm(str(tmp_path / "p"))
-    reading, = await lm.control([control_prompt(STATE)])
+    lm = load_policy(str(tmp_path / "p")).lm
+    reading, = await lm.read_heads([control_prompt(STATE, FORM)])
     assert len(reading.k_logprobs) == 3 and torch.tensor(reading.k_logprobs).exp().sum().item() == pytest.approx(1)
-    reply, = await lm.generate([policy_prompt(STATE, control=True)], GenParams(max_new_tokens=3))
+    reply, = await lm.generate([policy_prompt(STATE, form=FORM)], GenParams(max_new_tokens=3))
     assert reply.cached_tokens == reading.prompt_tokens  # the control token's keys and values serve the action
     await lm.close()
-    lm = load_policy_lm(str(plain))
+    lm = load_policy(str(plain)).lm
     with pytest.raises(UserError, match="no heads"):
-        await lm.control([STATE])
+        await lm.read_heads([STATE])
     await lm.close()
 
 
@@ -165,7 +169,7 @@ def test_the_control_row_trains_is_merged_and_saved(plain, tmp_path, tied, paddi
     if lora:
         policy.add_lora(peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"), ctrl)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
-    ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, control=True) + " look\n")
+    ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, form=FORM) + " look\n")
     column = torch.tensor([ids[0].tolist().index(ctrl)])
     for _ in range(2):  # LoRA's B is zero at first, and so is the gradient of its A
         optimizer.zero_grad()
@@ -206,7 +210,7 @@ def test_a_folder_with_heads_says_what_it_is(plain, tmp_path):
     again, _ = PolicyWithHeads.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path, tokenizer)
     assert json.loads((tmp_path / "itp_model.json").read_text()) == {"prompt_style": "instruct", "control": True}
-    asked = (f"import sys; from itp.policy.heads import has_heads, kmax_of; print(has_heads({str(tmp_path)!r}), "
+    asked = (f"import sys; from itp.agent.heads import has_heads, kmax_of; print(has_heads({str(tmp_path)!r}), "
              f"kmax_of({str(tmp_path)!r}), 'torch' in sys.modules)")
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["True", "4", "False"]
@@ -227,8 +231,8 @@ def test_the_heads_of_the_release_load(plain, tmp_path):
                tmp_path / "adaptive_heads.pt")
     assert has_heads(tmp_path) and kmax_of(tmp_path) == 3
     policy, tokenizer = PolicyWithHeads.from_pretrained(tmp_path)
-    out = read(policy, tokenizer, control_prompt(STATE))
-    ids = encoded(tokenizer, control_prompt(STATE))
+    out = read(policy, tokenizer, control_prompt(STATE, FORM))
+    ids = encoded(tokenizer, control_prompt(STATE, FORM))
     hidden = policy.causal_lm.model(ids).last_hidden_state[:, -1]
     torch.testing.assert_close(out.k_logits, k_head(hidden))
     torch.testing.assert_close(out.values, v_head(hidden)[:, 0])

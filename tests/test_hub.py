@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 import yaml
 
-from itp.runtime import UserError, model_fingerprint
+from itp.errors import UserError
+from itp.pretrained import model_fingerprint
 from itp.training.base_policy import BasePolicySettings, read_dialogues
-from itp.training.finetune import check_settings, claim_run, finetune
+from itp.training.run import finetune, open_run
+from itp.training.settings import check_settings
 from tests.tiny import write_tiny_model
 
 TALKS = """[{"id": "a", "conversations": [{"from": "human", "value": "Task: x"},
@@ -56,15 +58,21 @@ def test_upload_that_fails_is_one_line(settings: BasePolicySettings, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
     settings = dataclasses.replace(settings, push_to_hub="me/policy")
+    assert not open_run(settings, [settings.train_json])
     with pytest.raises(UserError, match="--push_to_hub me/policy: OSError; log in"):
         finetune(settings, read_dialogues(settings.train_json))
     assert (settings.merged_path / "config.json").is_file()
-    assert not (Path(settings.out_dir) / "metrics.json").exists()  # not finished: the same command tries again
+    with pytest.raises(UserError, match="--push_to_hub me/policy: OSError; log in"):
+        open_run(settings, [settings.train_json])  # the same command tries again, and trains no second time
+    sent = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: None)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: sent.append(options["folder_path"]))
+    assert open_run(settings, [settings.train_json]) and sent == [settings.merged_path]
 
 
 def test_no_network_is_one_line(settings: BasePolicySettings, tmp_path: Path) -> None:
     """The real client, and an address at which nobody answers; a process, because it reads the address when loaded."""
-    push = ("import pathlib, sys; from itp.training.hub import push; from itp.runtime import run_main; "
+    push = ("import pathlib, sys; from itp.training.hub import push; from itp.program import run_main; "
             "run_main(lambda: push(pathlib.Path(sys.argv[1]), 'me/policy'))")
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0"}
     run = subprocess.run([sys.executable, "-c", push, str(tmp_path)], capture_output=True, text=True, timeout=100,
@@ -77,10 +85,10 @@ def test_a_finished_run_is_uploaded_once(settings: BasePolicySettings, monkeypat
     sent = []
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **options: sent.append(name))
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **options: sent.append(options["folder_path"]))
-    assert not claim_run(settings, [settings.train_json])
+    assert not open_run(settings, [settings.train_json])
     finetune(settings, read_dialogues(settings.train_json))
     for name in ("", "me/policy", "me/policy", "me/other"):
-        assert claim_run(dataclasses.replace(settings, push_to_hub=name), [settings.train_json])
+        assert open_run(dataclasses.replace(settings, push_to_hub=name), [settings.train_json])
     assert sent == ["me/policy", settings.merged_path, "me/other", settings.merged_path]
 
 

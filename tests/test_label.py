@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ from typing import Any
 
 import pytest
 
-from itp.runtime import UserError
+from itp.agent.prompt_budget import PromptBudget, prompt_tokens
+from itp.errors import UserError
+from itp.lm.base import metered
+from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import action_target, foresight_text, policy_prompt
 from itp.text.state import State, parse
-from itp.training import label
-from itp.training.fitting import cut
-from itp.training.label import LabelSettings, best_k, parse_candidates, penalised, read_expert
+from itp.training.itp_r import label
+from itp.training.itp_r.expert_steps import read_expert
+from itp.training.itp_r.label_settings import LabelSettings, parse_candidates
+from itp.training.itp_r.pseudo_labels import Policy, best_k, penalized
 from itp.transitions import Transition, write_transitions
 from tests.killed import command_of, finish, kill
 from tests.tiny import write_tiny_model
@@ -62,8 +67,8 @@ def make(models: tuple[str, str], expert: Path, tmp_path: Path):
     """Settings of a small run on the CPU."""
 
     def settings(**other: Any) -> LabelSettings:
-        given = {"expert_jsonl": str(expert), "policy_model_path": models[0], "wm_model_path": models[1],
-                 "out_labeled_jsonl": str(tmp_path / "labeled.jsonl"), "kmax": 3, "wm_max_new_tokens": 8,
+        given = {"expert_jsonl": str(expert), "policy_model": models[0], "wm_model": models[1],
+                 "out_labeled_jsonl": str(tmp_path / "labeled.jsonl"), "max_k": 3, "wm_max_new_tokens": 8,
                  "max_seq_len": 500, "policy_device": "cpu", "wm_device": "cpu", "cache_gb": 0.2}
         return LabelSettings(**{**given, **other})
 
@@ -87,16 +92,16 @@ def assert_same(rows: list[dict], others: list[dict]) -> None:
 
 def test_the_label_maximises_the_penalised_score_and_ties_go_to_the_smaller_k() -> None:
     logprobs = {0: -2.0, 1: -1.5, 2: -1.25, 3: -1.25}
-    assert penalised(logprobs, 0.25) == {0: -2.0, 1: -1.75, 2: -1.75, 3: -2.0}
-    assert best_k(penalised(logprobs, 0.25)) == 1
-    assert best_k(penalised(logprobs, 0.0)) == 2
-    assert best_k(penalised(logprobs, 0.5)) == 0
-    assert best_k(penalised({0: -3.0, 5: -0.5}, 0.25)) == 5
+    assert penalized(logprobs, 0.25) == {0: -2.0, 1: -1.75, 2: -1.75, 3: -2.0}
+    assert best_k(penalized(logprobs, 0.25)) == 1
+    assert best_k(penalized(logprobs, 0.0)) == 2
+    assert best_k(penalized(logprobs, 0.5)) == 0
+    assert best_k(penalized({0: -3.0, 5: -0.5}, 0.25)) == 5
 
 
 @functools.cache
 def loaded(folder: str):
-    from itp.runtime import load_causal_lm
+    from itp.pretrained import load_causal_lm
 
     return load_causal_lm(folder)
 
@@ -135,14 +140,14 @@ def test_candidates_share_one_trajectory_and_its_prefixes(make, models: tuple[st
     """All k cost what the largest costs, and for each other its own label and action only."""
     encode = loaded(models[0])[1].encode
     prompted: list[str] = []
-    propose = label.Policy.propose
+    propose = Policy.propose
 
     async def counting(self, state: State, seed: int) -> str:
         prompted.append(state.render())
         return await propose(self, state, seed)
 
-    monkeypatch.setattr(label.Policy, "propose", counting)
-    rows = labelled(make(kmax=5))
+    monkeypatch.setattr(Policy, "propose", counting)
+    rows = labelled(make(max_k=5))
     assert len(prompted) == 5 * len(rows)
     for row in rows:
         ids = [encode(policy_prompt(row["state"], foresight=foresight_text(row["imagined"][:k]))
@@ -159,7 +164,7 @@ def test_some_candidates_only_and_none_at_all(make) -> None:
     rows = labelled(make(k_candidates="2"))
     assert all(set(row["scores"]) == {"0", "2"} and len(row["imagined"]) == 2 for row in rows)
     assert all(len(row["obs_list"]) == 4 and row["obs_list"][3] == row["obs_list"][2] for row in rows)
-    assert {row["k_label"] for row in labelled(make(kmax=0, override=True))} == {0}
+    assert {row["k_label"] for row in labelled(make(max_k=0, override=True))} == {0}
     assert parse_candidates("5,2", 5) == (0, 2, 5) and parse_candidates("", 2) == (0, 1, 2)
     for wrong in ("0,6", "-1", "a"):
         with pytest.raises(UserError, match="--k_candidates"):
@@ -180,7 +185,7 @@ def test_teacher_forcing_follows_the_expert_as_long_as_it_was_followed(make, exp
 
 
 def test_a_wrong_path_is_said_before_anything_is_written(make) -> None:
-    for name in ("policy_model_path", "wm_model_path"):
+    for name in ("policy_model", "wm_model"):
         with pytest.raises(UserError, match="./modle: no such model folder"):
             label.run(make(**{name: "./modle"}))
     assert not Path(make().out_labeled_jsonl + ".run").exists()
@@ -199,16 +204,16 @@ def test_the_seed_changes_what_is_imagined_by_sampling(make, tmp_path: Path) -> 
 
 
 def test_batch_sizes_bound_the_rows_of_a_forward_pass(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from itp.lm import decoding
+    from itp.lm import engine
 
     rows_of: dict[int, list[int]] = {}
 
-    class Spy(decoding.Batch):
+    class Spy(engine.KVBatch):
         def __init__(self, model, memory, rows, *others: Any) -> None:
             rows_of.setdefault(id(model), []).append(len(rows))
             super().__init__(model, memory, rows, *others)
 
-    monkeypatch.setattr(decoding, "Batch", Spy)
+    monkeypatch.setattr(engine, "KVBatch", Spy)
     labelled(make(concurrency=3, wm_batch_size=2, score_batch_size=4))
     assert sorted(max(sizes) for sizes in rows_of.values()) == [2, 4]
 
@@ -234,7 +239,7 @@ def test_a_process_that_is_killed_goes_on_with_the_same_command(make, expert: Pa
     many = tmp_path / "many.jsonl"
     many.write_text("".join(json.dumps(row | {"episode_id": f"{row['episode_id']}{i}"}) + "\n"
                             for i in range(8) for row in rows))
-    settings = make(expert_jsonl=str(many), kmax=1, wm_max_new_tokens=4, concurrency=2)
+    settings = make(expert_jsonl=str(many), max_k=1, wm_max_new_tokens=4, concurrency=2)
     progress, out = Path(settings.out_labeled_jsonl + ".run/rows.jsonl"), Path(settings.out_labeled_jsonl)
     command = command_of(["itp.training.train_adaptive_k", "label"], settings)
     kill(command, lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 6, tmp_path / "log")
@@ -275,7 +280,7 @@ def test_what_is_not_to_be_imitated_has_no_label(make, expert: Path, tmp_path: P
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [(row.index, row.forced) for row in read_expert(str(path), None)] == [
         (0, (PLAY[0][0],)), (2, (PLAY[2][0], PLAY[3][0])), (3, (PLAY[3][0],))]
-    found = labelled(make(expert_jsonl=str(path), kmax=0))
+    found = labelled(make(expert_jsonl=str(path), max_k=0))
     assert [(row["step"], row["expert_action"]) for row in found] == [(t, PLAY[t][0]) for t in (0, 2, 3)]
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(UserError, match="'expert_action' is empty in every row"):
@@ -284,36 +289,73 @@ def test_what_is_not_to_be_imitated_has_no_label(make, expert: Path, tmp_path: P
 
 def test_history_is_dropped_oldest_first_until_it_fits() -> None:
     state = State("t", "o", tuple((f"a{i}", f"o{i}") for i in range(9)))
-    for room in range(12, 60):  # in words: four before the history, four a step, four to say what was left out
-        kept = cut(state, State.render, lambda text: len(text.split()) <= room)
-        assert kept == (state if room >= 4 + 9 * 4 else state.last((room - 8) // 4))
-        assert kept.observation == "o8"
-    with pytest.raises(UserError, match="max_seq_len"):
-        cut(state, State.render, lambda text: len(text.split()) <= 11)
+    for room in range(5, 60):  # in words: four before the history, four a step, four to say what was left out
+        kept = state if room >= 4 + 9 * 4 else state.last(max(1, (room - 8) // 4))  # the last step always stays
+        for budget in (PromptBudget(room, count=lambda text: len(text.split())),
+                       PromptBudget(99, room + 7, lambda text: len(text.split()))):
+            with metered() as usage:
+                assert budget.prompt(state, State.render, new_tokens=7) == kept.render()
+            assert sum(spent.shortened for spent in usage.values()) == (kept != state)
+    assert PromptBudget().prompt(state, State.render, new_tokens=7) == state.render()
 
 
-def test_rows_that_do_not_fit(make, models: tuple[str, str]) -> None:
-    """With little room a late step loses history, no more than it must; where nothing is left, the row is named."""
+@pytest.fixture
+def sizes(models: tuple[str, str]):
+    """Tokens of a labelled row's prompt with its last steps, and of its action."""
     _, tokenizer = loaded(models[0])
 
-    def size(row: dict[str, Any], keep: int) -> int:
+    def size(row: dict[str, Any], keep: int) -> tuple[int, int]:
         prompt = policy_prompt(parse(row["state"]).last(keep).render())
-        return len(tokenizer.encode(prompt)) + len(tokenizer.encode(action_target(row["expert_action"])))
+        return len(tokenizer.encode(prompt)), len(tokenizer.encode(action_target(row["expert_action"])))
 
-    room = max(size(row, 1) for row in labelled(make(kmax=0))) + 5
-    kept = set()
-    for row in labelled(make(kmax=0, max_seq_len=room, override=True)):
-        keep = max(n for n in range(1, len(PLAY) + 1) if size(row, n) <= room)
-        state = parse(row["state"]).last(keep)
-        tokens = slow_logprobs(models[0], policy_prompt(state.render()), action_target(row["expert_action"]))
-        assert row["logprobs"]["0"] == pytest.approx(sum(tokens), abs=1e-4)
-        kept.add(state.omitted)
-    assert len(kept) > 1
-    with pytest.raises(UserError, match=r"transitions.jsonl:\d+: the prompt doesn't fit"):
-        label.run(make(max_seq_len=30, override=True))
-    skipping = make(max_seq_len=30, override=True, skip_bad_rows=True)
-    assert labelled(skipping) == []
-    assert json.loads(Path(skipping.out_labeled_jsonl + ".run/summary.json").read_text())["skipped"] == 2 * len(PLAY)
+    return size
+
+
+def assert_scored_with(row: dict[str, Any], keep: int, policy: str) -> int:
+    """That the row's action was scored after its last ``keep`` steps; how many were left out."""
+    state = parse(row["state"]).last(keep)
+    tokens = slow_logprobs(policy, policy_prompt(state.render()), action_target(row["expert_action"]))
+    assert row["logprobs"]["0"] == pytest.approx(sum(tokens), abs=1e-4)
+    assert row["shortened"] == (state.omitted > 0)
+    return state.omitted
+
+
+def summary_of(settings: LabelSettings) -> dict[str, Any]:
+    return json.loads(Path(settings.out_labeled_jsonl + ".run/summary.json").read_text())
+
+
+def test_rows_beyond_max_seq_len_lose_history_no_more_than_they_must(make, models: tuple[str, str], sizes) -> None:
+    least = max(sizes(row, 1)[0] for row in labelled(make(max_k=0))) + 5
+    budget = next(n for n in range(999) if prompt_tokens(n, "action", "alfworld") >= least)
+    room, omitted = prompt_tokens(budget, "action", "alfworld"), []
+    settings = make(max_k=0, max_seq_len=budget, override=True)
+    for row in labelled(settings):
+        keep = max(n for n in range(1, len(PLAY) + 1) if sizes(row, n)[0] <= room)
+        omitted.append(assert_scored_with(row, keep, models[0]))
+    assert len(set(omitted)) > 1
+    assert summary_of(settings)["shortened_prompts"] == sum(n > 0 for n in omitted)
+    settings = make(max_k=0, max_seq_len=30, override=True)  # too little for any: the last step and the rest stay
+    rows = labelled(settings)
+    assert [assert_scored_with(row, 1, models[0]) for row in rows] == [max(0, row["step"] - 1) for row in rows]
+    assert (summary_of(settings)["rows"], summary_of(settings)["skipped"]) == (2 * len(PLAY), 0)
+
+
+def test_rows_beyond_the_models_context_are_left_out_and_counted(make, models: tuple[str, str], sizes,
+                                                                 tmp_path: Path) -> None:
+    every = labelled(make(max_k=0))
+    context = max(sum(sizes(row, 1)) for row in every) - 1
+    policy = tmp_path / "short"
+    shutil.copytree(models[0], policy)
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    settings = make(max_k=0, policy_model=str(policy), override=True)
+    found = {(row["episode_id"], row["step"]): row for row in labelled(settings)}
+    fitting = {(row["episode_id"], row["step"]) for row in every if sum(sizes(row, 1)) <= context}
+    assert set(found) == fitting and 0 < len(found) < len(every)
+    for row in found.values():
+        fits = [n for n in range(1, len(PLAY) + 1) if sizes(row, n)[0] <= context - 16]  # room for any action
+        assert_scored_with(row, max(fits, default=1), models[0])
+    assert summary_of(settings)["skipped"] == len(every) - len(found)
 
 
 def test_a_random_choice_of_rows_takes_whole_episodes(make, tmp_path: Path) -> None:
@@ -327,17 +369,18 @@ def test_a_random_choice_of_rows_takes_whole_episodes(make, tmp_path: Path) -> N
 
 
 def test_a_policy_with_heads_is_asked_with_its_control_token(make, models: tuple[str, str], tmp_path: Path) -> None:
-    from itp.policy.heads import PolicyWithHeads
+    from itp.agent.policy_with_heads import PolicyWithHeads
     model, tokenizer = copy.deepcopy(loaded(models[0]))
     folder = tmp_path / "heads"
     PolicyWithHeads.create(model, tokenizer, 3).save_pretrained(str(folder), tokenizer)
-    row = labelled(make(policy_model_path=str(folder)))[2]
+    row = labelled(make(policy_model=str(folder)))[2]
     for k in (0, 3):
-        prompt = policy_prompt(row["state"], foresight=foresight_text(row["imagined"][:k]), control=True)
+        prompt = policy_prompt(row["state"], form=PromptFormat(control_token=True),
+                               foresight=foresight_text(row["imagined"][:k]))
         tokens = slow_logprobs(str(folder), prompt, action_target(row["expert_action"]))
         assert row["logprobs"][str(k)] == pytest.approx(sum(tokens), abs=1e-4)
-    with pytest.raises(UserError, match="--kmax 2 contradicts .*kmax 3"):
-        label.run(make(policy_model_path=str(folder), kmax=2))
+    with pytest.raises(UserError, match="--max_k 2 contradicts .*kmax 3"):
+        label.run(make(policy_model=str(folder), max_k=2))
 
 
 def test_the_command_line() -> None:

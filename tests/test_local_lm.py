@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from itp.errors import UserError
 from itp.lm.base import GenParams, metered
-from itp.lm.kv_cache import Batch
-from itp.lm.local import LocalLM, Quorum
-from itp.runtime import UserError
+from itp.lm.kv_cache import KVBatch
+from itp.lm.local import LocalLM
+from itp.lm.scheduler import BatchBarrier
 from tests.tiny import write_tiny_model
 
 STATE = ("Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around "
@@ -62,14 +63,14 @@ def test_passes_that_save_padding_change_nothing(folder: Path, lm: LocalLM, pass
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [run(LocalLM.load(str(folder)).generate([p], GenParams(max_new_tokens=8)))[0] for p in PROMPTS]
     shapes = []
-    forward = Batch.forward
+    forward = KVBatch.forward
 
-    def watched(batch: Batch, new, keep: int = 1):
+    def watched(batch: KVBatch, new, keep: int = 1):
         shapes.append((len(new), max(map(len, new))))
         return forward(batch, new, keep)
 
-    monkeypatch.setattr(Batch, "forward", watched)
-    monkeypatch.setattr("itp.lm.decoding.WORTH", 1 << 20)  # or one of them would be computed after the other
+    monkeypatch.setattr(KVBatch, "forward", watched)
+    monkeypatch.setattr("itp.lm.engine.MIN_SHARED_TOKENS", 1 << 20)  # or one of them would be computed after the other
     lm.engine.pass_tokens = pass_tokens
     answers = run(lm.generate(PROMPTS, GenParams(max_new_tokens=8)))
     assert [a.text for a in answers] == [a.text for a in alone]
@@ -167,7 +168,7 @@ def test_concurrent_requests_share_batches_and_are_metered(lm: LocalLM) -> None:
             with metered() as usage:
                 await lm.generate([PROMPTS[i % 5]], GenParams(max_new_tokens=4))
                 return usage["policy"]
-        lm.quorum.add(live=8)
+        lm.barrier.add(live=8)
         return await asyncio.gather(*(one(i) for i in range(8)))
 
     usages = run(episodes())
@@ -180,9 +181,9 @@ def test_an_episode_with_several_requests_waits_for_the_others(lm: LocalLM) -> N
     async def episodes():
         async def one(i: int):
             with metered():
-                await asyncio.sleep(0.005 * i)  # within the quorum's patience
+                await asyncio.sleep(0.005 * i)  # within the barrier's patience
                 await asyncio.gather(*(lm.generate([PROMPTS[j]], GenParams(max_new_tokens=2)) for j in range(4)))
-        lm.quorum.add(live=2)
+        lm.barrier.add(live=2)
         await asyncio.gather(one(0), one(1))
 
     run(episodes())
@@ -193,8 +194,8 @@ def test_an_episode_with_several_requests_waits_for_the_others(lm: LocalLM) -> N
     (4, [("policy", 8), ("policy", 8), ("policy", 4), ("policy", 4), ("world_model", 8)]),
     (6, [("policy", 8), ("policy", 8), ("world_model", 6), ("policy", 2), ("policy", 2), ("world_model", 2)])])
 def test_the_world_model_waits_until_two_thirds_want_it(folder: Path, imagine: int, turns: list) -> None:
-    quorum = Quorum()
-    policy, world_model = (LocalLM.load(str(folder), role=role, quorum=quorum) for role in ("policy", "world_model"))
+    barrier = BatchBarrier()
+    policy, world_model = (LocalLM.load(str(folder), role=role, barrier=barrier) for role in ("policy", "world_model"))
     order = []
 
     async def episode(i: int, imagines: bool) -> None:
@@ -208,7 +209,7 @@ def test_the_world_model_waits_until_two_thirds_want_it(folder: Path, imagine: i
         answer = lm.run_batch
 
         async def run_batch() -> None:
-            order.append((lm.role, lm.asked))
+            order.append((lm.role, lm.waiting_prompts))
             await answer()
         return run_batch
 
@@ -216,7 +217,7 @@ def test_the_world_model_waits_until_two_thirds_want_it(folder: Path, imagine: i
         lm.run_batch = noting(lm)
 
     async def episodes() -> None:
-        quorum.add(live=8)
+        barrier.add(live=8)
         await asyncio.gather(*(episode(i, imagines=i < imagine) for i in range(8)))
 
     run(episodes())
@@ -296,7 +297,7 @@ def test_heads_read_the_last_hidden_state_and_generation_goes_on_from_there(lm: 
     torch.manual_seed(1)
     k_head, v_head = torch.nn.Linear(32, 4), torch.nn.Linear(32, 1)
     lm.engine.heads = lambda hidden: (k_head(hidden), v_head(hidden)[:, 0])
-    readings = run(lm.control(PROMPTS))
+    readings = run(lm.read_heads(PROMPTS))
     for prompt, reading in zip(PROMPTS, readings, strict=True):
         ids = torch.tensor([lm.tokenizer.encode(prompt, add_special_tokens=False)])
         with torch.no_grad():
@@ -311,7 +312,7 @@ def test_heads_read_the_last_hidden_state_and_generation_goes_on_from_there(lm: 
 
 def test_without_heads_there_is_nothing_to_read(lm: LocalLM) -> None:
     with pytest.raises(UserError, match="no heads"):
-        run(lm.control(PROMPTS))
+        run(lm.read_heads(PROMPTS))
 
 
 def test_reset_forgets_what_old_weights_computed(folder: Path, lm: LocalLM) -> None:

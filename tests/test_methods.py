@@ -7,17 +7,17 @@ from collections import Counter
 
 import pytest
 
-from foresight_eval.methods import build
-from foresight_eval.methods.implement import FAILED, RECENT, what_it_knows
-from foresight_eval.methods.settings import METHODS, NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
+from itp.agent.policy import Choice, Policy, distinct
+from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import GenParams, Usage, asking, metered
-from itp.policy.agent import Choice, Policy, distinct
-from itp.policy.method import Decision, Method, View
+from itp.methods.base import Decision, Method, View
+from itp.methods.implement import FAILED, RECENT, what_it_knows
+from itp.methods.registry import build
+from itp.methods.settings import METHODS, NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
 from itp.text.prompts import foresight_text, policy_prompt, proposal_text
 from itp.text.state import State, parse
-from itp.world_model import WorldModel
 from tests.toy import ACTIONS, ToyLM, p_yes
 
 GAME = Game("alfworld", "train", "toy/1", "toy", "pick_and_place_simple")
@@ -155,7 +155,7 @@ def test_distinct_actions_in_the_order_of_proposal() -> None:
 
 def test_yes_and_no_share_the_probability() -> None:
     lm = ToyLM("policy")
-    said = [asyncio.run(Policy(lm).helps(START, proposal_text(a))) for a in ACTIONS]
+    said = [asyncio.run(Policy(lm).judge(START, proposal_text(a))) for a in ACTIONS]
     assert said == [pytest.approx(p_yes(policy_prompt(START.render(), "Helps", foresight=f"\nIf: {a}")))
                     for a in ACTIONS]
     assert min(said) < 0.5 < max(said)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from itp.runtime import write_json
+from itp.files import write_json
 from itp.text.state import State
 
-EVALUATE = "-m foresight_eval --output_path out"
+EVALUATE = "-m foresight_eval --out_dir out"
 STAGES = "-m itp.training.train_adaptive_k"
-PAIR = "--policy_model_path model --wm_model_path model"
+PAIR = "--policy_model model --wm_model model"
 MISTAKES = [
-    ("-m foresight_eval", "missing required --policy_model, --output_path (see --help)"),
+    ("-m foresight_eval", "missing required --policy_model, --out_dir (see --help)"),
     (f"{EVALUATE} --policy_model runs/policy/merged_full --method sft --env_data_root data",
      "runs/policy/merged_full: no such model folder"),
     (f"{EVALUATE} --policy_model made --method sft --env_data_root data", "made: no config.json in this folder"),
@@ -47,11 +47,11 @@ MISTAKES = [
     (f"{STAGES} labels", "label"),
     (f"{STAGES} label --expert_jsonl rows.jsonl {PAIR} --out_labeled_jsonl out.jsonl --imagination teacher_forced",
      "add --foresight_format last_obs"),
-    (f"{STAGES} sft --train_jsonl rows.jsonl --policy_model_path model --out_dir out --kmax 1",
-     "rows.jsonl:1: k_label is 2 and --kmax 1"),
-    (f"{STAGES} sft --train_jsonl rows.jsonl --policy_model_path model --out_dir out --fp16 --bf16",
+    (f"{STAGES} sft --train_jsonl rows.jsonl --policy_model model --out_dir out --kmax 1",
+     "rows.jsonl:1: k_label is 2 and --max_k 1"),
+    (f"{STAGES} sft --train_jsonl rows.jsonl --policy_model model --out_dir out --fp16 --bf16",
      "--fp16 and --bf16 exclude each other"),
-    (f"{STAGES} rl_k {PAIR} --env_data_path data --out_dir out", "a policy without heads to choose K with; train them"),
+    (f"{STAGES} rl_k {PAIR} --env_data_root data --out_dir out", "a policy without heads to choose K with; train them"),
     ("-m world_model.base_tuning.finetune --model_path model --data_path nowhere.jsonl --out_dir out", "nowhere.jsonl"),
 ]
 

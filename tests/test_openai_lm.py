@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from foresight_eval.runner import check_scores
+from foresight_eval.plan import check_scores
 from foresight_eval.settings import AlfworldSettings
+from itp.agent.policy import Policy
+from itp.errors import PromptTooLong, UserError
 from itp.lm.base import GenParams, Generation, Usage, metered
 from itp.lm.openai import NO_KEY, OpenAILM
-from itp.policy.agent import Policy
-from itp.runtime import UserError, derive_seed
+from itp.seeding import derive_seed
 from itp.text.prompts import NO, YES
 from itp.text.state import State
 from tests.openai_client import KEY, KEY_ENV, ask, free_port
@@ -189,6 +190,16 @@ def test_lasting_errors_are_one_line_after_the_tries_they_deserve(
     assert len(server.requests) == tries
 
 
+@pytest.mark.parametrize("refusal", [
+    {"error": {"message": "too many tokens", "type": "invalid_request_error", "code": "context_length_exceeded"}},
+    {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."}},
+    {"message": "The input (5000 tokens) is longer than the model's context length (4096 tokens)."}])
+def test_a_prompt_beyond_the_servers_context_is_told_apart(scripted: Callable[..., Scripted], refusal: dict) -> None:
+    server = scripted(lambda body: (400, {}, refusal))
+    with pytest.raises(PromptTooLong, match="HTTP 400"):
+        one(server.lm(max_retries=0))
+
+
 @pytest.mark.parametrize("status", [502, 503])
 def test_a_server_that_stays_away_is_given_up_after_retry_for_s(scripted: Callable[..., Scripted], status: int) -> None:
     server = scripted(lambda body: (status, {}, {"detail": "starting"}))
@@ -329,13 +340,13 @@ def answers_of(yes: float, no: float) -> Callable[[dict[str, Any]], tuple[int, d
 def test_how_sure_a_served_policy_is_of_yes(
         scripted: Callable[..., Scripted], yes: float, no: float, p: float) -> None:
     server = scripted(answers_of(yes, no))
-    found = ask(server.lm(), lambda lm: Policy(lm, score_answers=True).helps(State("t", "o"), "\nIf: look"))
+    found = ask(server.lm(), lambda lm: Policy(lm, score_answers=True).judge(State("t", "o"), "\nIf: look"))
     assert found == pytest.approx(p, abs=1e-6)
     assert {r["prompt"].rpartition("Helps:")[2] for r in server.requests} == {YES, NO}
 
 
 def test_a_served_policy_that_knows_neither_yes_nor_no_is_refused(scripted: Callable[..., Scripted]) -> None:
-    settings = AlfworldSettings(policy_model="p", output_path="", method="mpc", policy_backend="openai")
+    settings = AlfworldSettings(policy_model="p", out_dir="", method="mpc", policy_backend="openai")
     ask(scripted(answers_of(-1.0, -2.0)).lm(), lambda lm: check_scores(settings, lm))
     with pytest.raises(UserError, match="yes or no, and to deepseek-chat both are the same"):
         ask(scripted(answers_of(-9.0, -9.0)).lm(), lambda lm: check_scores(settings, lm))

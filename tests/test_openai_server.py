@@ -24,9 +24,9 @@ import pytest
 from foresight_eval import results
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
+from itp.errors import UserError
 from itp.lm.base import GenParams, Generation
 from itp.lm.openai import OpenAILM
-from itp.runtime import UserError
 from tests.openai_client import KEY, KEY_ENV, ask, free_port
 from world_model import collect
 
@@ -183,15 +183,15 @@ def play(settings: AlfworldSettings) -> list[dict[str, Any]]:
     asyncio.run(evaluate(settings))
     return [{name: step[name] for name in SAID} | {role: (spent["calls"], spent["prompt_tokens"])
                                                    for role, spent in step["usage"].items()}
-            for record in results.read_episodes(Path(settings.output_path)).values()
+            for record in results.read_episodes(Path(settings.out_dir)).values()
             for step in record["foresight_steps"]]
 
 
 @pytest.fixture
 def here(served: Served, games_root: Path, tmp_path: Path) -> AlfworldSettings:
     return AlfworldSettings(
-        policy_model=str(served.folder), wm_model=str(served.folder), output_path=str(tmp_path / "here"),
-        env_data_root=str(games_root), split="unseen", max_steps=2, act_tokens=10, foresight_tokens=10, rounds=2,
+        policy_model=str(served.folder), wm_model=str(served.folder), out_dir=str(tmp_path / "here"),
+        env_data_root=str(games_root), split="unseen", max_steps=2, act_tokens=10, wm_max_new_tokens=10, rounds=2,
         decision_tokens=6, max_k=1, device="cpu", env_processes=1)
 
 
@@ -200,7 +200,7 @@ def behind(server: Served, settings: AlfworldSettings, *prefixes: str, **changes
     for prefix in prefixes:
         changes |= {f"{prefix}_backend": "openai", f"{prefix}_api_base_url": server.url,
                     f"{prefix}_api_model": str(server.folder), f"{prefix}_api_key_env": KEY_ENV}
-    return dataclasses.replace(settings, output_path=str(Path(settings.output_path).with_name("there")), **changes)
+    return dataclasses.replace(settings, out_dir=str(Path(settings.out_dir).with_name("there")), **changes)
 
 
 @pytest.mark.parametrize("changes", [
@@ -221,7 +221,7 @@ def test_a_served_policy_plays_as_the_same_model_does_here(served: Served, here:
 def test_another_servers_policy_is_another_configuration(served: Served, here: AlfworldSettings) -> None:
     there = behind(served, here, "policy", method="sft", max_steps=1)
     play(there)
-    config = json.loads((Path(there.output_path) / "config.json").read_text())["config"]
+    config = json.loads((Path(there.out_dir) / "config.json").read_text())["config"]
     assert config["policy_fingerprint"] == f"{served.folder} at {served.url}" and KEY not in json.dumps(config)
     for name, value in (("policy_api_model", "other"), ("policy_api_base_url", "http://127.0.0.1:1/v1")):
         with pytest.raises(UserError, match=f"another configuration .*{name}: .* there, '{value}' now"):
@@ -235,7 +235,7 @@ def test_what_needs_log_probabilities_is_refused_by_a_server_without_them(
     there = behind(served, here, "policy", **changes)
     with pytest.raises(UserError, match=f"^{what} needs the log-probabilities of given text: .*no echo") as caught:
         play(there)
-    assert "\n" not in str(caught.value) and not results.read_episodes(Path(there.output_path))
+    assert "\n" not in str(caught.value) and not results.read_episodes(Path(there.out_dir))
 
 
 def test_a_served_policy_collects(served: Served, games_root: Path, tmp_path: Path,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval import page, plots, tables
+from foresight_eval.report import page, plots, tables
 from foresight_eval.results import Result
 from tests.made_results import DESK, PLAYED, TAKEN, make_episode, make_games, write_result
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld import AlfworldEnv
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvDied, EnvPool, processes_for
-from itp.games import Game, list_games
-from itp.runtime import UserError
+from itp.errors import UserError
+from itp.games import Game
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -268,7 +269,7 @@ def test_no_process_outlives_its_parent(ending: str, kill: signal.Signals | None
 
 @pytest.mark.asyncio
 async def test_alfworld_in_processes_says_what_it_says_here(games_root: Path) -> None:
-    games = list_games("alfworld", "train", games_root)[:2]
+    games = list_games("train", games_root)[:2]
     here = AlfworldEnv(want_admissible=True)
     expected = [[here.reset(game), here.step("look"), here.step("inventory")] for game in games]
     here.close()

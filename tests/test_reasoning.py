@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from itp.agent.policy import Policy
 from itp.games import Game
-from itp.policy.agent import Policy
-from itp.text.dialogues import Dialogue, helps_dialogue, reflection_dialogue, thought_dialogue
-from itp.text.prompts import dialogue_segments, foresight_text, policy_prompt, proposal_text
+from itp.text.dialogues import Dialogue, judge_dialogue, reflection_dialogue, thought_dialogue
+from itp.text.prompts import foresight_text, policy_prompt, proposal_text
+from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
 from itp.transitions import Transition
 from tests.toy import ToyLM
-from world_model.reasoning import expert_thoughts, reasoning_dialogues
+from world_model.data_processing.reasoning import expert_thoughts, reasoning_dialogues
 
 PLAYED = [  # (executed, what the expert would do, answer, what the expert thinks)
     ("go to desk 1", "go to desk 1", "You arrive at desk 1. On the desk 1, you see a pen 2.",
@@ -75,7 +76,7 @@ def test_dialogues_are_what_the_policy_is_asked(step: int) -> None:
     asyncio.run(policy.think_and_act(state, 1))
     asyncio.run(policy.reflect(state, tried, 1))
     asyncio.run(policy.act(state, None, 1, foresight=tried, notes="\nReflection: so be it."))
-    asyncio.run(policy.helps(state, proposal_text("look")))
+    asyncio.run(policy.judge(state, proposal_text("look")))
     thinking, reflecting, acting, judging = (prompt for prompt, _ in lm.asked)
 
     dialogue = thought_dialogue(rows, step, "so be it.")
@@ -84,7 +85,7 @@ def test_dialogues_are_what_the_policy_is_asked(step: int) -> None:
     dialogue = reflection_dialogue(rows, step, tried, "so be it.")
     assert joined(dialogue) == f"{acting} {expert}\n" and acting.startswith(reflecting)
     assert learned(dialogue) == [" so be it.\n", f" {expert}\n"]
-    dialogue = helps_dialogue(rows, step, proposal_text("look"), False)
+    dialogue = judge_dialogue(rows, step, proposal_text("look"), False)
     assert joined(dialogue) == f"{judging} no\n" and learned(dialogue) == [" no\n"]
 
 

@@ -15,19 +15,19 @@ import pytest
 import yaml
 
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
+from itp.agent.policy import IMAGINED_ACTION_TOKENS
 from itp.config import add_flags, flag, flag_fields, from_args, parse_settings
-from itp.policy.agent import IMAGINED_ACTION_TOKENS
-from itp.runtime import UserError
+from itp.errors import UserError
 from itp.training.base_policy import BasePolicySettings
-from itp.training.label import LabelSettings
-from itp.training.rl_k import RlSettings, data_root
-from itp.training.sft import SftSettings
+from itp.training.itp_r.a2c_settings import RlSettings, data_root
+from itp.training.itp_r.label import LabelSettings
+from itp.training.itp_r.warm_up_data import SftSettings
 from world_model import collect
 from world_model.base_tuning.finetune import WorldModelSettings
 from world_model.data_processing import convert, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"convert": convert.Settings, "base_policy": BasePolicySettings, "collect": collect.Settings,
+PROGRAMS = {"convert": convert.ConvertSettings, "base_policy": BasePolicySettings, "collect": collect.CollectSettings,
             "world_model": WorldModelSettings, "label": LabelSettings, "sft": SftSettings, "rl_k": RlSettings}
 EVALUATIONS = {"alfworld": AlfworldSettings, "scienceworld": SciworldSettings}
 RECIPES = sorted(recipe for env in EVALUATIONS for recipe in (ROOT / "configs" / env).glob("*.yaml"))
@@ -48,7 +48,7 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     assert (sections["run"]["env"], sections["run"]["out"]) == (env, f"runs/{env}/{recipe.stem}")
     found = {}
     for name, program in programs.items():
-        required = [f"--{f.name}=x" for f in flag_fields(program) if f.metadata["required"]]
+        required = [f"--{f.name}=x" for f in flag_fields(program) if f.metadata["flag"].required]
         found[name] = settings_of(program, [f"--config={recipe}:{name}", *required])
     assert {found[name].env for name in ("convert", "collect", "label", "sft", "rl_k", "evaluate")} == {env}
     # Table 9 of the paper.
@@ -62,7 +62,7 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     assert (rl.action_temperature, rl.action_top_p, rl.wm_max_new_tokens) == (0.7, 0.9, 192)
     kmax, tokens = {"alfworld": (5, (16, 12)), "scienceworld": (8, (48, 48))}[env]  # Table 9: 16 and 12 for both
     assert (rl.action_max_new_tokens, rl.imagine_action_max_new_tokens) == tokens
-    assert (found["sft"].kmax, label.kmax, found["evaluate"].max_k) == (kmax, kmax, kmax)
+    assert (found["sft"].max_k, label.max_k, found["evaluate"].max_k) == (kmax, kmax, kmax)
     assert (found["sft"].beta_k, label.lambda_k) == (0.5, 0.2)
     # All that may be imagined fits beside two observations of a thousand tokens together.
     longest = kmax * (IMAGINED_ACTION_TOKENS[env] + rl.wm_max_new_tokens) + rl.action_max_new_tokens
@@ -207,7 +207,7 @@ def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
     assert [program for program, *_ in commands] == [
         *fetches, *(program for _, program in stages), *[evaluation] * len(SERIES) * len(splits),
         *["foresight_eval.report"] * len(splits)]
-    assert [settings_of(fetch.Settings, words).what for _, *words in commands[:2]] == [
+    assert [settings_of(fetch.FetchSettings, words).what for _, *words in commands[:2]] == [
         "eto", "lists" if science else "games"]
     found = {name: settings_of(PROGRAMS[name], words)
              for (name, _), (_, *words) in zip(stages, commands[2:], strict=False)}
@@ -222,9 +222,9 @@ def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
     assert Path(found["world_model"].data_path).read_text() == "herehere"  # the expert's transitions and the policy's
     assert found["label"].expert_jsonl == str(made.out / "expert/transitions.jsonl")
     assert found["sft"].train_jsonl == found["label"].out_labeled_jsonl
-    assert found["label"].policy_model_path == found["sft"].policy_model_path == policy
-    assert found["label"].wm_model_path == found["rl_k"].wm_model_path == world_model
-    assert found["rl_k"].policy_model_path == str(made.out / "warm_up/merged_full")
+    assert found["label"].policy_model == found["sft"].policy_model == policy
+    assert found["label"].wm_model == found["rl_k"].wm_model == world_model
+    assert found["rl_k"].policy_model == str(made.out / "warm_up/merged_full")
     games = "" if science else str(made.data / "alfworld")
     pairs = str(made.data / "eto/train_indices.json") if science else ""
     assert (found["collect"].env_data_root, found["collect"].pairs) == (games, pairs)
@@ -232,7 +232,7 @@ def test_commands_of_a_whole_reproduction(env: str, tmp_path: Path) -> None:
     assert found["collect"].split == found["rl_k"].env_split == "train"
 
     played = [settings_of(EVALUATIONS[env], words) for program, *words in commands if program == evaluation]
-    assert [(s.split, s.method, s.output_path) for s in played] == [
+    assert [(s.split, s.method, s.out_dir) for s in played] == [
         (split, method, str(made.out / "eval" / split / name)) for split in splits for name, method in SERIES.items()]
     assert [s.policy_model for s in played[:len(SERIES)]] == [
         *["Qwen/Qwen3-8B"] * 3, policy, str(made.out / "warm_up/merged_full"), str(made.out / "itp_r/last")]

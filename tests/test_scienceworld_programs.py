@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval import report
+from foresight_eval.plan import make_plan
 from foresight_eval.results import read_episodes
-from foresight_eval.runner import check, evaluate, max_k
+from foresight_eval.runner import evaluate
 from foresight_eval.settings import SciworldSettings
-from itp.runtime import UserError, write_json
+from foresight_eval.summary import summarize
+from itp.errors import UserError
+from itp.files import write_json
 from itp.text.state import State
-from itp.training import rl_k
-from itp.training.label import LabelSettings
-from itp.training.learned_tokenizer import learn_tokenizer
-from itp.training.sft import SftSettings
+from itp.training.from_scratch.learned_tokenizer import learn_tokenizer
+from itp.training.itp_r import a2c
+from itp.training.itp_r.a2c_settings import RlSettings
+from itp.training.itp_r.label import LabelSettings
+from itp.training.itp_r.warm_up_data import SftSettings
 from tests.tiny import write_tiny_model
 from world_model.fidelity import scienceworld_kind
 
@@ -30,8 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A random policy with heads and a random world model, with a tokenizer that knows every text."""
     import torch
 
-    from itp.policy.heads import PolicyWithHeads
-    from itp.runtime import load_causal_lm
+    from itp.agent.policy_with_heads import PolicyWithHeads
+    from itp.pretrained import load_causal_lm
 
     root = tmp_path_factory.mktemp("models")
     plain, world_model = (write_tiny_model(root / name, seed=seed, made=learn_tokenizer([TEXT] * 8))
@@ -47,8 +50,8 @@ def test_evaluation_writes_scores_and_chooses_among_hundreds_of_actions(models: 
                                                                         capsys: pytest.CaptureFixture) -> None:
     policy, world_model = models
     asyncio.run(evaluate(SciworldSettings(
-        policy_model=policy, wm_model=world_model, output_path=str(tmp_path), pairs="find-plant:298,find-plant:299",
-        max_steps_override=2, k_policy="random", min_k=1, foresight_tokens=8, act_tokens=8, prompt_style="tuned",
+        policy_model=policy, wm_model=world_model, out_dir=str(tmp_path), pairs="find-plant:298,find-plant:299",
+        max_steps_override=2, k_policy="random", min_k=1, wm_max_new_tokens=8, act_tokens=8, prompt_style="tuned",
         wm_prompt_style="tuned", action_selection="constrained", policy_device="cpu", wm_device="cpu", concurrency=2,
         env_processes=1)))
     records = read_episodes(tmp_path)
@@ -71,7 +74,7 @@ def test_the_report_counts_scores_by_task(tmp_path: Path) -> None:
         write_json(tmp_path / f"{index}.json", {"foresight_steps": [], "meta": {
             "task_type": task, "score": score, "success": success, "best_score": best, "steps": 1, "usage": {},
             "unparsed_actions": 0, "restarts": 0, "terminate_reason": "success" if success else "step_limit"}})
-    summary = report.summarize(tmp_path)
+    summary = summarize(tmp_path)
     assert summary["buckets"] == ["boil", "melt"] and summary["rates"] == {"boil": 0.5, "melt": 0.0}
     assert summary["scores"]["boil"]["score"] == 50 and summary["scores"]["boil"]["best_score"] == 65
     assert summary["overall_score"]["score"] == 55 and summary["endings"] == {"step_limit": 3, "success": 1}
@@ -80,21 +83,22 @@ def test_the_report_counts_scores_by_task(tmp_path: Path) -> None:
 
 
 def test_horizons_of_scienceworld(models: tuple[str, str]) -> None:
-    paths = {"policy_model_path": "p", "wm_model_path": "w", "expert_jsonl": "e", "out_labeled_jsonl": "o"}
-    assert (LabelSettings(**paths).kmax, LabelSettings(**paths, env="scienceworld").kmax) == (5, 8)
-    assert SftSettings(train_jsonl="t", policy_model_path="p", out_dir="o", env="scienceworld").kmax == 8
-    assert SftSettings(train_jsonl="t", policy_model_path="p", out_dir="o", env="scienceworld", kmax=3).kmax == 3
-    settings = SciworldSettings(policy_model=models[1], wm_model="w", output_path="o")
-    assert max_k(settings) == 3 and settings.min_k == 0
+    paths = {"policy_model": "p", "wm_model": "w", "expert_jsonl": "e", "out_labeled_jsonl": "o"}
+    assert (LabelSettings(**paths).max_k, LabelSettings(**paths, env="scienceworld").max_k) == (5, 8)
+    assert SftSettings(train_jsonl="t", policy_model="p", out_dir="o", env="scienceworld").max_k == 8
+    assert SftSettings(train_jsonl="t", policy_model="p", out_dir="o", env="scienceworld", max_k=3).max_k == 3
+    settings = {"policy_model": models[1], "wm_model": models[1], "out_dir": "o"}
+    method_settings = make_plan(SciworldSettings(**settings)).method_settings
+    assert (method_settings.max_k, method_settings.min_k) == (3, 0)
     with pytest.raises(UserError, match="--min_k 4"):
-        check(SciworldSettings(policy_model=models[1], wm_model="w", output_path="o", min_k=4))
+        make_plan(SciworldSettings(**settings, min_k=4))
 
 
 def test_rl_plays_the_simulator(models: tuple[str, str], tmp_path: Path) -> None:
     policy, world_model = models
-    rl_k.run(rl_k.RlSettings(
-        env="scienceworld", pairs="find-plant:0,find-plant:1", max_steps_override=2, policy_model_path=policy,
-        wm_model_path=world_model, out_dir=str(tmp_path), policy_device="cpu", wm_device="cpu", wm_max_new_tokens=6,
+    a2c.run(RlSettings(
+        env="scienceworld", pairs="find-plant:0,find-plant:1", max_steps_override=2, policy_model=policy,
+        wm_model=world_model, out_dir=str(tmp_path), policy_device="cpu", wm_device="cpu", wm_max_new_tokens=6,
         action_max_new_tokens=6, imagine_action_max_new_tokens=6, episodes_per_epoch=2, episodes_per_update=2,
         num_envs=2, env_processes=1, lora_r=0, eval_every=0))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

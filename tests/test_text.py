@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from itp.imagination import imagine
+from itp.agent.imagination import imagine
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
+from itp.errors import UserError
 from itp.lm.base import GenParams, Generation
-from itp.policy.agent import Policy
-from itp.runtime import UserError
-from itp.text.actions import clean_action, parse_action, parse_horizon, parse_thought
 from itp.text.dialogues import Dialogue, episode_dialogue, foresight_dialogue, horizon, horizon_dialogue
-from itp.text.prompts import dialogue_segments, policy_prompt, world_model_prompt, world_model_target
+from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_thought
+from itp.text.prompt_format import PromptFormat
+from itp.text.prompts import policy_prompt, world_model_prompt, world_model_target
+from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
 from itp.transitions import Transition
-from itp.world_model import WorldModel
 
 PIECES = ["a mug 1", "\n", "\n\n", " ", "  ", "   ", "Task: ", "Observation: ", "Action: ", "\nAction: look",
           "\nObservation:", "[3 earlier steps omitted]", "\n[1 earlier steps omitted]", "é", "\r", "\u2028", "\t", ":",
@@ -183,10 +185,10 @@ def test_world_model_gets_back_what_it_was_taught_whatever_the_observation_holds
 def test_policy_shows_the_newest_steps_only_where_told_to() -> None:
     lm = ScriptedLM(lambda prompt: " look\n")
     state = parse(episode()[4].state)
-    asyncio.run(Policy(lm, keep_steps=2).act(state, None, 0))
+    asyncio.run(Policy(lm, history_keep_steps=2).act(state, None, 0))
     assert lm.asked == [policy_prompt(state.last(2).render())]
     assert "[2 earlier steps omitted]" in lm.asked[0]
-    asyncio.run(Policy(lm, style="instruct", history=False).act(state, None, 0))
+    asyncio.run(Policy(lm, PromptFormat("instruct"), history=False).act(state, None, 0))
     assert "go to desk 1" not in lm.asked[1] and state.observation in lm.asked[1] and state.task in lm.asked[1]
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from itp.envs.alfworld import AlfworldEnv
-from itp.games import list_games
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.text.state import State
-from itp.training.base_lm import build_tokenizer
+from itp.training.from_scratch.base_lm import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def states(games_root: Path) -> list[State]:
     """The last states of random play in all games of three splits."""
     env, draw, states = AlfworldEnv(want_admissible=True), random.Random(3), []
-    for game in [g for split in ("train", "seen", "unseen") for g in list_games("alfworld", split, games_root)]:
+    for game in [g for split in ("train", "seen", "unseen") for g in list_games(split, games_root)]:
         seen = env.reset(game)
         state = State(seen.task, seen.text)
         for _ in range(60):

@@ -8,19 +8,19 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from foresight_eval.methods.mcts import Mcts
-from foresight_eval.methods.rap import Rap, goal_overlap
-from foresight_eval.methods.settings import MethodSettings
-from foresight_eval.methods.tree import Node
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import metered
-from itp.policy.agent import Policy
-from itp.policy.method import Decision, View
-from itp.runtime import derive_seed
+from itp.methods.base import Decision, View
+from itp.methods.mcts import Mcts
+from itp.methods.rap import Rap, goal_overlap
+from itp.methods.settings import MethodSettings
+from itp.methods.tree import Node
+from itp.seeding import derive_seed
 from itp.text.prompts import policy_prompt, world_model_prompt
 from itp.text.state import State
-from itp.world_model import WorldModel
 from tests.toy import ACTIONS, ToyLM, p_yes, unit
 
 GAME = Game("alfworld", "train", "toy/1", "toy", "pick_and_place_simple")

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itp.text.prompts import world_model_prompt
 from itp.text.state import State, parse
-from itp.training.examples import encode
-from itp.training.finetune import FinetuneSettings, finetune
+from itp.training.examples import Example, encode
+from itp.training.run import finetune
+from itp.training.settings import FinetuneSettings
 from itp.transitions import Transition
-from world_model.base_tuning.finetune import exact_match, fit, to_examples
+from world_model.base_tuning.finetune import WorldModelSettings, exact_match, examples_for, to_examples
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "world_model" / "base_tuning" / "run_worldmodel_tuning.sh"
@@ -77,30 +78,38 @@ def test_a_state_that_is_too_long_loses_its_oldest_steps_and_keeps_its_task(mode
     for place in (1, 2, 3, 4, 1, 2):
         state = state.after(f"go to shelf {place}", "You see a")
     row = Transition("e", 6, state.render(), "go to shelf 3", "You see c")
-    whole = len(encode(to_examples([row]), tokenizer, 999).rows[0]["input_ids"])
-    assert fit([row], tokenizer, whole + 1) == to_examples([row])
-    (example,) = fit([row], tokenizer, whole - 20)
-    prompt, target = example.segments
+    whole = len(tokenizer(world_model_prompt(row.state, row.action))["input_ids"])
+
+    def made(max_seq_len: int) -> Example:
+        settings = WorldModelSettings(model_path=str(model_path), out_dir="", data_path="", max_seq_len=max_seq_len)
+        example, = examples_for(settings, tokenizer, [row])
+        return example
+
+    # A prompt leaves a quarter of a small budget for its answer, and needn't leave more for one that is long.
+    roomy = next(n for n in range(1, 999) if n - n // 4 >= whole)
+    assert [made(roomy)] == list(to_examples([row]))
+    small = roomy - 20
+    prompt, target = made(small).segments
     assert target == (" You see c", True)
     kept = next(n for n in range(6, 0, -1)  # one by one where the code bisects
-                if len(tokenizer(world_model_prompt(state.last(n).render(), row.action))["input_ids"]) + 5
-                <= whole - 20)
+                if len(tokenizer(world_model_prompt(state.last(n).render(), row.action))["input_ids"])
+                <= small - small // 4)
     assert 1 <= kept < 6
     assert prompt == (world_model_prompt(state.last(kept).render(), row.action), False)
-    assert encode([example], tokenizer, whole - 20).counts["cut"] == 0
+    assert encode([made(small)], tokenizer, small).counts["cut"] == 0
     assert parse(prompt[0].split("\nAction: go to shelf 3")[0]).task == "take a"
-    (example,) = fit([row], tokenizer, 5)  # where nothing fits the core cuts tokens, and there the last step counts
-    assert example.segments[0][0] == world_model_prompt(state.last(1).render(), row.action)
+    # Where nothing fits the core cuts tokens, and there the last step counts.
+    assert made(5).segments[0][0] == world_model_prompt(state.last(1).render(), row.action)
 
 
 def test_exact_match_counts_predictions_that_are_right_to_the_letter(model_path, tmp_path):
     rows = transitions(30, 2)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    encoded = encode(fit(rows, tokenizer, 999), tokenizer, 999).rows
+    encoded = encode(list(to_examples(rows)), tokenizer, 999).rows
     settings = FinetuneSettings(model_path=str(model_path), out_dir=str(tmp_path / "out"), lora_r=0, lr=1e-2,
                                 batch_size=8, grad_accum=1, epochs=25.0, eval_share=0.0, max_seq_len=999,
                                 save_every_steps=1000)
-    finetune(settings, fit(rows, tokenizer, 999))
+    finetune(settings, list(to_examples(rows)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged_full").eval()
     # The independent path: row by row, token by token, without padding or cache.
     right = []

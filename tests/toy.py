@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from itp.lm.base import GenParams, Generation, asking
-from itp.runtime import derive_seed
+from itp.seeding import derive_seed
 from itp.text.prompts import YES
 
 ACTIONS = [f"{verb} {thing} {n}" for verb in ("take", "clean") for thing in ("plate", "mug") for n in range(1, 6)]
@@ -24,7 +24,7 @@ class ToyLM:
     ``asked`` holds every request: (prompt, seed where it was drawn).
     """
 
-    name = "toy"
+    name, tokenizer, context_length = "toy", None, None
 
     def __init__(self, role: str) -> None:
         self.role = role

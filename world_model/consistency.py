@@ -1,7 +1,7 @@
 """Consistency of a world model: do plans that work inside it work in the real environment?
 
 From the real first observation of a game the policy acts in the world model until the mission is
-accomplished there, by all that the world model said (:attr:`itp.envs.alfworld_expert.Expert.finished`), or
+accomplished there, by all that the world model said (:attr:`itp.envs.alfworld.expert.Expert.finished`), or
 ``max_steps`` have passed.  The same actions are then replayed in the real environment.  The ratio of the two
 success rates is 1 for a world model whose successes are real ones; far above or below, planning in it is
 planning for another world.
@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from itp.envs.alfworld import AlfworldEnv
-from itp.envs.alfworld_expert import Expert
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.expert import Expert
+from itp.envs.alfworld.games import task_params
 from itp.envs.pool import EnvPool
-from itp.games import Game, task_params
-from itp.lm.local import Quorum
-from itp.policy.agent import Policy
-from itp.policy.method import Decision, View
+from itp.games import Game
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.base import Decision, View
 from itp.rollout import run_episodes
-from itp.runtime import derive_seed
-from itp.world_model import WorldModel
+from itp.seeding import derive_seed
 
 IDLE = "look"
 """What is done when the plan is over and the real episode isn't."""
@@ -45,18 +46,18 @@ class Dreamer:
 
     async def dream(self, view: View) -> tuple[list[str], bool]:
         state, plan = view.state, []
-        witness = Expert(task_params(view.game), view.game.task_type, state.first)
-        while not witness.finished and len(plan) < self.max_steps:
+        goal_checker = Expert(task_params(view.game), view.game.task_type, state.first)
+        while not goal_checker.finished and len(plan) < self.max_steps:
             choice = await self.policy.act(state, None, derive_seed(view.seed, "dream", len(plan)))
             observation, = await self.world_model.step([state], [choice.action])
-            witness.observe(choice.action, observation)
+            goal_checker.observe(choice.action, observation)
             state = state.after(choice.action, observation)
             plan.append(choice.action)
-        return plan, witness.finished
+        return plan, goal_checker.finished
 
 
 async def consistency(policy: Policy, world_model: WorldModel, games: Sequence[Game], *, max_steps: int, seed: int,
-                      quorum: Quorum | None = None) -> dict[str, Any]:
+                      barrier: BatchBarrier | None = None) -> dict[str, Any]:
     """How many of the games were solved inside the world model (dreamed), by the replayed plans, by both; the ratio.
 
     The ratio is replayed / dreamed, None where nothing was solved in the world model.
@@ -65,7 +66,7 @@ async def consistency(policy: Policy, world_model: WorldModel, games: Sequence[G
     replayed = set()
     async with EnvPool(AlfworldEnv, 1) as pool:
         async for episode in run_episodes(pool, dreamer, games, max_steps=max_steps, seed=seed, concurrency=16,
-                                          quorum=quorum):
+                                          barrier=barrier):
             if episode.success:
                 replayed.add(episode.game.game_id)
     dreamed = {game for game, (_, accomplished) in dreamer.plans.items() if accomplished}

@@ -1,4 +1,4 @@
-"""How true is the world model, and how far does its truth reach?  Measured on real trajectories it hasn't seen.
+"""How accurate is a world model, and how far ahead?  Measured on real trajectories that no training saw.
 
     python -m world_model.fidelity --wm_model runs/wm/merged_full --transitions expert.jsonl,policy.jsonl
 
@@ -38,34 +38,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from itp.agent.world_model import WorldModel
 from itp.config import flag, parse_settings
-from itp.envs.scienceworld import INVALID
-from itp.games import ENVIRONMENTS, list_games
+from itp.devices import DTYPES
+from itp.envs.alfworld.games import list_games
+from itp.envs.scienceworld.env import INVALID
+from itp.errors import UserError
+from itp.files import read_json, short_names, write_json
+from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
-from itp.lm.chat import asked_as
-from itp.lm.local import LocalLM, Quorum
-from itp.policy.agent import Policy
-from itp.policy.heads import has_heads, load_policy_lm
-from itp.policy.shown import history_of
-from itp.runtime import (
-    DTYPES, UserError, check_model_path, derive_seed, model_fingerprint, read_json, run_main, short_names, versions,
-    write_json,
-)
+from itp.lm.scheduler import BatchBarrier
+from itp.models import load_policy, load_world_model
+from itp.pretrained import check_model_path, model_fingerprint
+from itp.program import run_main
+from itp.run_dir import versions
+from itp.seeding import derive_seed
+from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents
 from itp.text.facts import fact_f1
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
-from itp.world_model import WorldModel
 from world_model.consistency import consistency
 
 KINDS = ("deterministic", "revisit", "first_visit", "inspect", "invalid")
 VISITS = ("go", "open", "examine")
 INSPECTIONS = ("look", "inventory", "help", "examine")
 
-_CONTENTS = re.compile(r"(?:On the (?P<on>\w+ \d+)|The (?P<in>\w+ \d+) is open\. In it), you see")
-
 
 @dataclass
-class Settings:
+class FidelitySettings:
     wm_model: str = flag(help="world models, comma-separated: model folders, or names on the Hugging Face hub")
     transitions: str = flag(help="transitions.jsonl of episodes that no training saw; several comma-separated")
     env: str = flag("alfworld", help="environment of the transitions", choices=ENVIRONMENTS)
@@ -80,20 +80,20 @@ class Settings:
     max_steps: int = flag(40, at_least=1, help="steps of such an episode at most")
     device: str = flag("cuda", help="device of all models")
     dtype: str = flag("fp16", help="their precision on a GPU", choices=DTYPES)
-    foresight_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most")
+    wm_max_new_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most",
+                                  aliases=("foresight_tokens",))
     seed: int = flag(123, help="seed of the samples")
 
 
 def kind_of(state: State, action: str, next_state: str) -> str:
     """Which of KINDS a transition is."""
-    if next_state == "Nothing happens.":
+    if next_state == NOTHING_HAPPENS:
         return "invalid"
     verb = action.split(" ", 1)[0]
-    shown = _CONTENTS.search(next_state)
+    shown = contents(next_state)
     if verb in VISITS and shown:
-        place = shown["on"] or shown["in"]
-        seen = any(place in (m["on"], m["in"]) for _, o in state.history for m in _CONTENTS.finditer(o))
-        return "revisit" if seen else "first_visit"
+        seen = {before.place for _, observation in state.history for before in contents(observation)}
+        return "revisit" if shown[0].place in seen else "first_visit"
     return "inspect" if verb in INSPECTIONS else "deterministic"
 
 
@@ -114,7 +114,7 @@ def token_f1(predicted: str, true: str) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """One prediction against the truth."""
+    """One prediction against what the environment answered."""
 
     exact_match: float
     token_f1: float
@@ -136,7 +136,7 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
 
 async def measure(world_model: WorldModel, transitions: Sequence[Transition],
                   env: str = "alfworld") -> dict[str, dict[str, Any]]:
-    """One-step predictions against the truth: :func:`summary` by kind and for all."""
+    """One-step predictions against what the environment answered: :func:`summary` by kind and for all."""
     states = [parse(t.state) for t in transitions]
     predicted, cut = await predict(world_model, states, [t.action for t in transitions])
     kind = scienceworld_kind if env == "scienceworld" else kind_of
@@ -185,18 +185,17 @@ def windows_of(transitions: Sequence[Transition], depth: int) -> list[list[Trans
     return windows
 
 
-def _sample(settings: Settings, what: str, rows: list, n: int) -> list:
+def _sample(settings: FidelitySettings, what: str, rows: list, n: int) -> list:
     """A random ``n`` of ``rows``, the same for every world model (0: all)."""
     return random.Random(derive_seed(settings.seed, what)).sample(rows, n) if 0 < n < len(rows) else rows
 
 
-async def judge(settings: Settings, model: str, sources: Mapping[str, list[Transition]]) -> dict[str, Any]:
+async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, list[Transition]]) -> dict[str, Any]:
     """All figures of one world model: one_step and by_depth by source, and consistency where it is asked for."""
-    quorum = Quorum()
-    lm = LocalLM.load(model, device=settings.device, dtype=settings.dtype, role="world_model", quorum=quorum)
-    style, turns = asked_as(model, lm.tokenizer, role="world_model", env=settings.env)
-    world_model = WorldModel(lm, env=settings.env, style=style, turns=turns, max_new_tokens=settings.foresight_tokens,
-                             limit="--foresight_tokens")
+    barrier = BatchBarrier()
+    world_model = load_world_model(model, env=settings.env, device=settings.device, dtype=settings.dtype,
+                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens,
+                                   limit_flag="--wm_max_new_tokens")
     figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
     for source, transitions in sources.items():
         rows = _sample(settings, "rows", transitions, settings.max_rows)
@@ -206,17 +205,14 @@ async def judge(settings: Settings, model: str, sources: Mapping[str, list[Trans
             windows = _sample(settings, "windows", windows, settings.max_starts)
             figures["by_depth"][source] = await measure_depth(world_model, windows)
     if settings.policy_model:
-        games = list_games("alfworld", settings.split, settings.env_data_root)
-        policy_lm = load_policy_lm(settings.policy_model, device=settings.device, dtype=settings.dtype, quorum=quorum)
+        games = list_games(settings.split, settings.env_data_root)
         # It writes freely: nobody knows what an imagined state admits.
-        style, turns = asked_as(settings.policy_model, policy_lm.tokenizer)
-        policy = Policy(policy_lm, style=style, turns=turns, control=has_heads(settings.policy_model),
-                        keep_steps=history_of(settings.policy_model))
+        policy = load_policy(settings.policy_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
         figures["consistency"] = await consistency(policy, world_model, _sample(settings, "games", games,
                                                    settings.max_games), max_steps=settings.max_steps,
-                                                   seed=settings.seed, quorum=quorum)
-        await policy_lm.close()
-    await lm.close()
+                                                   seed=settings.seed, barrier=barrier)
+        await policy.lm.close()
+    await world_model.lm.close()
     return figures
 
 
@@ -226,7 +222,7 @@ def print_figures(model: str, figures: Mapping[str, Any]) -> None:
         for name, row in rows.items():
             print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{row['n']:7}")
         if cut := sum(row.get("cut", 0) for row in rows.values()):  # figures on file may be of before it was counted
-            print(f"{cut} of these predictions were cut at the limit of tokens: raise --foresight_tokens")
+            print(f"{cut} of these predictions were cut at the limit of tokens: raise --wm_max_new_tokens")
 
     for source, rows in figures["one_step"].items():
         block(f"{model}, one step of {source}", rows)
@@ -239,7 +235,7 @@ def print_figures(model: str, figures: Mapping[str, Any]) -> None:
               f"when these plans were replayed in the real one ({c['both']} both): consistency {ratio}")
 
 
-def identify(settings: Settings) -> dict[str, Any]:
+def identify(settings: FidelitySettings) -> dict[str, Any]:
     """What the figures depend on: settings, and the models and transitions by their content."""
     files = settings.transitions.split(",")
     for path in files:
@@ -259,7 +255,7 @@ def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python -m world_model.fidelity", description=__doc__)
+    settings = parse_settings(FidelitySettings, prog="python -m world_model.fidelity", description=__doc__)
     if settings.policy_model and not settings.env_data_root:
         raise UserError("--policy_model needs --env_data_root, the games that it acts in")
     if settings.policy_model and settings.env != "alfworld":

@@ -1,7 +1,7 @@
 """The contract between an agent and a text environment.
 
-An environment plays one game at a time.  Everything in it is picklable, because the engines run in
-processes of their own (:mod:`itp.envs.pool`): the ALFWorld engine is not thread-safe.
+An environment plays one game at a time.  Games, observations and step results are picklable, because the engines run in
+processes of their own (:mod:`itp.envs.pool`): the ALFWorld engine isn't thread-safe.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from itp.games import Game
 
 
 class EnvDied(Exception):
-    """The engine or its process is gone, and with it the episode; ``reset`` works again."""
+    """The engine or its process has died, and the episode is lost.  ``reset`` starts another engine."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the agent may see.  ``admissible`` is None unless the environment was asked for it.
+    """The agent's view of the game.  ``admissible`` is None unless the environment was made to list it.
 
-    ``expert_action`` is for teachers only: what the environment's own expert would do next, where the
-    environment was made with one.
+    ``expert_action`` is the next action of the environment's own expert, where the environment was made with one.  It
+    is for recording data only: agents don't read it.
     """
 
     text: str
     task: str
-    inventory: str = ""
     admissible: tuple[str, ...] | None = None
     expert_action: str = ""
 
@@ -36,10 +35,10 @@ class StepResult:
     """One transition of the engine.
 
     ``terminated``: the engine says the episode is over.  ``truncated``: the engine ran out of moves.
-    ``score`` is in [0, 100] and ``success`` is the environment's own criterion (ALFWorld's ``won``,
-    ScienceWorld's score of 100), never "the episode is over".  ``invalid`` says that the engine did
-    not take the action ("Nothing happens.").  ``info["ending"]``: why the engine ended the episode, where it
-    can end in several ways without success.
+    ``score`` is in [0, 100].  ``success`` is the environment's own criterion (ALFWorld's ``won``, ScienceWorld's score
+    of 100), which is different from the end of the episode.  ``invalid``: the engine didn't take the action ("Nothing
+    happens.").  ``info["ending"]``: the reason why the engine ended the episode, where an episode without success can
+    have several.
     """
 
     obs: Observation
@@ -60,13 +59,13 @@ class TextEnv(Protocol):
     """One running engine."""
 
     want_admissible: bool
-    """Fill ``Observation.admissible``.  Off unless asked for: some engines take long to list it."""
+    """Fill ``Observation.admissible``.  Some engines take long to list it."""
 
     def reset(self, game: Game) -> Observation:
-        """Start ``game`` from its beginning; the game may be another one than before."""
+        """Start ``game`` from its beginning.  It may be another game than before."""
 
     def step(self, action: str) -> StepResult:
-        """Execute ``action`` as it is written: an invalid one is the engine's to answer."""
+        """Execute ``action`` as it is written.  The engine itself answers an invalid action."""
 
     def close(self) -> None:
         """Release the engine.  Safe to call twice."""

@@ -3,20 +3,20 @@
 ::
 
     async with EnvPool(functools.partial(AlfworldEnv, want_admissible=True), processes=2) as pool:
-        async with pool.session() as env:                # as many at a time as you like
+        async with pool.session() as env:                # any number at a time
             obs = await env.reset(game)
             result = await env.step("look")
 
-A process holds one environment for each session that lives in it and serves requests in the order in
-which they come; environments are handed from a finished session to the next.  A process that dies, or
-doesn't answer in time, is killed and replaced: its sessions get :class:`EnvDied` from the call that they
-are in or from their next ``step``, and go on with ``reset``.  What an environment raises (a UserError for
-a bad game file, EnvDied where only its own engine died) travels to the caller as itself and kills nothing.
+A process holds one environment for each of its sessions and serves requests in the order of their arrival.  A finished
+session leaves its environment to the next one.  A process that dies or doesn't answer in time is killed and replaced.
+Its sessions get :class:`EnvDied` from their current call or from their next ``step``, and they go on with ``reset``.
+An exception of an environment (a UserError for a bad game file, EnvDied where only its own engine died) reaches the
+caller unchanged, and the process lives on.
 
-The processes are fresh interpreters that import what ``make_env`` needs and nothing else (no torch, and
-not the program's main module).  They run with ``OMP_NUM_THREADS=1``, because there are several, and with
-``PYTHONHASHSEED=0``, because the order of sets reaches what ALFWorld's handcoded expert does.  None is
-left behind: each ends at the end of its socket, whatever ended its parent, and when its parent dies.
+The processes are fresh interpreters that import only what ``make_env`` needs, without torch and without the program's
+main module.  They run with ``OMP_NUM_THREADS=1``, because there are several, and with ``PYTHONHASHSEED=0``, because the
+choices of ALFWorld's handcoded expert depend on the order of sets.  No process is left behind: each one ends when its
+socket ends and when its parent dies.
 """
 
 from __future__ import annotations
@@ -39,25 +39,26 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from itp.distributed import local_processes
 from itp.envs.base import EnvDied, Observation, StepResult, TextEnv
+from itp.errors import UserError
 from itp.games import Game
-from itp.runtime import UserError
 
 log = logging.getLogger(__name__)
 
 CLOSE_GRACE = 3.0
-"""Seconds that a process has for closing its environments before it is killed."""
+"""Seconds that a process has to close its environments before it is killed."""
 START_TIMEOUT = 120.0
 
 _LENGTH = struct.Struct("!I")
 
 
 def processes_for(wanted: int, episodes: int) -> int:
-    """``wanted`` processes, but no more than there are episodes at a time or processors for this process.
+    """``wanted`` processes, but no more than the episodes at a time and than this process's share of the processors.
 
-    Those of the machine are shared with the processes that a launcher started beside this one.
+    The processes that a launcher started side by side share the processors of the machine.
     """
-    processors = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processors = (os.cpu_count() or 1) // local_processes()
     return min(wanted, episodes, max(1, processors))
 
 
@@ -71,11 +72,11 @@ class EnvHandle:
 
     @property
     def alive(self) -> bool:
-        """Its process lives since the last ``reset``."""
+        """Whether its process has lived since the last ``reset``."""
         return self._worker is not None and not self._worker.dead
 
     async def reset(self, game: Game) -> Observation:
-        """Start ``game``, in a new process if the old one died."""
+        """Start ``game``, in a new process if the old one has died."""
         self._worker = await self._slot.worker()
         return await self._worker.call(self._number, "reset", game, self._slot.pool.reset_timeout)
 
@@ -89,9 +90,9 @@ class EnvHandle:
 class EnvPool:
     """``processes`` processes, each with the environments of its sessions.
 
-    ``make_env`` must be picklable (a class, a module's function, or a ``functools.partial`` of one).
-    The timeouts, in seconds, count from when a process turns to the request, not from when it was asked.
-    Belongs to the event loop in which its first session starts.
+    ``make_env`` must be picklable (a class, a module's function, or a ``functools.partial`` of one).  The timeouts, in
+    seconds, count from the moment when the process begins with the request.  A pool belongs to the event loop in which
+    its first session starts.
     """
 
     def __init__(self, make_env: Callable[[], TextEnv], processes: int, *,
@@ -104,9 +105,9 @@ class EnvPool:
         self.reset_timeout = reset_timeout
         self.make_env = pickle.dumps(make_env)
         self.deaths = 0
-        """Processes that died or were killed for not answering, so far."""
+        """The number of processes so far that died or were killed because they didn't answer."""
         self.busy_s = 0.0
-        """Seconds in which a process had something to do, summed over the processes."""
+        """Seconds of work, summed over the processes."""
         self._slots = [_Slot(self) for _ in range(processes)]
         self._closed = False
 
@@ -118,10 +119,10 @@ class EnvPool:
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[EnvHandle]:
-        """An environment of one's own, in the process with the fewest sessions."""
+        """An environment for the caller alone, in the process with the fewest sessions."""
         if self._closed:
             raise RuntimeError("the pool is closed")
-        for slot in self._slots:  # all at once: they start up side by side
+        for slot in self._slots:  # all now, so that they start in parallel
             slot.start()
         slot = min(self._slots, key=lambda s: len(s.taken))
         number = slot.take()
@@ -135,13 +136,13 @@ class EnvPool:
         return [slot.current.process.pid for slot in self._slots if slot.current and not slot.current.dead]
 
     async def close(self) -> None:
-        """End all processes.  Calls still waiting get EnvDied.  Safe to call twice."""
+        """End all processes.  Calls that still wait get EnvDied.  Safe to call twice."""
         self._closed = True
         await asyncio.gather(*(slot.current.close() for slot in self._slots if slot.current))
 
 
 class _Slot:
-    """The place of a process, which outlives it, and the numbers of the environments in it."""
+    """A place for one process after another, and the numbers of the environments in it."""
 
     def __init__(self, pool: EnvPool) -> None:
         self.pool = pool
@@ -166,7 +167,7 @@ class _Slot:
             self.current = _Worker(self.pool)
 
     async def worker(self) -> _Worker:
-        """The living process, once it is ready.  Raises what kept it from getting ready."""
+        """The living process, once it is ready.  Raises the error that stopped its start."""
         self.start()
         worker = self.current
         await asyncio.shield(worker.ready)
@@ -174,10 +175,10 @@ class _Slot:
 
 
 class _Worker(asyncio.Protocol):
-    """The parent's end of one process: requests go out, answers come back in the same order.
+    """The parent's end of one process: requests go out, and answers come back in the same order.
 
-    A Protocol rather than a reading task, because the event loop hands over what has arrived before it
-    runs timers: an answer that came while something else kept the loop busy is never taken for a timeout.
+    It is a Protocol rather than a reading task, because the event loop delivers received data before it runs timers.
+    So an answer that arrived while the loop was busy never counts as a timeout.
     """
 
     def __init__(self, pool: EnvPool) -> None:
@@ -190,20 +191,20 @@ class _Worker(asyncio.Protocol):
         self._busy_since = 0.0
         self._closing = False
         self.dead = ""
-        """Why the process is gone; empty while it lives."""
+        """The reason why the process has ended; empty while it lives."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
             self.process = _start_process(theirs)
         self.ready = self._loop.create_task(self._connect(ours))
-        # Sessions elsewhere don't ask how this one's start went; asyncio would complain about that.
+        # No other session may await this start; without the callback asyncio would complain about its exception.
         self.ready.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _connect(self, ours: socket.socket) -> None:
         await self._loop.create_connection(lambda: self, sock=ours)
         if self.dead:
             raise EnvDied(self.dead)
-        # The first answer says that the process is up, and that it can make environments.
+        # The first answer means that the process runs and has the callable that makes environments.
         answer = self._expect(START_TIMEOUT)
         self._send((sys.path, self._pool.make_env))
         await answer
@@ -267,7 +268,7 @@ class _Worker(asyncio.Protocol):
         self._end("the environment's process ended by itself")
 
     def _end(self, why: str) -> None:
-        """Kill what is left of the process and tell everybody who waits for it."""
+        """Kill the rest of the process, and raise EnvDied in all calls that wait for it."""
         if self.dead:
             return
         self.dead = why
@@ -306,7 +307,7 @@ class _Worker(asyncio.Protocol):
 
 
 class _InProcess(Exception):
-    """The traceback of an exception, as it was in the environment's process."""
+    """The traceback of an exception in the environment's process."""
 
     def __str__(self) -> str:
         return "\n" + self.args[0]
@@ -316,7 +317,7 @@ def _start_process(end: socket.socket) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
-    # A session of its own, so that Ctrl-C reaches the parent alone.  What an engine prints goes to stderr.
+    # A session of its own, so that Ctrl-C reaches the parent alone.  The output of an engine goes to stderr.
     return subprocess.Popen([sys.executable, "-m", "itp.envs.pool", str(end.fileno()), str(os.getpid())], env=env,
                             pass_fds=[end.fileno()], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
 
@@ -340,7 +341,7 @@ def _serve(end: socket.socket, parent: int) -> None:
                     answer = (True, None)
                 else:
                     answer = (True, _answer(envs, make_env, *message))
-            except Exception as error:  # whatever it is, it is the caller's: it travels there
+            except Exception as error:  # every error goes to the caller
                 answer = (False, (_picklable(error), traceback.format_exc()))
             _write(stream, answer)
     except (BrokenPipeError, ConnectionResetError):
@@ -359,7 +360,7 @@ def _answer(envs: dict[int, TextEnv], make_env: Callable[[], TextEnv], number: i
 
 
 def _picklable(error: Exception) -> Exception:
-    """The exception, or one that says the same, if it can't be taken apart and put together again."""
+    """The exception, or a RuntimeError with its text if it can't be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except (TypeError, AttributeError, pickle.PicklingError):
@@ -383,9 +384,9 @@ def _write(stream: Any, message: Any) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process with its parent, even in the middle of an engine's step.
+    """Have Linux kill this process when its parent dies, even in the middle of an engine's step.
 
-    (With the parent's thread that started it, to be exact: that of the event loop, which the pool needs.)
+    More exactly, it dies with the parent's thread that started it, which is the thread of the pool's event loop.
     """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Control:
+class HeadOutputs:
     """What a policy's heads read at the control token: log P_θ(K|s) for K = 0..K_max, V_θ(s), and the cost."""
 
     k_logprobs: tuple[float, ...]
     value: float
     prompt_tokens: int
     cached_tokens: int = 0
+    prompt: str = ""
+    """The prompt at whose end they were read, as far as the reader says so."""
 
     def choose_k(self, max_k: int, seed: int | None) -> int:
         """K_t among 0..``max_k``: drawn with ``seed``, or the most likely one where that is None."""
@@ -104,7 +106,8 @@ class Control:
 class Usage:
     """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``.
 
-    ``cut``: completions that ended at their limit of tokens.
+    ``cut``: completions that ended at their limit of tokens.  ``shortened``: prompts that lost old steps because they
+    were beyond their budget (:mod:`itp.agent.prompt_budget`).
     ``seconds``: how long its answers were waited for; requests made at the same time wait together.
     """
 
@@ -113,11 +116,12 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     cut: int = 0
+    shortened: int = 0
     seconds: float = field(default=0.0, compare=False)
 
     def __iadd__(self, other: Usage) -> Usage:
-        for name in ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "cut", "seconds"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for field_ in fields(self):
+            setattr(self, field_.name, getattr(self, field_.name) + getattr(other, field_.name))
         return self
 
     @property
@@ -126,7 +130,7 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     @classmethod
-    def of(cls, answers: Sequence[Generation | TokenLogprobs | Control]) -> Usage:
+    def of(cls, answers: Sequence[Generation | TokenLogprobs | HeadOutputs]) -> Usage:
         return cls(
             calls=len(answers),
             prompt_tokens=sum(a.prompt_tokens for a in answers),
@@ -136,7 +140,7 @@ class Usage:
         )
 
 
-@dataclass
+@dataclass(eq=False)  # a step is itself and no other
 class _Meter:
     usage: dict[str, Usage] = field(default_factory=dict)
     waiting: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -163,15 +167,21 @@ def metered() -> Iterator[dict[str, Usage]]:
             outer.usage[role] += spent
 
 
-def asker() -> int:
-    """Identifies for whom the current task asks: for the step that it is metered with, else for itself alone."""
-    return id(_meter.get(None) or asyncio.current_task())
+def count_shortened(role: str) -> None:
+    """Charge a prompt of the model ``role`` that lost old steps to the current task's meter, if it has one."""
+    if (meter := _meter.get(None)) is not None:
+        meter.usage.setdefault(role, Usage()).shortened += 1
+
+
+def requester() -> object:
+    """For whom the current task makes requests: the step that it is metered with, else the task itself."""
+    return _meter.get(None) or asyncio.current_task()
 
 
 @contextmanager
-def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | Control]]:
+def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | HeadOutputs]]:
     """Around every request of an LM: what goes into the list is charged to the current task's meter, if it has one."""
-    answers: list[Generation | TokenLogprobs | Control] = []
+    answers: list[Generation | TokenLogprobs | HeadOutputs] = []
     meter = _meter.get(None)
     if meter is None:
         yield answers
@@ -190,10 +200,16 @@ def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | Control]]:
 
 
 class LM(Protocol):
-    """A language model that episodes share.  ``role`` is what it is used as: policy or world_model."""
+    """A language model that episodes share.  ``role`` is what it is used as: policy or world_model.
+
+    ``tokenizer``: its tokenizer; None where it is a server's own.  ``context_length``: tokens of prompt and completion
+    that it holds; None where that is unknown or without limit.
+    """
 
     name: str
     role: str
+    tokenizer: Any
+    context_length: int | None
 
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         """Complete every prompt.
@@ -209,8 +225,8 @@ class LM(Protocol):
         joined text.  Raises UserError where a backend can't score.
         """
 
-    async def control(self, prompts: Sequence[str]) -> list[Control]:
-        """The heads' reading at the end of every prompt.  Raises UserError where there are no heads."""
+    async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
+        """What the heads read at the end of every prompt.  Raises UserError where there are no heads."""
 
     async def close(self) -> None:
         """Release the model or the connection."""

@@ -1,6 +1,6 @@
 """Keys and values: rows computed side by side in one block of memory, and rows remembered for later.
 
-Row i of a :class:`Batch` has its tokens in columns 0 .. n_i - 1 and new ones are written behind them, in
+Row i of a :class:`KVBatch` has its tokens in columns 0 .. n_i - 1 and new ones are written behind them, in
 place; so nothing is copied when a row grows, and the rows that are left when others end are moved one by
 one.  An attention mask of our own (B, 1, S, T) and explicit positions make every row attend to exactly
 what it would attend to alone.
@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-Segment = torch.Tensor
+KVSegment = torch.Tensor
 """Keys and values of some consecutive tokens: (layers, 2, heads, tokens, head size)."""
 
-KV = tuple[Segment, ...]
+KV = tuple[KVSegment, ...]
 """Keys and values of a row, oldest tokens first.  A row that goes on shares the segments of its beginning."""
 
 MAX_SEGMENTS = 8
@@ -31,7 +31,7 @@ def tokens_of(kv: KV) -> int:
 
 def beginning(kv: KV, tokens: int) -> KV:
     """The first ``tokens`` tokens, without copying."""
-    kept: list[Segment] = []
+    kept: list[KVSegment] = []
     for segment in kv:
         if tokens > 0:
             kept.append(segment[..., :tokens, :])
@@ -129,7 +129,7 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     return low
 
 
-class Memory:
+class BatchMemory:
     """The block in which batches are computed, used again by the next batch: fresh pages are dear on a CPU."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Memory:
 class _Layer(CacheLayerMixin):
     """One layer of a batch's keys and values."""
 
-    def __init__(self, batch: Batch, index: int) -> None:
+    def __init__(self, batch: KVBatch, index: int) -> None:
         super().__init__()
         self.batch, self.index = batch, index
 
@@ -173,10 +173,11 @@ class _Layer(CacheLayerMixin):
         return self.batch.columns
 
 
-class Batch:
+class KVBatch:
     """Rows computed side by side.  ``total[i]`` is the most tokens that row i will ever have."""
 
-    def __init__(self, model: PreTrainedModel, memory: Memory, rows: Sequence[KV | None], total: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, memory: BatchMemory, rows: Sequence[KV | None],
+                 total: Sequence[int]) -> None:
         self.model, self._memory, self._size = model, memory, len(rows)
         self._known = [kv or () for kv in rows]
         self.lengths = [tokens_of(kv) for kv in self._known]

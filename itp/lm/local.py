@@ -2,7 +2,7 @@
 
 Coroutines only queue what they want.  One worker per device takes everything that waits for a model, runs it as a
 batch in a thread, and hands the answers out.  When it starts, and which model is next, is what makes batches full:
-see Quorum and Turns.
+see :mod:`itp.lm.scheduler`.
 """
 
 from __future__ import annotations
@@ -11,126 +11,29 @@ import asyncio
 import functools
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asker, asking
-from itp.lm.encoding import Encoder
-from itp.lm.room import BATCH_TOKENS, CACHE_BYTES, free_bytes, room, token_bytes
-from itp.runtime import UserError, derive_seed
+from itp.errors import PromptTooLong, UserError
+from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, asking, requester
+from itp.lm.memory_budget import BATCH_TOKENS, CACHE_BYTES, split_share, token_bytes
+from itp.lm.scheduler import BatchBarrier
+from itp.lm.tokenize import Encoder
+from itp.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
 
-class Quorum:
-    """Counts the live episodes and how many of them wait for a model.
-
-    A batch starts when every live episode waits for some model, since then nobody can still join; or when nobody
-    has come for ``patience_s``, because an environment is slow.  Shared by the models of a run.
-    """
-
-    def __init__(self, patience_s: float = 0.03) -> None:
-        self.patience_s = patience_s
-        self.live = 0
-        self.waiting: Counter[int] = Counter()
-        self.changed = asyncio.Event()
-        self._turns: dict[str, Turns] = {}
-
-    def turns(self, device: str) -> Turns:
-        return self._turns.setdefault(device, Turns(self, device))
-
-    def add(self, live: int) -> None:
-        self.live += live
-        self.changed.set()
-
-    @contextmanager
-    def wait(self, who: int) -> Iterator[None]:
-        """Around a request of episode ``who``, which counts once, however many requests it has under way."""
-        self.waiting[who] += 1
-        self.changed.set()
-        try:
-            yield
-        finally:
-            self.waiting[who] -= 1
-            if not self.waiting[who]:
-                del self.waiting[who]
-            self.changed.set()
-
-    async def complete(self) -> None:
-        """Return when everyone waits, or when nobody has come for a while."""
-        await asyncio.sleep(0)  # let the coroutines that are ready put their requests first
-        while len(self.waiting) < self.live:
-            self.changed.clear()
-            try:
-                await asyncio.wait_for(self.changed.wait(), self.patience_s)
-            except asyncio.TimeoutError:  # an alias of TimeoutError since Python 3.11
-                if not self.changed.is_set():  # or somebody came while the event loop was busy
-                    return
-
-
-class Turns:
-    """The models on one device, one of which computes at a time: meanwhile the others' requests gather."""
-
-    def __init__(self, quorum: Quorum, device: str) -> None:
-        self.quorum, self.device = quorum, device
-        self._models: list[LocalLM] = []
-        self._fitted = False
-        self._worker: asyncio.Task | None = None
-
-    def join(self, lm: LocalLM) -> None:
-        self._models.append(lm)
-        self._fitted = False
-
-    def leave(self, lm: LocalLM) -> None:
-        self._models.remove(lm)
-
-    def go(self) -> None:
-        """See to it that what is asked will be answered."""
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.get_running_loop().create_task(self._serve())
-
-    async def _serve(self) -> None:
-        """Run batches until nobody asks any more."""
-        while True:
-            await self.quorum.complete()
-            lm = self._next()
-            if lm is None:
-                return
-            self._fit()
-            await lm.run_batch()
-            for _ in range(4):
-                await asyncio.sleep(0)  # those who were answered stop waiting before the next turn
-
-    def _fit(self) -> None:
-        """Share the device's memory, where a model has come: not before the first batch, since then all are loaded."""
-        free = None if self._fitted else free_bytes(self.device)
-        self._fitted = True
-        if free is not None:
-            total = free + sum(lm.engine.cache.bytes for lm in self._models)
-            for lm in self._models:
-                lm.fit(total // len(self._models))
-
-    def _next(self) -> LocalLM | None:
-        """The policy, until twice as many prompts wait for the world model.
-
-        What the policy is asked mostly leads to the world model, whose long answers cost less apiece in a full batch.
-        """
-        asked = [lm for lm in self._models if lm.asked]
-        return max(asked, key=lambda lm: lm.asked * (1 if lm.role == "world_model" else 2), default=None)
-
-
-CALLS = ("control", "score", "generate")
+CALLS = ("read_heads", "score", "generate")
 """The engine's calls, in the order in which they are answered."""
 
 
 @dataclass
 class _Job:
-    """One prompt for one of the engine's calls (control, generate, score).
+    """One prompt for one of the engine's calls (read_heads, generate, score).
 
     ``work`` makes of the prompt's ids what the call takes; they are found when a batch starts, beside the
     event loop.
@@ -145,18 +48,19 @@ class _Job:
 class LocalLM:
     """The LM contract on a loaded model.  Build with :meth:`load`.
 
-    ``heads`` (:data:`itp.lm.decoding.Heads`) are what :meth:`control` asks.  ``fit_batch`` and
-    ``fit_cache``: on a GPU ``max_batch_tokens`` and ``cache_bytes`` follow from its memory (:mod:`itp.lm.room`).
+    ``heads`` (:data:`itp.lm.engine.Heads`) are what :meth:`read_heads` asks.  ``fit_batch`` and
+    ``fit_cache``: on a GPU ``max_batch_tokens`` and ``cache_bytes`` follow from its memory
+    (:mod:`itp.lm.memory_budget`).
     """
 
     def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
-                 quorum: Quorum | None = None, max_batch_tokens: int = BATCH_TOKENS, max_batch_rows: int = 0,
+                 barrier: BatchBarrier | None = None, max_batch_tokens: int = BATCH_TOKENS, max_batch_rows: int = 0,
                  cache_bytes: int = CACHE_BYTES, fit_batch: bool = True, fit_cache: bool = True) -> None:
-        from itp.lm.decoding import Engine
+        from itp.lm.engine import Engine
 
         self.name, self.role = name, role
         self.model, self.tokenizer = model, tokenizer
-        self.quorum = quorum or Quorum()
+        self.barrier = barrier or BatchBarrier()
         self._fit_batch, self._fit_cache = fit_batch, fit_cache
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
@@ -168,20 +72,20 @@ class LocalLM:
         self.batches: list[int] = []
         """Rows of every batch so far: its mean is the occupancy."""
         self._jobs: list[_Job] = []
-        self._turns = self.quorum.turns(str(self.model.device))
-        self._turns.join(self)
+        self._scheduler = self.barrier.scheduler(str(self.model.device))
+        self._scheduler.join(self)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"lm-{name}")
 
     @classmethod
     def load(cls, path: str, *, device: str = "cpu", dtype: str = "fp32", **options: Any) -> LocalLM:
         """Load a model folder (or hub name) for inference on ``device`` in ``dtype`` (fp16, bf16, fp32)."""
-        from itp.runtime import load_causal_lm
+        from itp.pretrained import load_causal_lm
 
         model, tokenizer = load_causal_lm(path, device=device, dtype=dtype)
         return cls(model, tokenizer, name=Path(path).name, **options)
 
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
-        from itp.lm.decoding import Request
+        from itp.lm.engine import Request
 
         choices = [self.encode(c) for c in params.choices]
         _check_choices(choices, params.choices)
@@ -200,20 +104,20 @@ class LocalLM:
         work = [functools.partial(pair, completion=self.encode(completion)) for _, completion in pairs]
         return await self._ask("score", [context for context, _ in pairs], work)
 
-    async def control(self, prompts: Sequence[str]) -> list[Control]:
+    async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
         if self.engine.heads is None:
             raise UserError(f"{self.name}: this model has no heads to choose K with; train them with "
                             "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-        return await self._ask("control", prompts, [self._fitting] * len(prompts))
+        return await self._ask("read_heads", prompts, [self._fitting] * len(prompts))
 
     async def close(self) -> None:
-        self._turns.leave(self)
+        self._scheduler.leave(self)
         self._thread.shutdown(wait=True)
 
-    def fit(self, share: int) -> None:
+    def fit_memory(self, share: int) -> None:
         """Make use of ``share`` bytes of the device."""
         config, width = self.model.config.get_text_config(), self.model.dtype.itemsize
-        cache_bytes, batch_tokens = room(share, token_bytes(config, width))
+        cache_bytes, batch_tokens = split_share(share, token_bytes(config, width))
         if self._fit_batch:
             self.engine.max_batch_tokens = batch_tokens
         if self._fit_cache:
@@ -224,10 +128,8 @@ class LocalLM:
     def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
         """``ids``, if the model's context holds them and ``more``."""
         if self.context_length and len(ids) + more > self.context_length:
-            raise UserError(
-                f"{self.name}: a prompt of {len(ids)} tokens and {more} new ones exceed its context of "
-                f"{self.context_length}; keep less history (--history_keep_steps)"
-            )
+            raise PromptTooLong(f"{self.name}: a prompt of {len(ids)} tokens and {more} new ones exceed its context of "
+                                f"{self.context_length}; imagine fewer steps, or let answers be shorter")
         return ids
 
     async def _ask(self, call: str, prompts: Sequence[str], work: Sequence[Callable[[list[int]], Any]]) -> list[Any]:
@@ -237,15 +139,20 @@ class LocalLM:
         loop = asyncio.get_running_loop()
         jobs = [_Job(call, prompt, make, loop.create_future()) for prompt, make in zip(prompts, work, strict=True)]
         self._jobs += jobs
-        self._turns.go()
-        with self.quorum.wait(asker()), asking(self.role) as answers:
+        self._scheduler.wake()
+        with self.barrier.wait(requester()), asking(self.role) as answers:
             answers += await asyncio.gather(*(job.answer for job in jobs))
         return answers
 
     @property
-    def asked(self) -> int:
+    def waiting_prompts(self) -> int:
         """Prompts that wait for an answer."""
         return len(self._jobs)
+
+    @property
+    def cache_bytes_used(self) -> int:
+        """Memory that its computed prefixes take now."""
+        return self.engine.cache.bytes
 
     async def run_batch(self) -> None:
         """Answer what waits, one kind of call at a time."""
@@ -258,17 +165,17 @@ class LocalLM:
         self.busy_s += time.monotonic() - start
 
     def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
-        """In the model's thread: the answers to jobs of one kind, or the UserError why one can't be asked."""
+        """In the model's thread: the answers to jobs of one kind, or the PromptTooLong why there is none."""
         run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
         work = [self._work(job) for job in jobs]
-        fitting = [one for one in work if not isinstance(one, UserError)]
+        fitting = [one for one in work if not isinstance(one, PromptTooLong)]
         answers = iter(run(fitting) if fitting else [])
-        return [one if isinstance(one, UserError) else next(answers) for one in work]
+        return [one if isinstance(one, PromptTooLong) else next(answers) for one in work]
 
     def _work(self, job: _Job) -> Any:
         try:
             return job.work([*self.encode.start, *self.encode(job.prompt)])
-        except UserError as error:  # its prompt is too long, which is no fault of the others in the batch
+        except PromptTooLong as error:  # no fault of the others in the batch
             return error
 
     async def _answer(self, call: str, jobs: list[_Job]) -> None:

@@ -34,8 +34,9 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from itp.lm.base import Control, GenParams, Generation, TokenLogprobs, asking
-from itp.runtime import UserError, derive_seed
+from itp.errors import PromptTooLong, UserError
+from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, asking
+from itp.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class OpenAILM:
             raise UserError(f"an LM server needs concurrency >= 1, max_retries >= 0 and a timeout above 0 s, "
                             f"not {concurrency}, {max_retries} and {timeout_s:g}")
         self.name, self.role = model, role
+        self.tokenizer, self.context_length = None, None  # the server's own business
         self._url, self._api, self._api_key_env = base_url.rstrip("/"), api, api_key_env
         self._timeout_s, self._max_retries, self._retry_for_s = timeout_s, max_retries, retry_for_s
         self._slots = asyncio.Semaphore(concurrency)
@@ -85,7 +87,7 @@ class OpenAILM:
             answers += await _all(self._complete(prompt, params, index) for index, prompt in enumerate(prompts))
         return answers
 
-    async def control(self, prompts: Sequence[str]) -> list[Control]:
+    async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
         raise UserError(f"{self.name} at {self._url}: a server has no heads to choose K with; use a local policy, "
                         "or another --k_policy")
 
@@ -201,7 +203,8 @@ class OpenAILM:
             what = f"HTTP {error.status_code}: {self._one_line(error.body)}{self._advice(error.status_code)}"
         else:
             what = f"no connection ({type(error.__cause__ or error).__name__}); is the server running there?"
-        return UserError(f"{self.name} at {self._url}: {what}")
+        kind = PromptTooLong if _says_too_long(error) else UserError
+        return kind(f"{self.name} at {self._url}: {what}")
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):
@@ -253,6 +256,16 @@ def _is_away(error: Any) -> bool:
     if isinstance(error, openai.APIStatusError):
         return error.status_code in AWAY
     return isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+
+
+def _says_too_long(error: Any) -> bool:
+    """Whether a server refused a prompt because its context doesn't hold it: OpenAI's code, or the words of others."""
+    import openai
+
+    if not isinstance(error, openai.BadRequestError):
+        return False
+    said = str(error.body).lower()
+    return "context_length_exceeded" in said or "context length" in said or "maximum context" in said
 
 
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, str]:

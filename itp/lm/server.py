@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag
-from itp.lm.chat import as_trained
+from itp.errors import UserError
 from itp.lm.openai import Api, OpenAILM
-from itp.runtime import UserError, load_tokenizer
+from itp.model_card import trained_format
+from itp.pretrained import load_tokenizer
 
 BACKENDS = ("local", "openai", "deepseek_api")
 DEEPSEEK_URL = "https://api.deepseek.com"
@@ -18,20 +19,24 @@ DEEPSEEK_URL = "https://api.deepseek.com"
 class PolicyServerFlags:
     policy_backend: str = flag("local", help="where the policy runs", choices=BACKENDS)
     policy_api_base_url: str = flag("", help="server of --policy_backend openai, such as http://127.0.0.1:8000/v1")
-    policy_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
+    policy_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key",
+                                   affects_result=False)
     policy_api_model: str = flag("deepseek-chat", help="name of the model on the server")
-    policy_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
-    policy_api_max_retries: int = flag(3, help="tries after a request that timed out or was refused for now")
+    policy_api_timeout_s: float = flag(120.0, help="seconds that a request may take", affects_result=False)
+    policy_api_max_retries: int = flag(3, help="tries after a request that timed out or was refused for now",
+                                       affects_result=False)
 
 
 @dataclass
 class WorldModelServerFlags:
     wm_backend: str = flag("local", help="where the world model runs", choices=BACKENDS)
     wm_api_base_url: str = flag("", help="server of --wm_backend openai, such as http://127.0.0.1:8000/v1")
-    wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key")
+    wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key",
+                               affects_result=False)
     wm_api_model: str = flag("deepseek-chat", help="name of the model on the server")
-    wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take")
-    wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now")
+    wm_api_timeout_s: float = flag(120.0, help="seconds that a request may take", affects_result=False)
+    wm_api_max_retries: int = flag(3, help="tries after a request that timed out or that the server refused for now",
+                                   affects_result=False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Server:
 
     def needs_template(self, path: str, style: str) -> bool:
         """Whether prompts for the model at ``path`` are put into its turns here, since the completions API doesn't."""
-        return bool(path) and self.api == "completions" and as_trained(path, style) is None
+        return bool(path) and self.api == "completions" and trained_format(path, style) is None
 
     def tokenizer(self, path: str, style: str) -> Any:
         """The tokenizer whose chat template is needed here; None where none is."""

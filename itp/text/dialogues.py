@@ -60,7 +60,7 @@ def reflection_dialogue(episode: Sequence[Transition], step: int, tried: str, re
     return _dialogue(episode, step, f"reflection-{step}", said, tried=tried)
 
 
-def helps_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
+def judge_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
     """The same with the question whether it helps, answered yes or no."""
     return _dialogue(episode, step, f"helps-{step}", [f"Helps:{(YES if helps else NO).rstrip()}"], tried=tried)
 

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import re
 
+from itp.text import alfworld_phrases as phrases
+
 Fact = tuple[str, ...]
 """A predicate and its arguments: ("in", "mug 1", "desk 2"), ("closed", "drawer 3"), ("hot", "egg 1")."""
 
-_NAME = r"[a-z]+ \d+"
-_LISTED = re.compile(rf"\ba ({_NAME})")
 _SENTENCE_END = re.compile(r"(?<=\.)\s+|\n+")
-_PLACE = re.compile(rf"(?:On|In) the ({_NAME}), you see .*|(?:The )?({_NAME}) is open\.")
 
-_FORMS: tuple[tuple[Fact, re.Pattern[str]], ...] = tuple(
-    (fact, re.compile(form.replace("NAME", f"({_NAME})"))) for fact, form in (
-        (("at",), r"You (?:arrive at|are facing) (?:the )?NAME\."),
-        (("closed",), r"The NAME is closed\.|You close the NAME\."),
-        (("open",), r"The NAME is open\.|You open the NAME\."),
-        (("held",), r"You pick up the NAME from the .*\."),
-        (("in",), r"You (?:move|put) the NAME (?:to|in/on|in|on) the NAME\."),
-        (("hot",), r"You heat the NAME using the .*\."),
-        (("cool",), r"You cool the NAME using the .*\."),
-        (("clean",), r"You clean the NAME using the .*\."),
-        (("lit",), r"You turn on the NAME\."),
-        (("held", "nothing"), r"You are not carrying anything\."),
-    ))
-"""Sentences that state one fact: what it begins with, and the form whose names are the rest of it."""
-
-
-_CONDITION = re.compile(rf"This is a ([a-z ]+) ({_NAME})\.")
-"""The answer to examining an object: ``This is a cool and clean mug 1.``"""
+_FORMS: tuple[tuple[Fact, re.Pattern[str]], ...] = (
+    (("at",), phrases.ARRIVED),
+    (("closed",), phrases.IS_CLOSED),
+    (("open",), phrases.IS_OPEN),
+    (("held",), phrases.PICKED_UP),
+    (("in",), phrases.MOVED),
+    (("hot",), phrases.HEATED),
+    (("cool",), phrases.COOLED),
+    (("clean",), phrases.CLEANED),
+    (("lit",), phrases.TURNED_ON),
+    (("held", "nothing"), phrases.HOLDS_NOTHING),
+)
+"""Sentences that state one fact: the beginning of the fact, and the sentence whose names complete it."""
 
 
 def facts(observation: str) -> frozenset[Fact]:
@@ -43,7 +37,7 @@ def facts(observation: str) -> frozenset[Fact]:
     found: set[Fact] = set()
     place = ""
     for sentence in filter(None, map(str.strip, _SENTENCE_END.split(observation))):
-        if match := _PLACE.fullmatch(sentence):
+        if match := phrases.ABOUT_PLACE.fullmatch(sentence):
             place = match[1] or match[2]
         found |= _of_sentence(sentence, place)
     return frozenset(found)
@@ -54,15 +48,15 @@ def _of_sentence(sentence: str, place: str) -> set[Fact]:
     for fact, form in _FORMS:
         if match := form.fullmatch(sentence):
             return {(*fact, *filter(None, match.groups()))}
-    if match := _CONDITION.fullmatch(sentence):
+    if match := phrases.CONDITION.fullmatch(sentence):
         return {("cool" if word == "cold" else word, match[2]) for word in match[1].split() if word != "and"}
-    head, sees, listing = sentence.partition(", you see ")
+    head, sees, listing = sentence.partition(phrases.SEES)
     if sees:
         here = place if head in ("In it", f"On the {place}", f"In the {place}") else head
-        return {("in", name, here) for name in _LISTED.findall(listing)} or {("empty", here)}
-    head, carries, listing = sentence.partition("You are carrying:")
+        return {("in", name, here) for name in phrases.LISTED.findall(listing)} or {("empty", here)}
+    head, carries, listing = sentence.partition(phrases.CARRIES)
     if carries:
-        return {("held", name) for name in _LISTED.findall(listing)}
+        return {("held", name) for name in phrases.LISTED.findall(listing)}
     return {("says", " ".join(sentence.split()))}
 
 

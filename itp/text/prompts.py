@@ -13,8 +13,8 @@ A *tuned* model (trained by this project) sees the bare state and a label that s
 A policy with heads has the line ``<CTRL>`` between state and imagined trajectory.  K_t and V(s_t) are
 read there, so the text up to it is the same whether the policy decides how far to look or acts.
 
-An *instruct* model (not trained by us) gets the same text behind an instruction.  Either may be asked in
-turns of a chat (:mod:`itp.lm.chat`): the text is then what the user says, and the label is where the
+An *instruct* model (not trained by us) gets the same text behind an instruction.  Either may be prompted in
+turns of a chat (:mod:`itp.text.prompt_format`): the text is then what the user says, and the label is where the
 model's own turn begins.
 
 Whitespace is code here: a label ends with its colon, what the model writes starts with a space and
@@ -24,36 +24,17 @@ given and what is generated, whatever the tokenizer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from itp.text.prompt_format import PLAIN, TUNED, PromptFormat
 from itp.text.state import indent
 
 CTRL = "<CTRL>"
-"""The control token of policies with heads (:mod:`itp.policy.heads`)."""
+"""The control token of policies with heads (:mod:`itp.agent.heads`)."""
 
 END = "\n"
 """What ends an action, a thought, a horizon: every one-line completion."""
 
-
-@dataclass(frozen=True)
-class Turns:
-    """What stands around a prompt's text: ``head`` before it, ``tail`` between it and the label.
-
-    ``thinks``: the model thinks before it answers, so no label is put into its mouth.
-    """
-
-    head: str = ""
-    tail: str = "\n"
-    thinks: bool = False
-
-    def ask(self, label: str) -> str:
-        return self.tail if self.thinks else f"{self.tail}{label}:"
-
-
-PLAIN = Turns()
-"""Plain text: the label on the next line."""
 
 INSTRUCTION = {
     "alfworld": (
@@ -113,26 +94,27 @@ def proposal_text(action: str) -> str:
     return f"\nIf: {indent(action)}"
 
 
-def policy_prompt(state: str, label: str = "Action", *, foresight: str = "", notes: str = "", control: bool = False,
-                  style: str = "tuned", env: str = "alfworld", max_k: int = 0, turns: Turns = PLAIN) -> str:
+def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED, *, foresight: str = "",
+                  notes: str = "", max_k: int = 0) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps).
 
     ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
-    ``"\\nReflection: ..."`` that come between it and the label.  ``control``: for a policy with heads.
+    ``"\\nReflection: ..."`` that come between it and the label.  ``max_k``: the largest answer to ``Horizon``.
     """
-    mark = f"\n{CTRL}" if control else ""
-    return f"{_instructed(state, label, style, env, max_k, turns)}{mark}{foresight}{notes}{turns.ask(label)}"
+    mark = f"\n{CTRL}" if form.control_token else ""
+    return f"{_instructed(state, label, form, max_k)}{mark}{foresight}{notes}{form.template.before_reply(label)}"
 
 
-def control_prompt(state: str, *, style: str = "tuned", env: str = "alfworld", turns: Turns = PLAIN) -> str:
-    """Up to ``<CTRL>``, where K_t and V(s_t) are read: the beginning of ``policy_prompt(..., control=True)``."""
-    return f"{_instructed(state, 'Action', style, env, 0, turns)}\n{CTRL}"
+def control_prompt(state: str, form: PromptFormat) -> str:
+    """Up to ``<CTRL>``, where K_t and V(s_t) are read: how :func:`policy_prompt` for a policy with heads begins."""
+    return f"{_instructed(state, 'Action', form, 0)}\n{CTRL}"
 
 
-def _instructed(state: str, label: str, style: str, env: str, max_k: int, turns: Turns) -> str:
-    if style == "tuned":
-        return f"{turns.head}{state}"
-    head = f"{INSTRUCTION[env]}\n" if turns == PLAIN else turns.head  # a chat's head holds the instruction
+def _instructed(state: str, label: str, form: PromptFormat, max_k: int) -> str:
+    if form.style == "tuned":
+        return f"{form.template.head}{state}"
+    # The head of a chat template holds the instruction.
+    head = f"{INSTRUCTION[form.env]}\n" if form.template == PLAIN else form.template.head
     return f"{head}{_ASK[label].format(max_k=max_k)}\n\n{state}"
 
 
@@ -141,68 +123,13 @@ def action_target(action: str) -> str:
     return f" {indent(action)}{END}"
 
 
-def world_model_prompt(state: str, action: str, *, style: str = "tuned", env: str = "alfworld",
-                       turns: Turns = PLAIN) -> str:
+def world_model_prompt(state: str, action: str, form: PromptFormat = TUNED) -> str:
     """The world model's prompt for p_φ(s'|s, a), the same in training and inference."""
-    head = f"{WORLD_INSTRUCTION[env]}\n\n" if style == "instruct" and turns == PLAIN else turns.head
-    return f"{head}{state}\nAction: {indent(action)}{turns.ask('Observation')}"
+    plain_instruct = form.style == "instruct" and form.template == PLAIN
+    head = f"{WORLD_INSTRUCTION[form.env]}\n\n" if plain_instruct else form.template.head
+    return f"{head}{state}\nAction: {indent(action)}{form.template.before_reply('Observation')}"
 
 
 def world_model_target(next_state: str) -> str:
     """What follows ``Observation:`` in training (and then the end-of-sequence token)."""
     return f" {indent(next_state)}"
-
-
-_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
-
-
-Segment = tuple[str, bool | str]
-"""Text of a training sequence, and whether it is learned; a string is what is to be learned in its place."""
-
-
-def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
-    """The segments of a dialogue of human and gpt turns, one after the other.
-
-    A gpt turn starts with a label (``Action: ...``), which is given and not learned: just what
-    :func:`policy_prompt` ends with.  A turn with ``weight`` 0 is context only, and its ``correction`` is learned in its
-    place.  Joined, the segments are the text of a state that grows, so one sequence teaches all prompts of an episode.
-    """
-    segments: list[Segment] = []
-    for turn in conversations:
-        if turn["from"] == "gpt":
-            label, text = _labelled(turn["value"])
-            learned: bool | str = turn.get("weight", 1) != 0
-            if "correction" in turn:
-                learned = _labelled(turn["correction"])[1]
-            segments += [(label, False)] * bool(label) + [(text, learned)]
-        else:
-            segments.append((turn["value"] + END, False))
-    return segments
-
-
-def _labelled(value: str) -> tuple[str, str]:
-    """A gpt turn as its label, which may be empty, and what follows."""
-    label = _LABEL.match(value)
-    cut = label.end() if label else 0
-    return value[:cut], value[cut:] + END
-
-
-def dialogue_examples(conversations: Sequence[dict], turns: Turns = PLAIN) -> list[list[Segment]]:
-    """Training sequences of a dialogue, each a list of segments.
-
-    Plain text: one for all of it.  In turns of a chat the label stands behind the user's turn, so every learned
-    gpt turn has a sequence of its own: the text so far as one question, as inference asks it.
-    """
-    segments = dialogue_segments(conversations)
-    if turns == PLAIN:
-        return [segments]
-    examples: list[list[Segment]] = []
-    before = ""
-    for i, (text, learned) in enumerate(segments):
-        if learned:
-            label = segments[i - 1][0] if i and _LABEL.fullmatch(segments[i - 1][0]) else ""
-            asked = before.removesuffix(label).removesuffix(END)
-            target = learned if isinstance(learned, str) else text
-            examples.append([(f"{turns.head}{asked}{turns.tail}{label}", False), (target, True)])
-        before += text
-    return examples

@@ -45,7 +45,7 @@ class State:
 
     def last(self, steps: int) -> State:
         """The same state with at most ``steps`` steps of history (0: all of it)."""
-        if steps < 0:  # a setting that was left open and never settled (itp.policy.shown)
+        if steps < 0:  # a setting that nobody resolved (itp.model_card)
             raise ValueError(f"a state's last {steps} steps")
         cut = max(0, len(self.history) - steps) if steps else 0
         return replace(self, history=self.history[cut:], omitted=self.omitted + cut) if cut else self

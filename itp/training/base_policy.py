@@ -16,27 +16,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag, parse_settings
-from itp.runtime import UserError, load_tokenizer, run_main
-from itp.text.prompts import PLAIN, Turns, dialogue_examples
+from itp.errors import UserError
+from itp.files import read_rows
+from itp.pretrained import load_tokenizer
+from itp.program import run_main
+from itp.text.prompt_format import PLAIN, PromptTemplate
+from itp.text.segments import dialogue_examples
 from itp.training.examples import Example
-from itp.training.finetune import FinetuneSettings, check_settings, claim_run, finetune, trained_form
-from itp.transitions import read_rows
+from itp.training.run import finetune, open_run
+from itp.training.settings import FinetuneSettings, check_settings, trained_card
 
 SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "system": "human", "assistant": "gpt"}
 
 
 @dataclass
 class BasePolicySettings(FinetuneSettings):
-    train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas")
+    train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas",
+                           affects_result=False, holds="data")
 
 
-def read_dialogues(path: str, form: Turns = PLAIN) -> list[Example]:
-    """The examples of all dialogues, asked for in ``form``.  Raises UserError naming the row that isn't one."""
+def read_dialogues(path: str, template: PromptTemplate = PLAIN) -> list[Example]:
+    """The examples of all dialogues, prompted in ``template``.  Raises UserError naming the row that isn't one."""
     examples = []
     for where, row in read_rows(path):
         turns = _turns(row, where)
-        examples += [Example(segments, eos=form == PLAIN, keep_first=form == PLAIN, group=str(row.get("id", "")))
-                     for segments in dialogue_examples(turns, form)]
+        plain, group = template == PLAIN, str(row.get("id", ""))
+        examples += [Example(segments, eos=plain, keep_first=plain, group=group)
+                     for segments in dialogue_examples(turns, template)]
     if not examples:
         raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
     return examples
@@ -69,9 +75,9 @@ def main() -> None:
     for path in files:
         read_dialogues(path)  # refused before a tokenizer is loaded
     check_settings(settings)
-    if not claim_run(settings, files, ignore=("train_json",)):
-        form = trained_form(settings, load_tokenizer(settings.model_path))
-        finetune(settings, [example for path in files for example in read_dialogues(path, form)])
+    if not open_run(settings, files):
+        template = trained_card(settings, load_tokenizer(settings.model_path)).template
+        finetune(settings, [example for path in files for example in read_dialogues(path, template)])
 
 
 if __name__ == "__main__":

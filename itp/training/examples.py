@@ -1,20 +1,22 @@
-"""What a run of the fine-tuning core is given: examples of text, as token ids with labels, and which are held out."""
+"""The input of a fine-tuning run: examples of text, as token ids with labels, and which examples are held out."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from itp.runtime import UserError, bos_ids
-from itp.text.prompts import Segment
+from itp.errors import UserError
+from itp.pretrained import bos_ids
+from itp.text.segments import Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger("itp.finetune")
+log = logging.getLogger(__name__)
 IGNORED = -100
 """The label of a token without loss: what PyTorch's cross entropy skips."""
 
@@ -23,11 +25,11 @@ IGNORED = -100
 class Example:
     """One training sequence.
 
-    ``segments``: (text, supervised), tokenised each on its own, so that what is given and what is
-    learned never share a token.  What is to be learned in the place of a text is learned up to where the two
-    part: behind it the sequence goes on with the text.  ``eos``: an end-of-sequence token follows, supervised.
-    ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: examples of one
-    group (an episode) are held out together.
+    ``segments``: (text, supervised).  Each is tokenized on its own, so that a given text and a learned text never share
+    a token.  A string in the place of ``supervised`` is learned instead of the text, up to the first different token.
+    Behind that token the sequence goes on with the text.  ``eos``: a supervised end-of-sequence token follows.
+    ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: the examples of one group (an
+    episode) are held out together.
     """
 
     segments: list[Segment]
@@ -36,74 +38,109 @@ class Example:
     group: str = ""
 
 
-Row = dict[str, Any]
+TrainingRow = dict[str, Any]
 """One training sequence: ``input_ids``, and for text ``labels`` of the same length."""
 
 
 @dataclass
 class Encoding:
-    """Tokenised examples.  ``groups[i]``: what ``rows[i]`` is held out together with."""
+    """Tokenized examples.  ``groups[i]``: the group that ``rows[i]`` is held out with."""
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     groups: list[str]
     counts: dict[str, int] = field(default_factory=dict)
+
+
+COUNTS = ("examples", "cut", "lost_tokens", "lost_supervised", "too_long", "unsupervised")
+"""What :func:`encode` counts: all examples, those it cuts with the tokens lost, and those it leaves out."""
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Encoding:
     """Token ids and labels of every example, at most ``max_len`` long.
 
-    What is too long loses tokens on the left, after a first segment that is to be kept, but never of
-    its last supervised segment.  An example whose target alone is too long is left out.  ``counts``
-    says how often each happened.
+    An example that is too long loses tokens on the left, behind its first segment where that is to be kept.  It never
+    loses tokens of its last supervised segment.  An example whose target alone is too long is left out, and so is an
+    example without a target.
     """
-    texts = list(dict.fromkeys(text for example in examples for segment in example.segments for text in segment
-                               if isinstance(text, str)))
-    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
-    bos = bos_ids(tokenizer)
-    if any(example.eos for example in examples) and tokenizer.eos_token_id is None:
+    ids_of = _token_ids(examples, tokenizer)
+    bos, eos = bos_ids(tokenizer), tokenizer.eos_token_id
+    if any(example.eos for example in examples) and eos is None:
         raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    encoding = Encoding([], [], dict.fromkeys(("examples", "cut", "lost_tokens", "lost_supervised", "too_long",
-                                               "unsupervised"), 0))
-    counts = encoding.counts
+    encoding = Encoding([], [], dict.fromkeys(COUNTS, 0))
     for example in examples:
-        counts["examples"] += 1
-        parts = [(ids_of[text], _labels(ids_of, text, learned)) for text, learned in example.segments]
-        if example.eos:
-            parts.append(([tokenizer.eos_token_id], [tokenizer.eos_token_id]))
-        ids = bos + [i for part, _ in parts for i in part]
-        labels = [IGNORED] * len(bos) + [label for _, part in parts for label in part]
-        if all(label == IGNORED for label in labels[1:]):  # the first token is predicted from nothing
-            counts["unsupervised"] += 1
-            continue
-        if (excess := len(ids) - max_len) > 0:
-            target = _last_target(labels)
-            head = len(bos) + (len(parts[0][0]) if example.keep_first else 0)
-            if excess > target - len(bos):
-                counts["too_long"] += 1
-                continue
-            start = min(head, target - excess)
-            lost = labels[start:start + excess]
-            counts["cut"] += 1
-            counts["lost_tokens"] += excess
-            counts["lost_supervised"] += sum(label != IGNORED for label in lost)
-            ids, labels = ids[:start] + ids[start + excess:], labels[:start] + labels[start + excess:]
-        encoding.rows.append({"input_ids": ids, "labels": labels})
-        encoding.groups.append(example.group)
+        encoding.counts["examples"] += 1
+        sequence = _fit(_sequence(example, ids_of, bos, eos), max_len, encoding.counts)
+        if sequence is not None:
+            encoding.rows.append({"input_ids": sequence.ids, "labels": sequence.labels})
+            encoding.groups.append(example.group)
     return encoding
 
 
+def _token_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The token ids of every text in the examples; each text is tokenized once."""
+    texts = list(dict.fromkeys(text for example in examples for segment in example.segments for text in segment
+                               if isinstance(text, str)))
+    if not texts:
+        return {}
+    return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+
+
+@dataclass
+class _Sequence:
+    """An example as tokens.  A cut never takes the first ``kept`` tokens, and the first ``spared`` only if it must."""
+
+    ids: list[int]
+    labels: list[int]
+    kept: int
+    spared: int
+
+
+def _sequence(example: Example, ids_of: dict[str, list[int]], bos: list[int], eos: int | None) -> _Sequence:
+    ids, labels = list(bos), [IGNORED] * len(bos)
+    for text, learned in example.segments:
+        ids += ids_of[text]
+        labels += _labels(ids_of, text, learned)
+    if example.eos:
+        ids.append(eos)
+        labels.append(eos)
+    first = len(ids_of[example.segments[0][0]]) if example.keep_first and example.segments else 0
+    return _Sequence(ids, labels, kept=len(bos), spared=len(bos) + first)
+
+
+def _fit(sequence: _Sequence, max_len: int, counts: dict[str, int]) -> _Sequence | None:
+    """``sequence`` cut to ``max_len`` tokens; None where it has no target or its target is too long."""
+    ids, labels = sequence.ids, sequence.labels
+    if all(label == IGNORED for label in labels[1:]):  # the first token is predicted from nothing
+        counts["unsupervised"] += 1
+        return None
+    excess = len(ids) - max_len
+    if excess <= 0:
+        return sequence
+    target = _last_target(labels)
+    if excess > target - sequence.kept:
+        counts["too_long"] += 1
+        return None
+    start = min(sequence.spared, target - excess)
+    end = start + excess
+    counts["cut"] += 1
+    counts["lost_tokens"] += excess
+    counts["lost_supervised"] += sum(label != IGNORED for label in labels[start:end])
+    return dataclasses.replace(sequence, ids=ids[:start] + ids[end:], labels=labels[:start] + labels[end:])
+
+
 def _labels(ids_of: dict[str, list[int]], text: str, learned: bool | str) -> list[int]:
-    """What is to be predicted at each token of a text."""
+    """The label of each token of a text."""
     ids = ids_of[text]
     if not isinstance(learned, str):
         return list(ids) if learned else [IGNORED] * len(ids)
     better = ids_of[learned][:len(ids)]
-    parted = next((i + 1 for i, (a, b) in enumerate(zip(ids, better, strict=False)) if a != b), len(better))
-    return better[:parted] + [IGNORED] * (len(ids) - parted)
+    # The first token that differs is learned; behind it the sequence goes on with the text.
+    shared = next((i + 1 for i, (a, b) in enumerate(zip(ids, better, strict=False)) if a != b), len(better))
+    return better[:shared] + [IGNORED] * (len(ids) - shared)
 
 
 def _last_target(labels: list[int]) -> int:
-    """Where the last run of supervised tokens starts."""
+    """The index at which the last run of supervised tokens starts."""
     end = max(i for i, label in enumerate(labels) if label != IGNORED)
     return next((i + 1 for i in range(end, -1, -1) if labels[i] == IGNORED), 0)
 
@@ -121,7 +158,7 @@ def report_counts(counts: dict[str, int], max_len: int) -> None:
                     counts["examples"])
 
 
-def hold_out(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_off_eval(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices (train, held out): about ``share`` of them, whole groups where there are several.
 
     Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.

@@ -2,53 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from itp.runtime import MODEL_CARD, UserError, model_fingerprint, read_json, versions, write_atomic
+from itp.config import flags_that
+from itp.errors import UserError
+from itp.files import write_atomic
+from itp.model_card import MODEL_CARD, ModelCard
+from itp.pretrained import model_fingerprint
+from itp.run_dir import versions
+from itp.text.prompt_format import PLAIN
 
-if TYPE_CHECKING:
-    from itp.training.finetune import FinetuneSettings
-    from itp.training.rl_k import RlSettings
-
-log = logging.getLogger("itp.finetune")
-DATA_FLAGS = ("data_path", "train_json", "train_jsonl", "transitions")
-"""The flags of the programs that name training data."""
-OTHER_PATHS = ("out_dir", "merged_dir", "model_path", "policy_model_path", "wm_model_path", "env_data_path",
-               "alfworld_config", "pairs", "jar_path")
-"""Other flags that lead to places of this machine."""
+log = logging.getLogger(__name__)
 
 
-def write_readme(folder: Path, settings: FinetuneSettings | RlSettings, metrics: Mapping[str, Any]) -> None:
-    """The model card of ``folder``, as the hub shows it."""
-    config = dataclasses.asdict(settings)
-    data = ", ".join(Path(config[name]).name for name in DATA_FLAGS if config.get(name))
-    if "env_split" in config:  # stage 3
-        data = f"games of {config['env']} (split {config['env_split']})"
-    base = config.get("model_path") or config["policy_model_path"]
+def write_readme(folder: Path, settings: Any, metrics: Mapping[str, Any]) -> None:
+    """Write the README of the model in ``folder``, which the hub shows as its card.
+
+    ``settings``: the dataclass of flags that it was trained with.  Paths of this machine stay out: of training data the
+    README has the files' names, of other paths nothing.  ``metrics``: only numbers are told.
+    """
+    import huggingface_hub
+
+    base = _base_model(settings)
     # The hub links a base model by its name there; a folder of this machine means nothing to others.
-    front = [f"base_model: {base}"] if not Path(base).exists() else []
+    about = huggingface_hub.ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["imagine-then-plan"],
+        base_model=None if Path(base).exists() else base)
+    text = _text(ModelCard.read(folder) or ModelCard(), base, settings, metrics)
+    write_atomic(folder / "README.md", str(huggingface_hub.ModelCard(f"---\n{about.to_yaml()}\n---\n{text}")))
+
+
+def _text(card: ModelCard, base: str, settings: Any, metrics: Mapping[str, Any]) -> str:
+    """The README below its front matter, in Markdown."""
     # Of a hub's model the fingerprint is its name with the revision, of a folder what its files hold.
     fingerprint = model_fingerprint(base)
     source = f"`{Path(base).name}` (weights {fingerprint})" if Path(base).exists() else f"`{fingerprint}`"
-    card = read_json(folder / MODEL_CARD)
+    asked = "plain text" if card.template == PLAIN else "turns of a chat"
+    warning = [f"**{card.warning}**", ""] if card.warning else []
     told = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    warning = [f"**{card['warning']}**", ""] if "warning" in card else []
-    write_atomic(folder / "README.md", "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation", *front,
-        "tags: [imagine-then-plan]", "---",
+    shown = {name: vars(settings)[name] for name in flags_that(type(settings), lambda about: not about.holds)}
+    return "\n".join([
         f"# {Path(settings.out_dir).name}", "",
-        f"Fine-tuned from {source} on {data or 'text'}.",
-        f"`{MODEL_CARD}` says how it is to be asked"
-        f"{' (turns of a chat)' if 'turns' in card else ' (plain text)'}.", "",
+        f"Fine-tuned from {source} on {_training_data(settings) or 'text'}.",
+        f"`{MODEL_CARD}` says how it is to be asked ({asked}).", "",
         *warning, "## Metrics", "", *(f"- {name}: {value}" for name, value in told.items()), "",
-        "## Settings", "", "```json",
-        json.dumps({k: v for k, v in config.items() if k not in (*OTHER_PATHS, *DATA_FLAGS)}, indent=2), "```", "",
-        "## Versions", "", *(f"- {name}: {version}" for name, version in versions().items()), ""]))
+        "## Settings", "", "```json", json.dumps(shown, indent=2), "```", "",
+        "## Versions", "", *(f"- {name}: {version}" for name, version in versions().items()), ""])
+
+
+def _base_model(settings: Any) -> str:
+    """What the training started from: stage 3 has no ``model_path``, and the other programs all set theirs."""
+    return vars(settings).get("model_path") or settings.policy_model
+
+
+def _training_data(settings: Any) -> str:
+    """The names of the files that were learned from, or of the games that were played in stage 3."""
+    if "env_split" in vars(settings):
+        return f"games of {settings.env} (split {settings.env_split})"
+    paths = [vars(settings)[name] for name in flags_that(type(settings), lambda about: about.holds == "data")]
+    return ", ".join(Path(path).name for given in paths if given for path in given.split(","))
 
 
 def push(folder: Path, repository: str) -> None:

@@ -1,11 +1,8 @@
-"""What a fine-tuning run learns: text, of which a part is supervised; stage 2 of ITP-R is a subclass.
-
-:func:`itp.training.finetune.train` runs a task; the Trainer is :class:`itp.training.hf_trainer.FineTuner`.
-"""
+"""What a fine-tuning run learns: text, of which a part is supervised (a :class:`itp.training.task.Task`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +11,28 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from itp.lm.chat import card_of
-from itp.policy.policy_with_heads import logits_only_at
-from itp.runtime import remote_code
-from itp.training.examples import Encoding, Example, Row, encode
-from itp.training.finetune import FinetuneSettings, trained_form
-from itp.training.hf_trainer import (
-    Collator, FineTuner, load_base, load_plain_base, lora_config, merge_adapter, save_whole,
-)
+from itp.agent.policy_with_heads import logits_only_at
+from itp.model_card import ModelCard
+from itp.pretrained import remote_code
+from itp.training.examples import IGNORED, Encoding, Example, TrainingRow, encode
+from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
+from itp.training.settings import FinetuneSettings, trained_card
+from itp.training.task import Measure, TrainedModule
 
 if TYPE_CHECKING:
-    from itp.policy.policy_with_heads import PolicyWithHeads
+    from itp.agent.policy_with_heads import PolicyWithHeads
 
 
 class TextTask:
-    """What a run learns: here text, of which a part is supervised.  A subclass may learn something else.
+    """Text, of which a part is supervised.  Stage 2 of ITP-R is a subclass."""
 
-    It makes rows of the data, a module of the model, batches of the rows, and the losses of the batches.
-    """
-
-    def __init__(self, settings: FinetuneSettings, examples: Sequence[Example],
-                 measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Row]], dict] | None = None) -> None:
+    def __init__(self, settings: FinetuneSettings, examples: Sequence[Example], measure: Measure | None = None) -> None:
         self.settings, self.examples, self._measure = settings, examples, measure
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         return encode(self.examples, tokenizer, self.settings.max_seq_len)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
-        """The module to train: with LoRA a frozen base in ``dtype`` and float32 adapters, else float32."""
         model = load_base(self.settings, dtype)
         return peft.get_peft_model(model, lora_config(self.settings, model)) if self.settings.lora_r else model
 
@@ -49,16 +40,12 @@ class TextTask:
         return Collator(pad_id, multiple)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the losses of a batch are means over: here supervised tokens."""
+        """Supervised tokens."""
         return torch.tensor(len(batch["target_ids"]))
 
     def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor],
                 items: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """``loss``, and ``sums`` (S,): those of all held-out batches make :meth:`held_out`.
-
-        ``model``: the module of :meth:`load`, in whatever wrapping.  ``items``: what the loss is divided by, those
-        of all batches of an optimizer step on all processes; None: those of this batch.
-        """
+        """``sums``: of the negative log-likelihood, and of what it is a mean over."""
         targets = batch["target_ids"]
         with logits_only_at(model, batch["target_pos"]):
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]  # (M, V)
@@ -66,37 +53,67 @@ class TextTask:
         return {"loss": nll / (len(targets) if items is None else items),
                 "sums": torch.stack([nll.detach(), nll.new_tensor(len(targets))])}
 
-    def held_out(self, sums: list[float]) -> dict[str, float]:
-        """Held-out metrics, ``loss`` among them: the mean over all supervised tokens, whatever the batches."""
+    def eval_metrics(self, sums: list[float]) -> dict[str, float]:
+        """The mean over all supervised tokens, whatever the batches."""
         return {"loss": sums[0] / sums[1]}
 
     def write_checkpoint(self, model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None) -> bool:
-        """Write the weights to go on with.  False: the Trainer does it, and reads them."""
         return False
 
     def read_checkpoint(self, model: torch.nn.Module, folder: Path) -> bool:
-        """Read what :meth:`write_checkpoint` wrote."""
         return False
 
-    def save_adapter(self, trainer: FineTuner) -> None:
-        trainer.save_model(self.settings.out_dir)
+    def save_adapter(self, trained: TrainedModule) -> None:
+        trained.save_model(self.settings.out_dir)
 
-    def save_complete(self, trainer: FineTuner, dtype: torch.dtype) -> None:
-        """Save all weights in ``dtype`` as a plain model folder (full fine-tuning)."""
-        options = {} if (state := trainer.gathered_state()) is None else {"state_dict": state}
-        if trainer.args.should_save:
-            save_whole(trainer.model if options else trainer.model.to(dtype), trainer.tokenizer,
-                       self.settings.merged_path, card_of(trained_form(self.settings, trainer.tokenizer)), **options)
+    def save_complete(self, trained: TrainedModule, dtype: torch.dtype) -> None:
+        options = {} if (state := trained.gathered_state()) is None else {"state_dict": state}
+        if trained.args.should_save:
+            save_whole(trained.model if options else trained.model.to(dtype), trained.tokenizer,
+                       self.settings.merged_path, self.card(trained.tokenizer), **options)
+
+    def save_merged(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        save_whole(self.merged(tokenizer), tokenizer, self.settings.merged_path, self.card(tokenizer))
+
+    def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
+        """How the trained model is to be prompted."""
+        return trained_card(self.settings, tokenizer)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
-        """Base and adapter, as they lie in ``out_dir``, as plain weights."""
         return merge_adapter(load_plain_base(self.settings), self.settings.out_dir)
 
-    def measure(self, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row], device: torch.device) -> dict[str, Any]:
-        """More metrics of the trained model, in the first process."""
+    def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
+                device: torch.device) -> dict[str, Any]:
         if self._measure is None:
             return {}
         merged = self.settings.merged_path
         model = (AutoModelForCausalLM.from_pretrained(merged, **remote_code()) if merged.is_dir()
                  else self.merged(tokenizer))
-        return self._measure(model.to(device).eval(), tokenizer, held_rows)
+        return self._measure(model.to(device).eval(), tokenizer, eval_rows)
+
+
+class Collator:
+    """Rows of different length to one batch, padded on the right; counts tokens and padding.
+
+    There is no attention mask: a causal LM sees nothing on the right, and without a mask its attention is a
+    fused one.  What is supervised comes as ``target_pos`` (M, 2), the rows and columns that predict it, and
+    ``target_ids`` (M,), so that where the pad token is also the stop token, the stop token stays supervised.
+    """
+
+    def __init__(self, pad_id: int, multiple: int = 1):
+        self.pad_id, self.multiple = pad_id, multiple
+        self.tokens = self.slots = 0
+
+    def __call__(self, rows: list[TrainingRow]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = -(-longest // self.multiple) * self.multiple
+        ids = torch.full((len(rows), width), self.pad_id)
+        labels = torch.full((len(rows), width), IGNORED)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[i, :length] = torch.tensor(row["input_ids"])
+            labels[i, :length] = torch.tensor(row["labels"])
+            self.tokens += length
+        self.slots += ids.numel()
+        supervised = labels[:, 1:] != IGNORED  # a column predicts the token after it
+        return {"input_ids": ids, "target_pos": supervised.nonzero(), "target_ids": labels[:, 1:][supervised]}

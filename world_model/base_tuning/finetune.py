@@ -8,89 +8,82 @@ Usually started by ``run_worldmodel_tuning.sh``.  The prompt is the one of
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# The script also runs from a checkout that isn't installed, started by its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from itp.config import flag, parse_settings  # noqa: E402
-from itp.runtime import load_tokenizer, run_main  # noqa: E402
-from itp.text.prompts import PLAIN, Turns, world_model_prompt, world_model_target  # noqa: E402
-from itp.text.state import State, parse  # noqa: E402
-from itp.training.examples import IGNORED, Example, Row  # noqa: E402
-from itp.training.finetune import (  # noqa: E402
-    FinetuneSettings, check_settings, claim_run, finetune, trained_form,
-)
-from itp.training.fitting import steps_that_fit  # noqa: E402
-from itp.transitions import Transition, read_transitions  # noqa: E402
+from itp.agent.prompt_budget import PromptBudget, prompt_tokens
+from itp.config import flag, parse_settings
+from itp.lm.tokenize import Encoder
+from itp.pretrained import load_tokenizer
+from itp.program import run_main
+from itp.text.prompt_format import TUNED, PromptFormat
+from itp.text.prompts import world_model_prompt, world_model_target
+from itp.text.state import State, parse
+from itp.training.examples import IGNORED, Example, TrainingRow
+from itp.training.run import finetune, open_run
+from itp.training.settings import FinetuneSettings, check_settings, trained_card
+from itp.transitions import Transition, read_transitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALREADY_DONE = 3
-"""Exit status of ``--check_only`` where nothing is left to do; the shell script then stops."""
+DONE = "already done"
+"""What ``--check_only`` prints where nothing is left to do; the shell script then stops."""
 
 
 @dataclass
 class WorldModelSettings(FinetuneSettings):
-    data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state")
+    data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state", affects_result=False,
+                          holds="data")
     max_seq_len: int = flag(2048, at_least=1,
                             help="tokens per transition; longer ones lose their oldest steps, never s'")
     max_rows: int = flag(0, at_least=0, help="train on a random sample of so many transitions; 0: all")
     eval_rows: int = flag(200, at_least=0,
-                          help="how many held-out transitions are predicted for the exact match; 0: none")
-    check_only: bool = flag(False, help="check data, model and out_dir, train nothing; status 3: already done")
+                          help="how many held-out transitions are predicted for the exact match; 0: none",
+                          affects_result=False)
+    check_only: bool = flag(False, help="check data, model and out_dir, and train nothing",
+                            affects_result=False)
 
 
-def to_examples(transitions: Sequence[Transition], turns: Turns = PLAIN) -> list[Example]:
-    return [Example([(world_model_prompt(t.state, t.action, turns=turns), False),
-                     (world_model_target(t.next_state), True)], group=t.episode_id) for t in transitions]
+def to_examples(transitions: Sequence[Transition], form: PromptFormat = TUNED,
+                budget: PromptBudget | None = None, encode: Encoder | None = None) -> Iterator[Example]:
+    """An example of each transition: the prompt, cut to ``budget`` as inference cuts it, and s'.
 
-
-def shorten(example: Example, transition: Transition, room: int, tokenizer: PreTrainedTokenizerBase,
-            turns: Turns = PLAIN) -> Example:
-    """``example`` with the oldest steps of its state left out until its prompt has at most ``room`` tokens.
-
-    Task, first observation and last step stay, as they do when a long state is cut at inference.  A state
-    that isn't in this project's form stays as it is; the core then cuts its tokens on the left.
+    A state that isn't in this project's form stays as it is; the core then cuts its tokens on the left.
     """
+    for t in transitions:
+        target = world_model_target(t.next_state)
+        prompt = world_model_prompt(t.state, t.action, form)
+        if budget is not None and (state := _state(t.state)) is not None:
+            def render(shown: State, action: str = t.action) -> str:
+                return world_model_prompt(shown.render(), action, form)
+
+            prompt = budget.prompt(state, render, len(encode(target)) + 1)  # and the end-of-sequence token
+        yield Example([(prompt, False), (target, True)], group=t.episode_id)
+
+
+def _state(text: str) -> State | None:
     try:
-        state = parse(transition.state)
+        return parse(text)
     except ValueError:
-        return example
-
-    def prompt(state: State) -> str:
-        return world_model_prompt(state.render(), transition.action, turns=turns)
-
-    def fits(text: str) -> bool:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= room
-
-    kept = max(1, steps_that_fit(state, prompt, fits))
-    return Example([(prompt(state.last(kept)), False), example.segments[1]], group=example.group)
+        return None
 
 
-def fit(transitions: Sequence[Transition], tokenizer: PreTrainedTokenizerBase, max_len: int,
-        turns: Turns = PLAIN) -> list[Example]:
-    """Examples of at most ``max_len`` tokens, where leaving out old steps can do that."""
-    examples = to_examples(transitions, turns)
-    for start in range(0, len(examples), 1000):
-        texts = [text for example in examples[start:start + 1000] for text, _ in example.segments]
-        lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for i in range(0, len(lengths), 2):
-            index, room = start + i // 2, max_len - lengths[i + 1] - 2  # 2: bos and eos
-            if lengths[i] > room:
-                examples[index] = shorten(examples[index], transitions[index], room, tokenizer, turns)
-    return examples
+def examples_for(settings: WorldModelSettings, tokenizer: PreTrainedTokenizerBase,
+                 transitions: Sequence[Transition]) -> list[Example]:
+    """The examples of a run: prompted as its model will be, within ``max_seq_len``."""
+    encode = Encoder(tokenizer)
+    budget = PromptBudget(prompt_tokens(settings.max_seq_len, "observation", TUNED.env), settings.max_seq_len,
+                          encode.count, "world_model")
+    form = PromptFormat(template=trained_card(settings, tokenizer).template)
+    return list(to_examples(transitions, form, budget, encode))
 
 
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> dict[str, Any]:
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[TrainingRow]) -> dict[str, Any]:
     """How many of ``rows`` the model completes to the letter, decoding greedily to its stop token."""
     from itp.lm.base import GenParams
-    from itp.lm.decoding import Engine, Request
+    from itp.lm.engine import Engine, Request
 
     requests, targets = [], []
     for row in rows:
@@ -108,22 +101,21 @@ def main() -> None:
     settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
     transitions = read_transitions(settings.data_path)
     check_settings(settings)
-    ignore = ("data_path", "check_only", "eval_rows")
     if 0 < settings.max_rows < len(transitions):
         transitions = random.Random(settings.seed).sample(transitions, settings.max_rows)
-    done = claim_run(settings, [settings.data_path], ignore)
-    if settings.check_only:
-        sys.exit(ALREADY_DONE if done else 0)
-    if done:
+    done = open_run(settings, [settings.data_path])
+    if done and settings.check_only:
+        print(DONE)
+    if done or settings.check_only:
         return
 
-    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_rows: list[Row]) -> dict[str, Any]:
-        rows = random.Random(settings.seed).sample(held_rows, min(settings.eval_rows, len(held_rows)))
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                eval_rows: list[TrainingRow]) -> dict[str, Any]:
+        rows = random.Random(settings.seed).sample(eval_rows, min(settings.eval_rows, len(eval_rows)))
         return exact_match(model, tokenizer, rows)
 
     tokenizer = load_tokenizer(settings.model_path)
-    examples = fit(transitions, tokenizer, settings.max_seq_len, trained_form(settings, tokenizer))
-    finetune(settings, examples, measure if settings.eval_rows else None)
+    finetune(settings, examples_for(settings, tokenizer, transitions), measure if settings.eval_rows else None)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,33 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 flags=(
   --model_path "$MODEL_PATH" --data_path "$DATA_PATH" --out_dir "$OUTPUT_DIR" --merged_dir "$MERGED_DIR"
-  --deepspeed "$DS_CONFIG" --max_seq_len "${CUTOFF_LEN:-2048}" --epochs "${EPOCHS:-3}" --lr "${LR:-2e-5}"
-  --wd "${WD:-0.0}" --warmup_ratio "${WARMUP_RATIO:-0.03}" --batch_size "${PER_DEVICE_BS:-1}"
-  --grad_accum "${GRAD_ACC:-16}" --gradient_checkpointing "${GRAD_CKPT:-False}" --fp16 "$FP16" --bf16 "$BF16"
-  --lora_r "${LORA_R:-8}" --lora_alpha "${LORA_ALPHA:-16}" --lora_dropout "${LORA_DROPOUT:-0.05}"
-  --merge "${MERGE_LORA:-true}" --q_lora "${Q_LORA:-false}" --logging_steps "${LOGGING_STEPS:-10}"
-  --save_every_steps "${SAVE_STEPS:-500}" --save_total_limit "${SAVE_TOTAL_LIMIT:-3}" "$@"
+  --deepspeed "$DS_CONFIG" --fp16 "$FP16" --bf16 "$BF16" --save_every_steps "${SAVE_STEPS:-500}"
 )
+# The other variables become flags where they are set; a --config among the further flags says the rest.
+set_flag() { [[ -z ${!2:-} ]] || flags+=("--$1" "${!2}"); }
+set_flag max_seq_len CUTOFF_LEN
+set_flag epochs EPOCHS
+set_flag lr LR
+set_flag wd WD
+set_flag warmup_ratio WARMUP_RATIO
+set_flag batch_size PER_DEVICE_BS
+set_flag grad_accum GRAD_ACC
+set_flag gradient_checkpointing GRAD_CKPT
+set_flag lora_r LORA_R
+set_flag lora_alpha LORA_ALPHA
+set_flag lora_dropout LORA_DROPOUT
+set_flag merge MERGE_LORA
+set_flag q_lora Q_LORA
+set_flag logging_steps LOGGING_STEPS
+set_flag save_total_limit SAVE_TOTAL_LIMIT
+flags+=("$@")
 python=$(command -v python3 || command -v python) || fail "no python3 on the PATH; activate the environment"
 
 # Seconds, without torch: unusable data, model or output folder stop here, before anything is launched.
-status=0
-"$python" "$here/finetune.py" "${flags[@]}" --check_only true || status=$?
-case $status in 0) ;; 3) exit 0 ;; *) exit "$status" ;; esac
+# The package is found in a checkout that isn't installed, too.
+export PYTHONPATH=$(cd -- "$here/../.." && pwd)${PYTHONPATH:+:$PYTHONPATH}
+checked=$("$python" -m world_model.base_tuning.finetune "${flags[@]}" --check_only true)
+[[ $checked != "already done" ]] || exit 0
 
 command -v deepspeed > /dev/null || fail "no deepspeed on the PATH; pip install deepspeed"
 
@@ -70,4 +84,4 @@ EOF
 )
 [[ $port == "$MASTER_PORT" ]] || echo "note: port $MASTER_PORT is busy; using $port" >&2
 
-exec deepspeed "${launcher[@]}" --master_port "$port" "$here/finetune.py" "${flags[@]}"
+exec deepspeed "${launcher[@]}" --master_port "$port" --module world_model.base_tuning.finetune "${flags[@]}"

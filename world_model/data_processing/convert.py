@@ -27,15 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from itp.config import flag, parse_settings
+from itp.errors import UserError
+from itp.files import read_rows, write_json
 from itp.games import ENVIRONMENTS
-from itp.runtime import UserError, run_main, write_json
+from itp.program import run_main
 from itp.text import dialogues
 from itp.text.state import parse
-from itp.transitions import REQUIRED, Transition, read_rows, to_transition, write_transitions
+from itp.transitions import REQUIRED, Transition, to_transition, write_transitions
 from world_model.data_processing.first_observations import FirstObservations
 from world_model.data_processing.recorded import Recorded, Unreadable, env_of, episode_id, read_turns, recorded
 
-log = logging.getLogger("itp.convert")
+log = logging.getLogger(__name__)
 WITHOUT_FIRST = ("dialogues without a first observation (their states lack what every episode of RL and evaluation "
                  "begins with)")
 FOUND = "first observations taken from the simulator"
@@ -43,7 +45,7 @@ FORMATS = ("auto", "dialogues", "transitions")
 
 
 @dataclass
-class Settings:
+class ConvertSettings:
     input: str = flag(help="JSON or JSONL file; several, separated by commas, are read one after the other")
     out_dir: str = flag(help="folder for transitions.jsonl, dialogues.json, report.json")
     format: str = flag("auto", choices=FORMATS, help="auto: a row with conversations or messages is a dialogue")
@@ -74,7 +76,7 @@ class Converted:
                 "transitions": len(self.transitions), "dialogues": len(self.talks)}
 
 
-def convert(paths: Sequence[str], settings: Settings) -> Converted:
+def convert(paths: Sequence[str], settings: ConvertSettings) -> Converted:
     """All rows of the files.  Raises UserError for a file that can't be read at all."""
     out = Converted()
     single: list[Transition] = []
@@ -106,7 +108,7 @@ def _is_dialogue(row: Any, wanted: str) -> bool:
     return not isinstance(row, dict) or "conversations" in row or "messages" in row
 
 
-def _add_dialogue(row: Any, source: str, settings: Settings, firsts: FirstObservations | None, ids: Counter[str],
+def _add_dialogue(row: Any, source: str, settings: ConvertSettings, firsts: FirstObservations | None, ids: Counter[str],
                   out: Converted) -> None:
     turns = read_turns(row)
     env = env_of(turns) if settings.env == "auto" else settings.env
@@ -180,7 +182,8 @@ def _add_episodes(rows: Sequence[Transition], out: Converted) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python -m world_model.data_processing.convert", description=__doc__)
+    settings = parse_settings(ConvertSettings, prog="python -m world_model.data_processing.convert",
+                              description=__doc__)
     out = convert(settings.input.split(","), settings)
     report = out.report()
     folder = Path(settings.out_dir)

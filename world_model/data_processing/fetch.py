@@ -25,10 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.games import ALFWORLD_GAMES, SPLITS, list_games
-from itp.runtime import UserError, read_json, run_main, write_atomic
+from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.errors import UserError
+from itp.files import read_json, write_atomic
+from itp.games import SPLITS
+from itp.program import run_main
 
-log = logging.getLogger("itp.fetch")
+log = logging.getLogger(__name__)
 ETO = "agent-eto/eto-sft-trajectory"
 REVISION = "main"
 DIALOGUES = {"alfworld_sft.json": 3118, "sciworld_sft.json": 1482}
@@ -41,7 +44,7 @@ WHAT = ("all", "eto", "lists", "games")
 
 
 @dataclass
-class Settings:
+class FetchSettings:
     out_dir: str = flag("data", help="folder for the data; what is whole there is kept")
     what: str = flag("all", choices=WHAT,
                      help="ETO's dialogues, its lists of ScienceWorld's games, ALFWorld's games; or all")
@@ -115,7 +118,7 @@ def fetch_games(root: Path) -> None:
         if lacking := _lacking(root):
             raise UserError(f"{root}: alfworld-download left {lacking}; try again with an alfworld of 0.4 or later")
     for split in SPLITS:
-        log.info("%s: %d games of %s", root, len(list_games("alfworld", split, root)), split)
+        log.info("%s: %d games of %s", root, len(list_games(split, root)), split)
 
 
 def _lacking(root: Path) -> str:
@@ -123,7 +126,7 @@ def _lacking(root: Path) -> str:
     lacking = []
     for split, published in ALFWORLD_GAMES.items():
         try:
-            there = len(list_games("alfworld", split, root))
+            there = len(list_games(split, root))
         except UserError:  # none, or a file that is cut short
             there = 0
         if there < published:
@@ -132,7 +135,7 @@ def _lacking(root: Path) -> str:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, prog="python -m world_model.data_processing.fetch", description=__doc__)
+    settings = parse_settings(FetchSettings, prog="python -m world_model.data_processing.fetch", description=__doc__)
     out = Path(settings.out_dir)
     if settings.what in ("all", "eto"):
         fetch_dialogues(out / "eto", settings.revision)

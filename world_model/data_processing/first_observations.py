@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-from itp.envs.scienceworld import ScienceworldEnv
-from itp.envs.scienceworld_games import parse_pairs, splits
+from itp.envs.scienceworld.env import ScienceworldEnv
+from itp.envs.scienceworld.games import parse_pairs, splits
+from itp.errors import UserError
 from itp.games import Game
-from itp.runtime import UserError
 
 TASKS = dict(enumerate((
     "boil", "change-the-state-of-matter-of", "freeze", "melt", "measure-melting-point-known-substance",

@@ -19,19 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from itp.envs.alfworld import GREETING, TASK, split_intro
-from itp.runtime import UserError
-from itp.text.actions import clean_action
+from itp.envs.alfworld.env import split_intro
+from itp.errors import UserError
+from itp.text.alfworld_phrases import GREETING, OPENING, TASK, put_as_move, said_put_as_move
+from itp.text.parsing import clean_action
 from itp.text.state import State
 
 SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
-OPENING = "You are in the middle of a room."
-"""What ALFWorld's first observation starts with."""
 _SCIENCE_TASK = "Your task is to "
 _ACTION = re.compile(r"(?:^|[ \t])Action:[ \t]*\n?(.*)$", re.MULTILINE | re.IGNORECASE)  # AgentGym breaks the line
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
-_PUT = re.compile(r"put (?P<object>.+?) (?:in/on|into|onto|in|on) (?P<place>.+)")
-_YOU_PUT = re.compile(r"You put the (?P<object>.+?) (?:in/on|in|on) the (?P<place>.+?)\.")
 
 
 class Unreadable(ValueError):
@@ -119,7 +116,7 @@ def recorded(turns: Sequence[Turn], env: str, put_to_move: bool = False) -> Reco
             raise Unreadable("a turn of the agent without an action")
         notes["thoughts left out"] += "thought:" in said.text.lower()
         if env == "alfworld" and put_to_move:
-            action = _put_to_move(action)
+            action = put_as_move(action)
         learned.append(said.learned)
         if answer is None:
             final = action
@@ -127,7 +124,7 @@ def recorded(turns: Sequence[Turn], env: str, put_to_move: bool = False) -> Reco
             break
         observation = _observation(answer, env)
         if env == "alfworld" and put_to_move:
-            observation = _YOU_PUT.sub(r"You move the \g<object> to the \g<place>.", observation)
+            observation = said_put_as_move(observation)
         steps.append((action, observation))
     if not learned:
         raise Unreadable("no action at all")
@@ -224,11 +221,6 @@ def _without_label(text: str) -> str:
 def _without_choices(text: str, env: str) -> str:
     """AgentGym lists the admissible commands behind an ALFWorld observation; they aren't part of a state."""
     return text.split("\nAVAILABLE ACTIONS:")[0].strip() if env == "alfworld" else text
-
-
-def _put_to_move(action: str) -> str:
-    match = _PUT.fullmatch(action)
-    return f"move {match['object']} to {match['place']}" if match else action
 
 
 def _is_text(value: str) -> bool:

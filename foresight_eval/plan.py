@@ -1,0 +1,228 @@
+"""An evaluation's settings, resolved once: what is to be loaded, who chooses K, which models run where.
+
+:func:`make_plan` reads the models' cards and refuses what can't work before anything is loaded; after that nobody asks
+the settings again what they mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from foresight_eval.settings import EvalSettings
+from itp.agent.heads import has_heads, kmax_of
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
+from itp.errors import UserError
+from itp.lm.base import LM
+from itp.lm.scheduler import BatchBarrier
+from itp.lm.server import Server, server_of
+from itp.methods.base import PolicyMethod
+from itp.methods.registry import build
+from itp.methods.settings import (
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+)
+from itp.model_card import prompt_settings, resolve_by_card
+from itp.models import load_policy, load_world_model
+from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
+from itp.text.prompts import NO, YES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """``settings``: with what they left open filled in from the policy's card.  ``method_settings``: what the method
+    is told.  ``policy_server``, ``wm_server``: where the models run, if not in this process.  ``how_k``: who chooses K
+    (head, prompt, fixed or random).
+    """
+
+    settings: EvalSettings
+    method_settings: MethodSettings
+    policy_server: Server | None
+    wm_server: Server | None
+    heads: bool
+    how_k: str
+
+    @property
+    def uses_world_model(self) -> bool:
+        return _uses_world_model(self.settings)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the results depend on besides the settings: models count by their weights, not by their paths."""
+        settings = self.settings
+        facts = {"policy_fingerprint": _identity(self.policy_server, settings.policy_model),
+                 "max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        if self.uses_world_model and self.wm_server is None:
+            facts["wm_fingerprint"] = model_fingerprint(settings.wm_model)
+        return facts
+
+    def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> Policy:
+        """The policy on ``device``, or on ``lm`` where that is loaded already."""
+        s = self.settings
+        tokens = {"action_tokens": s.act_tokens}
+        if s.method in TREE_SEARCH:
+            tokens = dict.fromkeys(("action_tokens", "imagined_action_tokens"), s.rap_action_gen_tokens)
+        return load_policy(
+            s.policy_model, env=s.env, lm=lm, server=self.policy_server, device=device, dtype=s.policy_dtype,
+            barrier=barrier, engine=s.engine, concurrency=s.concurrency, style=s.prompt_style, chat=s.chat_template,
+            thinking=s.thinking, selection=s.action_selection, history=bool(s.use_history), temperature=s.temperature,
+            top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens,
+            thinking_tokens=s.thinking_tokens, **tokens, **prompt_settings(s))
+
+    def load_world_model(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> WorldModel:
+        """The world model on ``device``, or on ``lm`` where that is loaded already."""
+        s = self.settings
+        limit = "rap_wm_pred_tokens" if s.method in TREE_SEARCH else "wm_max_new_tokens"
+        return load_world_model(
+            s.wm_model, env=s.env, lm=lm, server=self.wm_server, device=device, dtype=s.wm_dtype, barrier=barrier,
+            engine=s.engine, concurrency=s.concurrency, style=s.wm_prompt_style, chat=s.chat_template,
+            max_new_tokens=getattr(s, limit), limit_flag=f"--{limit}")
+
+    def build_method(self, policy: Policy, world_model: WorldModel | None) -> PolicyMethod:
+        """What acts."""
+        return build(self.settings.method, policy, world_model, self.method_settings)
+
+
+def make_plan(settings: EvalSettings) -> EvalPlan:
+    """Resolve ``settings``.  Raises UserError for what can't work, before any model is loaded."""
+    servers = {prefix: server_of(settings, prefix) for prefix in ("policy", "wm")}
+    if _uses_world_model(settings) and servers["wm"] is None and not settings.wm_model:
+        raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
+    _check_method(settings)
+    _check_model(settings, servers["policy"], settings.policy_model, settings.prompt_style)
+    if _uses_world_model(settings):
+        _check_model(settings, servers["wm"], settings.wm_model, settings.wm_prompt_style)
+    heads = has_heads(settings.policy_model)
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings)}
+    method_settings = MethodSettings(**given | {
+        "max_k": _max_k(settings, heads), "fixed_k": 0 if settings.disable_wm else settings.fixed_k})
+    plan = EvalPlan(resolve_by_card(settings, settings.policy_model), method_settings, servers["policy"],
+                    servers["wm"], heads, method_settings.how_k_is_chosen(heads))
+    _check_server_policy(plan)
+    _check_horizon(plan)
+    return plan
+
+
+def _uses_world_model(settings: EvalSettings) -> bool:
+    return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
+
+
+def _identity(server: Server | None, path: str) -> str:
+    """Of a policy.  A server's weights can't be seen; its name and the card that it is prompted by are all there is."""
+    return server.identity if server else model_fingerprint(path)
+
+
+def _max_k(settings: EvalSettings, heads: bool) -> int:
+    """K_max: the flag's, else the K-head's, else the environment's."""
+    if settings.max_k >= 0:
+        return settings.max_k
+    return kmax_of(settings.policy_model) if heads else settings.max_k_without_head
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _check_model(settings: EvalSettings, server: Server | None, path: str, style: str) -> None:
+    """Refuse a model that isn't there, where it, or the tokenizer of what a server runs, is to be loaded."""
+    if server is None or settings.chat_template and server.needs_template(path, style):
+        check_model_path(path)
+
+
+def _check_method(settings: EvalSettings) -> None:
+    """Refuse flags that contradict each other or the method."""
+    method = settings.method
+    if settings.k_policy == "fixed" and settings.fixed_k < 0:
+        raise UserError("--k_policy fixed needs --fixed_k, the number of steps to imagine")
+    if settings.fixed_k >= 0 and settings.k_policy not in ("auto", "fixed"):
+        raise UserError(f"--fixed_k {settings.fixed_k} contradicts --k_policy {settings.k_policy}; give one of them")
+    if method in WRITE_THOUGHTS and settings.action_selection != "generate":
+        raise UserError(f"--method {method} writes thought and action in one reply: use --action_selection generate")
+    if settings.thinking and settings.action_selection != "generate":
+        raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
+    if settings.thinking and method in NEED_YES_OR_NO:
+        raise UserError(f"--thinking: --method {method} reads how sure the policy is of yes where its answer begins, "
+                        "so it can't think first; leave the flag out")
+    if method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
+        raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
+                        "--method foresight")
+
+
+def _check_server_policy(plan: EvalPlan) -> None:
+    """Refuse what a policy behind a server can't do; :func:`check_server` sees to what depends on the server."""
+    settings, method = plan.settings, plan.settings.method
+    if plan.policy_server is None:
+        return
+    plan.policy_server.check_selection(settings.action_selection)
+    if settings.action_selection == "score" and method in DRAW_ACTIONS:
+        raise UserError(f"--method {method} draws several actions: with --policy_backend {settings.policy_backend} it "
+                        "needs --action_selection generate")
+    if method == "rap":
+        raise UserError("--method rap weighs an action by the log-probability of what the policy wrote, which a server "
+                        "doesn't say: use --method mcts, or a local policy")
+    if method == "foresight" and plan.how_k == "head":
+        raise UserError(f"--policy_backend {settings.policy_backend}: a server has no K-head; choose --k_policy prompt "
+                        "or random, --fixed_k, or a local policy")
+
+
+def _check_horizon(plan: EvalPlan) -> None:
+    """Refuse a K that can't be chosen; warn of one that the policy has never been trained to read."""
+    settings, method, path = plan.settings, plan.method_settings, plan.settings.policy_model
+    if method.min_k > method.max_k:
+        raise UserError(f"--min_k {method.min_k}: more than K_max, which is {method.max_k}; give less")
+    if settings.method in LOOK_AHEAD and method.max_k < 1:
+        raise UserError(f"--method {settings.method} looks --max_k steps ahead: give at least 1")
+    if settings.k_policy == "head" and not plan.heads:
+        raise UserError(f"--k_policy head: {path} has no K-head; train one with "
+                        "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
+    if not plan.heads or settings.method != "foresight":
+        return
+    name, k = ("fixed_k", method.fixed_k) if plan.how_k == "fixed" else ("max_k", method.max_k)
+    if k <= (trained := kmax_of(path)):
+        return
+    if plan.how_k == "head":
+        raise UserError(f"--{name} {k}: the K-head of {path} was trained with K_max {trained}; give at most that")
+    log.warning("--%s %d: %s was trained with K_max %d, and longer imagined trajectories are new to it", name, k,
+                path, trained)
+
+
+def check_answers(plan: EvalPlan) -> None:
+    """Refuse a policy whose tokenizer can't write the answers that the method prompts for."""
+    settings = plan.settings
+    if settings.method not in NEED_YES_OR_NO or plan.policy_server:
+        return
+    yes, no = load_tokenizer(settings.policy_model)([YES, NO], add_special_tokens=False)["input_ids"]
+    if yes == no:
+        raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
+                        f"{settings.policy_model} knows neither word; train it on dialogues that have them "
+                        "(world_model.collect --reasoning_share)")
+
+
+async def check_server(plan: EvalPlan) -> None:
+    """Ask a policy's server whether it can do what the run needs, before anything is written."""
+    if plan.policy_server is None:
+        return
+    policy_lm = plan.policy_server.connect("policy", concurrency=1)
+    try:
+        await check_scores(plan.settings, policy_lm)
+    finally:
+        await policy_lm.close()
+
+
+async def check_scores(settings: EvalSettings, policy_lm: LM) -> None:
+    """Refuse a server that can't score a given text, where that is wanted of the policy."""
+    judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
+    if not judges and not scores:
+        return
+    try:
+        yes, no = await policy_lm.loglikelihood([("Helps:", YES), ("Helps:", NO)])
+    except UserError as error:
+        what = f"--method {settings.method}" if judges else "--action_selection score"
+        raise UserError(f"{what} needs the log-probabilities of given text: {error}") from error
+    if judges and yes.logprobs == no.logprobs:
+        raise UserError(f"--method {settings.method} asks the policy for yes or no, and to {settings.policy_api_model} "
+                        "both are the same; train it on dialogues that have them (world_model.collect "
+                        "--reasoning_share)")

@@ -1,0 +1,97 @@
+"""Tables of one question each, beside those that every report has: how true, how deep, how far, how dear.
+
+Figures of world models are the ``models`` of ``world_model.fidelity --out_json``, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foresight_eval.hindsight import fact_f1_by_depth
+from foresight_eval.report.tables import ROLES, Table, number, percent, with_interval
+from foresight_eval.results import Result, mean_k_by_golden_steps
+from foresight_eval.statistics import mean_interval
+
+
+def deployment(results: Sequence[Result]) -> Table:
+    """What an agent is like to wait for: its decisions, and how much of them each model took."""
+    rows = []
+    for result in results:
+        spent, seconds = result.summary["cost"], [step["info"]["seconds"] for step in result.steps]
+        waited = [number(spent[role]["seconds_per_step"], 2) if role in spent else "-" for role in ROLES]
+        generated = sum(usage["completion_tokens"] for step in result.steps for usage in step["usage"].values())
+        asked = sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
+        memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
+        rows.append((result.name, *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")), *waited,
+                     number(asked, 1), number(spent["tokens_per_episode"]),
+                     number(generated / sum(seconds) if seconds else None, 1),
+                     number(spent["episodes_per_hour"], 1), memory or "-"))
+    return Table("deployment", "Deployment", "Seconds a decision; of these, waited for the policy (π) and the world "
+                 "model (M) on average; calls a decision and tokens an episode of both; generated tokens a second "
+                 "of deciding; episodes an hour; most memory in use at a time, in GB.",
+                 ("", "p50 s", "p95 s", "p99 s", "π s", "M s", "calls", "tokens/ep", "tokens/s", "ep/h", "memory"),
+                 tuple(rows))
+
+
+def accuracy(models: Mapping[str, Any]) -> Table:
+    """How true world models are, one step ahead, of each actor's episodes."""
+    rows = []
+    for name, figures in models.items():
+        for source, kinds in figures["one_step"].items():
+            row = kinds["all"]
+            rows.append((name, source, percent(row["exact_match"]), percent(row["token_f1"]),
+                         with_interval(row["fact_f1"], row["fact_f1_interval"]), str(row["n"])))
+    return Table("accuracy", "Accuracy of world models, one step ahead",
+                 "Of held-out episodes, in percent; Fact-F1 with its 95 % interval.",
+                 ("", "episodes of", "exact match", "token F1", "Fact-F1", "n"), tuple(rows))
+
+
+def depth(results: Sequence[Result], models: Mapping[str, Any]) -> Table:
+    """Success with K fixed beside how true the K-th imagined step is.
+
+    The accuracy is that of world models on recorded actions, and of the agent's own imagination as far as it came true.
+    """
+    fixed = {result.fixed_k: result for result in results if result.fixed_k is not None}
+    curves = {f"{name}, {source}" if len(models) > 1 else source: by for name, figures in models.items()
+              for source, by in figures["by_depth"].items()}
+    own = fact_f1_by_depth(fixed[max(fixed)].records) if fixed else {}
+    rows = []
+    for k in sorted({*fixed, *(int(d) for by in curves.values() for d in by)}):
+        overall = fixed[k].summary["overall"] if k in fixed else None
+        accuracies = [with_interval(by[str(k)]["fact_f1"], by[str(k)]["fact_f1_interval"]) if str(k) in by else "-"
+                  for by in curves.values()]
+        mine = own.get(k)
+        rows.append((str(k), with_interval(overall["rate"], overall["interval"]) if overall else "-", *accuracies,
+                     with_interval(sum(mine) / len(mine), mean_interval(mine, high=1.0)) if mine else "-",
+                     number(fixed[k].summary["cost"]["tokens_per_episode"]) if k in fixed else "-"))
+    return Table("depth", "Success and accuracy by depth",
+                 "Success with K fixed, and Fact-F1 of the K-th imagined step, in percent with 95 % intervals: "
+                 "on recorded actions by actor; own: what the agent itself imagined, as long as it then did that.",
+                 ("K", "success", *(f"Fact-F1, {name}" for name in curves), "Fact-F1, own", "tokens/ep"), tuple(rows))
+
+
+def k_by_length(results: Sequence[Result]) -> Table:
+    """Do longer problems make it look further?  Mean k by the length of the expert's solution."""
+    curves = [mean_k_by_golden_steps(result) for result in results]
+    rows = []
+    for length in sorted(set().union(*curves)):
+        cells = [f"{sum(ks) / len(ks):.2f} ({len(ks)})" if (ks := by.get(length)) else "-" for by in curves]
+        rows.append((str(length), *cells))
+    return Table("k_by_length", "Mean k by the length of the expert's solution",
+                 "Mean over games of an episode's mean k; in brackets, how many games have a solution of that length.",
+                 ("steps", *(result.name for result in results)), tuple(rows))
+
+
+def training(metrics: Mapping[str, Mapping[str, Any] | None]) -> Table:
+    """What training took, from the ``metrics.json`` and ``timing.jsonl`` that its programs leave; None: not there."""
+    rows = []
+    for name, took in metrics.items():
+        took = took or {}
+        seconds, devices = took.get("seconds"), took.get("world_size", 1)
+        hours = number(seconds * devices / 3600, 3) if seconds is not None else "-"
+        rows.append((name, number(seconds), "≥ " + hours if took.get("resumed") else hours,
+                     number(took.get("tokens_per_second")), number(took.get("steps", took.get("update")))))
+    return Table("training", "Cost of training", "Seconds by the clock, and times the number of processes in hours (≥: "
+                 "of the last start of an interrupted run only); tokens a second; optimizer steps.",
+                 ("", "seconds", "device-hours", "tokens/s", "steps"), tuple(rows))

@@ -1,0 +1,232 @@
+"""Tables of results side by side, and their four forms: terminal, Markdown, CSV and LaTeX.
+
+A table holds finished text, so that all forms show the same figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foresight_eval.results import Result, bucket, by_fixed_k
+from foresight_eval.statistics import mean_interval, paired
+
+ROLES = ("policy", "world_model")
+MANY_TYPES = 8
+"""More task types than this (ScienceWorld has 24) are rows instead of columns."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows`` of cells under ``header``; the first column names, the others hold figures.  ``note``: what they are."""
+
+    name: str
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def overview(results: Sequence[Result]) -> Table:
+    """One line a result: success by task type, and what it cost."""
+    buckets = task_types(results)
+    if len(buckets) > MANY_TYPES:
+        buckets = []
+    rows = []
+    for result, budget in zip(results, budgets(results), strict=True):
+        summary, overall = result.summary, result.summary["overall"]
+        low, high = overall["interval"]
+        rows.append((result.name, *(percent(summary["rates"].get(b)) for b in buckets), percent(overall["rate"]),
+                     f"{100 * low:.0f}-{100 * high:.0f}", str(overall["n"]), percent(summary["invalid_action_rate"]),
+                     number(summary["mean_k"], 2), number(_calls_per_step(summary["cost"]), 1),
+                     number(summary["cost"]["tokens_per_episode"]), number(budget, 2),
+                     number(summary["cost"]["decision_seconds"]["p50"], 2)))
+    return Table("overview", "Overview", "Success in percent by task type, with the 95 % interval of all.",
+                 ("", *buckets, "All", "95 %", "n", "invalid", "mean k", "calls/step", "tokens/ep", "NB",
+                  "p50 s"), tuple(rows))
+
+
+def _calls_per_step(spent: dict[str, Any]) -> float:
+    """Of both models together."""
+    return sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
+
+
+def success(results: Sequence[Result]) -> Table:
+    """Methods × task types with intervals: the paper's Table 1."""
+    buckets = task_types(results)
+
+    def cell(result: Result, bucket: str) -> str:
+        rate = result.summary["rates"].get(bucket)
+        return "-" if rate is None else with_interval(rate, result.summary["intervals"][bucket])
+
+    rows = [(result.name, *(cell(result, b) for b in buckets),
+             with_interval(overall["rate"], overall["interval"]), str(overall["n"]))
+            for result in results if (overall := result.summary["overall"])["n"]]
+    return _upright(Table("success", "Success by task type", "Success in percent with its 95 % Wilson interval.",
+                          ("", *buckets, "All", "n"), tuple(rows)))
+
+
+def scores(results: Sequence[Result]) -> Table:
+    """Mean score 0..100 with intervals, where an environment gives more than all or nothing (ScienceWorld)."""
+    buckets = task_types(results)
+
+    def cell(values: list[float]) -> str:
+        if not values:
+            return "-"
+        return with_interval(sum(values) / len(values) / 100, [end / 100 for end in mean_interval(values)])
+
+    rows = []
+    for result in results:
+        by = {b: [m["score"] for m in result.metas if bucket(m["task_type"]) == b] for b in buckets}
+        rows.append((result.name, *(cell(by[b]) for b in buckets), cell([m["score"] for m in result.metas])))
+    return _upright(Table("scores", "Mean score by task type", "Mean final score, 0 to 100, with its 95 % interval.",
+                          ("", *buckets, "All"), tuple(rows)))
+
+
+def _upright(table: Table) -> Table:
+    """Task types as rows and results as columns, where the types are many."""
+    if len(table.header) <= MANY_TYPES + 3:  # a name, the types, All and n
+        return table
+    header, *rows = zip(table.header, *table.rows, strict=True)
+    return dataclasses.replace(table, header=header, rows=tuple(rows))
+
+
+def graded(results: Sequence[Result]) -> bool:
+    """Does an environment among theirs give more than all or nothing?  Then the best score on the way is recorded."""
+    return any("best_score" in meta for result in results for meta in result.metas)
+
+
+def comparison(results: Sequence[Result], baseline: Result) -> Table:
+    """Every result against ``baseline`` on the games that both played."""
+    rows = []
+    for result in results:
+        pair = paired(result.outcomes, baseline.outcomes)
+        if result.name != baseline.name and pair is not None:
+            low, high = pair.interval
+            rows.append((result.name, str(pair.n), f"{100 * pair.difference:+.1f}",
+                         f"{100 * low:+.1f} to {100 * high:+.1f}", str(pair.wins), str(pair.losses),
+                         "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}"))
+    return Table("comparison", f"Compared with {baseline.name} on the same games",
+                 "Difference of success in points with its 95 % interval; games that only one of the two solved; "
+                 "exact McNemar test.",
+                 ("", "games", "difference", "95 %", "only it", f"only {baseline.name}", "p"), tuple(rows))
+
+
+def cost(results: Sequence[Result]) -> Table:
+    """What a result cost: calls and tokens an episode by model, seconds a decision, throughput, memory."""
+    rows = []
+    for result, budget in zip(results, budgets(results), strict=True):
+        spent = result.summary["cost"]
+        cells = [result.name, number(result.summary["mean_k"], 2), number(result.summary["steps_per_episode"], 1)]
+        for role in ROLES:
+            cells += [number(spent[role]["calls_per_episode"], 1), number(spent[role]["prompt_tokens_per_episode"]),
+                      number(spent[role]["completion_tokens_per_episode"])] if role in spent else ["-"] * 3
+        asked = sum(spent[role]["prompt_tokens_per_episode"] for role in ROLES if role in spent)
+        cached = sum(spent[role]["cached_tokens_per_episode"] for role in ROLES if role in spent)
+        memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
+        rows.append((*cells, percent(cached / asked if asked else None),
+                     *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")),
+                     number(spent["episodes_per_hour"]), memory or "-", number(budget, 2)))
+    return Table("cost", "Cost", "Calls and tokens an episode (π: policy, M: world model); share of the prompt tokens "
+                 "that a cache had, in percent; seconds a decision at the concurrency of the run; episodes an hour; "
+                 "most memory in use at a time, in GB; NB: normalized budget.",
+                 ("", "mean k", "steps", "π calls", "π prompt", "π generated", "M calls", "M prompt", "M generated",
+                  "cached", "p50", "p95", "p99", "ep/h", "memory", "NB"), tuple(rows))
+
+
+def all_tables(results: Sequence[Result], baseline: Result) -> list[Table]:
+    tables = [success(results)]
+    if graded(results):
+        tables.append(scores(results))
+    if len(results) > 1:
+        tables.append(comparison(results, baseline))
+    return [*tables, cost(results)]
+
+
+def task_types(results: Sequence[Result]) -> list[str]:
+    """The columns of some results: their buckets, each once, in the order of the first that has it."""
+    return list(dict.fromkeys(b for result in results for b in result.summary["buckets"]))
+
+
+def normalised_budget(tokens: float, at_zero: float, at_max: float) -> float | None:
+    """NB = (T̄ − T̄(0)) / (T̄(K_max) − T̄(0)), with T̄ the mean tokens an episode of policy and world model together.
+
+    T̄(k) is that of the same policy with K fixed at k.  None where imagining costs nothing.
+    """
+    return (tokens - at_zero) / (at_max - at_zero) if at_max > at_zero else None
+
+
+def budgets(results: Sequence[Result]) -> list[float | None]:
+    """The normalized budget of each result; None where the two results that it needs aren't among them.
+
+    A result is measured against those of the same policy on the same games with K fixed at 0 and, with its own world
+    model, at K_max: the largest ``--max_k`` of these results.  One that asks no world model is measured where there
+    is only one.
+    """
+    groups, k_max = by_fixed_k(results), {}
+    for result in results:
+        k_max[result.setting] = max(k_max.get(result.setting, 0), result.config["max_k"])
+
+    def budget(result: Result) -> float | None:
+        mine = [by_k for (setting, world_model), by_k in groups.items()
+                if setting == result.setting and result.world_model in (None, world_model)]
+        if len(mine) != 1 or not {0, k_max[result.setting]} <= mine[0].keys():
+            return None
+        ends = [mine[0][k].summary["cost"]["tokens_per_episode"] for k in (0, k_max[result.setting])]
+        return normalised_budget(result.summary["cost"]["tokens_per_episode"], *ends)
+
+    return [budget(result) for result in results]
+
+
+def percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.1f}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(rate: float, interval: Sequence[float]) -> str:
+    return f"{100 * rate:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+# The forms of a table
+
+
+def terminal(table: Table) -> str:
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+
+
+def markdown(table: Table) -> str:
+    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
+    rows = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"## {table.title}\n\n{table.note}\n\n{rows}\n"
+
+
+def to_csv(table: Table) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
+    return out.getvalue()
+
+
+_LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+                        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                        "π": r"$\pi$", "<": "$<$", ">": "$>$", "×": r"$\times$"})
+
+
+def latex(table: Table) -> str:
+    """A ``booktabs`` table."""
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+    columns = "l" + "r" * (len(table.header) - 1)
+    body = "\n".join(map(line, table.rows))
+    return (f"\\begin{{table}}[t]\n\\centering\n\\caption{{{table.title.translate(_LATEX)}. "
+            f"{table.note.translate(_LATEX)}}}\n\\label{{tab:{table.name}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
+            f"{line(table.header)}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n")

@@ -1,0 +1,83 @@
+"""The summary of one result folder: ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from foresight_eval.cost import measured_cost, summarize_cost
+from foresight_eval.results import BUCKETS, bucket, read_episodes
+from foresight_eval.statistics import mean, mean_interval, wilson
+from itp.files import write_atomic, write_json
+
+
+def buckets_of(metas: list[dict[str, Any]]) -> list[str]:
+    """The columns of a result folder: ALFWorld's, or the tasks of ScienceWorld that were played."""
+    found = {bucket(meta["task_type"]) for meta in metas}
+    return list(BUCKETS) if found <= set(BUCKETS) else sorted(found)
+
+
+def _scores(metas: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean final score, its interval, and the mean of the best score on the way."""
+    scores = [meta["score"] for meta in metas]
+    return {"n": len(metas), "score": mean(scores), "interval": mean_interval(scores),
+            "best_score": mean([meta["best_score"] for meta in metas])}
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """``summary.json`` of a result folder: success by task type with intervals, k, invalid actions, cost."""
+    records = read_episodes(folder)
+    metas = [record["meta"] for record in records.values()]
+    counts = Counter(bucket(meta["task_type"]) for meta in metas)
+    successes = Counter(bucket(meta["task_type"]) for meta in metas if meta["success"])
+    n, won, columns = len(metas), sum(successes.values()), buckets_of(metas)
+    scored = [meta for meta in metas if "best_score" in meta]
+    steps = [step for record in records.values() for step in record["foresight_steps"]]
+    return {
+        "buckets": columns,
+        "counts": {b: counts[b] for b in columns},
+        "success": {b: successes[b] for b in columns},
+        "rates": {b: successes[b] / counts[b] if counts[b] else None for b in columns},
+        "intervals": {b: wilson(successes[b], counts[b]) for b in columns if counts[b]},
+        "scores": {b: _scores([m for m in scored if bucket(m["task_type"]) == b])
+                   for b in columns if scored and counts[b]},
+        "overall_score": _scores(scored) if scored else None,
+        "endings": dict(sorted(Counter(meta["terminate_reason"] for meta in metas).items())),
+        "overall": {"n": n, "success": won, "rate": won / n if n else None, "interval": wilson(won, n)},
+        "steps_per_episode": mean([meta["steps"] for meta in metas]),
+        "invalid_action_rate": mean([step["invalid"] for step in steps]),
+        "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
+        # Not in results of before it was counted.
+        "cut_predictions": sum(meta["usage"].get("world_model", {}).get("cut", 0) for meta in metas),
+        "shortened_prompts": sum(usage.get("shortened", 0) for meta in metas for usage in meta["usage"].values()),
+        "mean_k": mean([step["k"] for step in steps]),
+        "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
+        "cost": summarize_cost(list(records.values())),
+        "restarts": sum(meta["restarts"] for meta in metas),
+    }
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first."""
+    summary = summarize(folder)
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "cost.json", measured_cost(folder, list(read_episodes(folder).values())))
+    rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*summary["buckets"], "All"])
+    writer.writerow(["" if rate is None else f"{100 * rate:.2f}" for rate in rates])
+    if summary["scores"]:  # a second row: the mean scores
+        scores = [summary["scores"][b]["score"] for b in summary["buckets"]] + [summary["overall_score"]["score"]]
+        writer.writerow([f"{score:.2f}" for score in scores])
+    write_atomic(folder / "summary.csv", table.getvalue())
+    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, r in read_episodes(folder).items()))
+    return summary
+
+
+def log_line(index: int, meta: dict[str, Any]) -> str:
+    return (f"[TaskResult] id={index} success={meta['success']} steps={meta['steps']} "
+            f"terminate_reason={meta['terminate_reason']} reward={meta['reward']:g}")

@@ -1,0 +1,62 @@
+"""The textual world model M_φ: one step of p_φ(s'|s, a) by a language model.
+
+Its prompt is the very text that it was trained on (:func:`itp.text.prompts.world_model_prompt`), and it answers with
+the next observation; the next state follows from that (:meth:`itp.text.state.State.after`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from itp.agent.prompt_budget import PromptBudget
+from itp.lm.base import LM, GenParams, Generation
+from itp.text import prompts
+from itp.text.parsing import without_thinking
+from itp.text.prompt_format import TUNED, PromptFormat
+from itp.text.state import State, dedent
+
+log = logging.getLogger(__name__)
+
+
+class WorldModel:
+    """M_φ on an LM.  Made by :func:`itp.models.load_world_model`.
+
+    ``form``: how it is prompted; ``budget``: how many tokens a prompt may have; ``history_keep_steps``: steps of
+    history that its prompt holds (0: all of them).  ``limit_flag``: the flag that sets ``max_new_tokens``, for a
+    warning.
+    """
+
+    def __init__(self, lm: LM, form: PromptFormat = TUNED, budget: PromptBudget = PromptBudget(role="world_model"), *,
+                 history_keep_steps: int = 0, max_new_tokens: int = 192,
+                 limit_flag: str = "--wm_max_new_tokens") -> None:
+        self.lm, self.form, self.budget = lm, form, budget
+        self.history_keep_steps, self.limit_flag = history_keep_steps, limit_flag
+        self._warned = False
+        # A model that wasn't taught to stop goes on with the next action.
+        self.params = GenParams(max_new_tokens=max_new_tokens, stop=("\nAction:", "\nTask:"))
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        """The predicted observations after ``actions`` in ``states`` (same length)."""
+        asked = [self.prompt(state, action) for state, action in zip(states, actions, strict=True)]
+        return self._observations(await self.lm.generate(asked, self.params))
+
+    async def sample(self, state: State, action: str, n: int, seed: int, temperature: float = 1.0) -> list[str]:
+        """``n`` observations sampled from p_φ(·|s, a) at ``temperature``."""
+        params = replace(self.params, temperature=temperature, seed=seed)
+        return self._observations(await self.lm.generate([self.prompt(state, action)] * n, params))
+
+    def prompt(self, state: State, action: str) -> str:
+        """:func:`itp.text.prompts.world_model_prompt` on what the model is shown of ``state``, within the budget."""
+        def render(shown: State) -> str:
+            return prompts.world_model_prompt(shown.render(), action, self.form)
+
+        return self.budget.prompt(state.last(self.history_keep_steps), render, self.params.max_new_tokens)
+
+    def _observations(self, replies: Sequence[Generation]) -> list[str]:
+        if not self._warned and any(reply.finish_reason == "length" for reply in replies):
+            self._warned = True
+            log.warning("a predicted observation is cut at %d tokens, and more may be: raise %s",
+                        self.params.max_new_tokens, self.limit_flag)
+        return [dedent(without_thinking(reply.text)).strip() for reply in replies]

@@ -1,0 +1,64 @@
+"""How much a local model computes at a time and remembers: what flags say, else what fits the memory that is free.
+
+The models of a GPU share what is free there once all of them are loaded, which is when the first batch starts: each
+has an equal part, half for computed prefixes, half for the batch at hand.  On a CPU, and beside a model in training,
+both sizes are fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from itp.config import flag
+
+CACHE_BYTES = 256 << 20
+BATCH_TOKENS = 16384
+LEAST_BATCH_TOKENS = 2048
+USED = 0.8
+"""Of what is free; the rest is for logits, masks and what allocators lose."""
+
+
+@dataclass
+class EngineFlags:
+    cache_gb: float = flag(0.0, at_least=0, help="GB for each model's computed prefixes (0: a share of what is free on "
+                                                 "a GPU; else .25)", affects_result=False)
+    max_batch_tokens: int = flag(0, at_least=0, help="rows x longest row of a forward pass at most (0: by what is free "
+                                                     f"on a GPU; else {BATCH_TOKENS})", affects_result=False)
+    fixed_cache_gb: ClassVar[float] = CACHE_BYTES / 2**30
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """LocalLM's options."""
+        return {"cache_bytes": int((self.cache_gb or self.fixed_cache_gb) * 2**30), "fit_cache": not self.cache_gb,
+                "max_batch_tokens": self.max_batch_tokens or BATCH_TOKENS, "fit_batch": not self.max_batch_tokens}
+
+    @property
+    def fixed_engine(self) -> dict[str, Any]:
+        """The same for a model that leaves the device's memory to others."""
+        return self.engine | {"fit_cache": False, "fit_batch": False}
+
+
+def split_share(share: int, token_bytes: int) -> tuple[int, int]:
+    """(bytes of computed prefixes, tokens of a batch) for a model with ``share`` bytes, ``token_bytes`` a token."""
+    half = int(share * USED) // 2
+    return half, max(LEAST_BATCH_TOKENS, half // token_bytes)
+
+
+def token_bytes(config: Any, width: int) -> int:
+    """Memory of a token in a batch, of a Hugging Face configuration, in numbers of ``width`` bytes.
+
+    Keys and values of every layer, a quarter more for the block that grows (kv_cache.Memory), and what one layer
+    has at a time: normed inputs, q, k, v, attention's output, residuals, and the MLP's width some times.
+    """
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 names none
+    kept = kv_bytes(config, width)
+    return kept + kept // 4 + width * (8 * config.hidden_size + 4 * inner)
+
+
+def kv_bytes(config: Any, width: int) -> int:
+    """Keys and values of a token in all layers."""
+    # GPT-2 names neither: all its heads have keys and values.
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width * config.num_hidden_layers * 2 * heads * size

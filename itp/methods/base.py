@@ -1,0 +1,93 @@
+"""What a method of acting is: it sees one step of one episode and decides on an action."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from itp.agent.imagination import ImaginedTrajectory
+from itp.agent.policy import Choice, Policy
+from itp.agent.world_model import WorldModel
+from itp.envs.base import Observation
+from itp.games import Game
+from itp.lm.base import Trace
+from itp.methods.settings import MethodSettings
+from itp.text.state import State
+
+
+@dataclass(frozen=True)
+class View:
+    """What a method sees of its episode at step t.
+
+    ``past``: its own decisions so far; ``invalid``: which of them the engine didn't take.  ``seed`` is this
+    step's own.
+    """
+
+    game: Game
+    step: int
+    state: State
+    observation: Observation
+    seed: int
+    past: tuple[Decision, ...] = ()
+    invalid: tuple[bool, ...] = ()
+
+
+@dataclass
+class Decision:
+    """What a method does, and why: as it goes into the result file."""
+
+    action: str
+    k: int = 0
+    imagined: ImaginedTrajectory | None = None
+    k_raw: str = ""
+    k_logprobs: tuple[float, ...] = ()
+    """log P_θ(K|s_t), where a K-head chose."""
+    value: float | None = None
+    """V_θ(s_t), where the policy has a value head and it was read."""
+    reflection: str = ""
+    thought: str = ""
+    raw: str = ""
+    parsed: bool = True
+    logprob: float | None = None
+    expert_action: str = ""
+    """What the expert would do, where an expert is asked and something else is executed."""
+    considered: tuple[tuple[str, float, int], ...] = ()
+    """(action, its value, how often it was tried in imagination) of every action that was compared."""
+    memory: Any = None
+    """What a method wants to find again in ``View.past``; not for the result file."""
+    prompt: str = ""
+    """The prompt that the action answers; not for the result file."""
+    heads_prompt: str = ""
+    """The prompt at whose end the heads were read; not for the result file."""
+    trace: Trace | None = None
+    """How the action was sampled, where it is to be learned from; not for the result file."""
+
+
+def decide(choice: Choice, **more: Any) -> Decision:
+    """The decision for ``choice``.  ``more``: other fields of Decision."""
+    return Decision(choice.action, thought=choice.thought, raw=choice.raw, parsed=choice.parsed,
+                    logprob=choice.logprob, prompt=choice.prompt, trace=choice.trace, **more)
+
+
+class Method(Protocol):
+    """One way to act."""
+
+    name: str
+    want_admissible: bool
+    """Does it look at the admissible actions?"""
+
+    async def act(self, view: View) -> Decision:
+        """Decide on one action."""
+
+
+class PolicyMethod:
+    """A method that acts with a policy, and where it imagines with a world model: the base of all in this folder."""
+
+    name: str
+
+    def __init__(self, policy: Policy, world_model: WorldModel | None, settings: MethodSettings) -> None:
+        self.policy, self.world_model, self.settings = policy, world_model, settings
+
+    @property
+    def want_admissible(self) -> bool:
+        return self.policy.selection != "generate"

@@ -1,0 +1,29 @@
+"""The methods of ``--method`` by name.
+
+To add one: write a file in this folder with a subclass of :class:`itp.methods.base.PolicyMethod` that has ``name`` and
+``async act(view) -> Decision``, name the class here, and what it needs in :mod:`itp.methods.settings`.
+"""
+
+from __future__ import annotations
+
+from itp.agent.policy import Policy
+from itp.agent.world_model import WorldModel
+from itp.methods.base import PolicyMethod
+from itp.methods.beam import Rafa, Tot
+from itp.methods.compute_matched import KCandidates, MultiAttempt, SelfRefine
+from itp.methods.imagine_then_plan import ImagineThenPlan
+from itp.methods.implement import Implement
+from itp.methods.mcts import Mcts
+from itp.methods.mpc import Mpc
+from itp.methods.prompting import Cot, React
+from itp.methods.rap import Rap
+from itp.methods.settings import MethodSettings
+from itp.methods.sft import Sft
+
+CLASSES: tuple[type[PolicyMethod], ...] = (
+    Cot, ImagineThenPlan, Implement, KCandidates, Mcts, Mpc, MultiAttempt, Rafa, Rap, React, SelfRefine, Sft, Tot)
+
+
+def build(name: str, policy: Policy, world_model: WorldModel | None, settings: MethodSettings) -> PolicyMethod:
+    """The method called ``name``.  ``world_model``: None where it imagines nothing."""
+    return {each.name: each for each in CLASSES}[name](policy, world_model, settings)

@@ -1,0 +1,65 @@
+"""What methods can be told, and what each of them needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from itp.config import flag
+
+METHODS = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "sft", "react", "cot", "self_refine",
+           "multi_attempt", "k_candidates")
+
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement")
+NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
+"""They ask the policy whether something helps."""
+
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt")
+"""They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
+
+TREE_SEARCH = ("rap", "mcts")
+
+WRITE_THOUGHTS = ("react", "cot")
+"""Thought and action come in one reply, so the action is written freely."""
+
+LOOK_AHEAD = ("tot", "mpc", "rafa")
+"""Their depth is K_max, which therefore can't be 0."""
+
+K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
+
+
+@dataclass
+class MethodSettings:
+    """The methods' part of a command line.
+
+    ``max_k`` is K_max, ``min_k`` the least K.  ``value_of_state``: V_θ(s_t) is read at every step, also where the
+    K-head doesn't choose K (stage 3 learns from it).
+    """
+
+    max_k: int = 2
+    min_k: int = 0
+    value_of_state: bool = False
+    fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
+    k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
+                                      "a K-head, else prompt", choices=K_POLICIES)
+    k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates and multi_attempt propose")
+    beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
+    rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
+    belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
+                                                    "action")
+    rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
+    rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
+    rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
+    rap_uct_w: float = flag(1.4, at_least=0, help="rap, mcts: weight of exploration")
+    rap_rw_action_logp: float = flag(0.2, help="rap: weight of the action's mean log-probability in the reward")
+    rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
+    rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
+    rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
+
+    def how_k_is_chosen(self, heads: bool) -> str:
+        """``k_policy`` without auto, for a policy with or without ``heads``."""
+        if self.fixed_k >= 0:
+            return "fixed"
+        if self.k_policy != "auto":
+            return self.k_policy
+        return "head" if heads else "prompt"

@@ -1,0 +1,175 @@
+"""How a model is prompted, on record beside its weights: read and written here, and nowhere else.
+
+A model that was trained here has ``itp_model.json`` in its folder: a :class:`ModelCard`.  A model from elsewhere has
+none; it is prompted by its tokenizer's chat template (:func:`format_for`).  Programs that prompt a policy have
+:class:`PromptFlags`, which by default say "as the policy was trained"; :func:`resolve` fills them in from the card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from itp.chat_template import template_of
+from itp.config import flag
+from itp.errors import UserError
+from itp.files import read_json, write_json
+from itp.pretrained import model_folder
+from itp.text.prompt_format import PLAIN, PromptFormat, PromptTemplate
+from itp.text.prompts import FORESIGHT_FORMATS, INSTRUCTION, WORLD_INSTRUCTION
+
+MODEL_CARD = "itp_model.json"
+"""The card's name in a model folder, beside ``config.json``."""
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What training records of a model's prompts.  None: not on record.
+
+    ``style``, ``template``, ``control_token``: see :class:`itp.text.prompt_format.PromptFormat`.
+    ``foresight_format``: what of an imagined trajectory the policy reads (FORESIGHT_FORMATS).
+    ``history_keep_steps``: how many of the last steps its prompts hold (0: all).
+    ``max_seq_len``: the token budget that its prompts were cut to (:mod:`itp.agent.prompt_budget`).
+    ``warning``: what whoever uses it must know.  ``update``: the update of stage 3 that it is from.
+    """
+
+    style: str = "tuned"
+    template: PromptTemplate = PLAIN
+    control_token: bool = False
+    foresight_format: str | None = None
+    history_keep_steps: int | None = None
+    max_seq_len: int | None = None
+    warning: str = ""
+    update: int | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> ModelCard | None:
+        """The card of the model at ``path`` (a folder or hub name); None where training here left none."""
+        file = model_folder(path) / MODEL_CARD if path else None
+        if file is None or not file.is_file():
+            return None
+        values = read_json(file)
+        template = PromptTemplate(**values["turns"]) if "turns" in values else PLAIN
+        return cls(values.get("prompt_style", "instruct"), template, values.get("control", False),
+                   values.get("foresight_format"), values.get("history_keep_steps"), values.get("max_seq_len"),
+                   values.get("warning", ""), values.get("update"))
+
+    def write(self, folder: str | Path) -> None:
+        """Write the card into a model folder.  What isn't on record has no key."""
+        values: dict[str, Any] = {"prompt_style": self.style}
+        if self.template != PLAIN:
+            values["turns"] = {"head": self.template.head, "tail": self.template.tail}
+        if self.control_token:
+            values["control"] = True
+        for name in ("foresight_format", "history_keep_steps", "max_seq_len", "update"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        if self.warning:
+            values["warning"] = self.warning
+        write_json(Path(folder) / MODEL_CARD, values)
+
+    def with_format(self, form: PromptFormat) -> ModelCard:
+        """The same card for prompts in ``form``."""
+        return dataclasses.replace(self, style=form.style, template=form.template, control_token=form.control_token)
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """Those of the PromptFlags that are on record."""
+        return {name: value for name in AS_TRAINED if (value := getattr(self, name)) is not None}
+
+
+# ---------------------------------------------------------------- the format of a model's prompts
+
+
+def style_of(path: str | Path) -> str:
+    """How a model is prompted: ``tuned`` if it was trained here, ``instruct`` if it comes from elsewhere."""
+    card = ModelCard.read(path)
+    return "instruct" if card is None else card.style
+
+
+def trained_format(path: str | Path, style: str = "auto", env: str = "alfworld") -> PromptFormat | None:
+    """The format that training recorded of the model at ``path``; None for one that is to be prompted otherwise.
+
+    ``style``: the style to prompt it in, whatever its card says (auto: the card's).
+    """
+    card = ModelCard.read(path)
+    style = style_of(path) if style == "auto" else style
+    if style != "tuned" and (card is None or style != card.style):
+        return None
+    return PromptFormat(style, env, PLAIN if card is None else card.template)
+
+
+def format_for(path: str | Path, tokenizer: Any = None, *, role: str = "policy", env: str = "alfworld",
+               style: str = "auto", chat: bool = True, thinking: bool = False) -> PromptFormat:
+    """The format for the model at ``path``: as training recorded it, else that of a chat model in ``env``.
+
+    ``tokenizer``: None for a server that applies its own chat template.  ``chat`` False: plain text for models from
+    elsewhere too.  Raises UserError where a model is to think that isn't prompted by a chat template.
+    """
+    if (trained := trained_format(path, style, env)) is not None:
+        return trained
+    style = style_of(path) if style == "auto" else style
+    if not chat or tokenizer is None or not tokenizer.chat_template:
+        if thinking:
+            raise UserError(f"--thinking: {path} isn't prompted by a chat template, so it can't think before it "
+                            "answers; leave the flag out")
+        return PromptFormat(style, env)
+    instruction = INSTRUCTION if role == "policy" else WORLD_INSTRUCTION
+    return PromptFormat(style, env, template_of(tokenizer, instruction[env], thinking))
+
+
+# ---------------------------------------------------------------- flags that default to the card
+
+
+AS_TRAINED = {"foresight_format": "auto", "history_keep_steps": -1, "max_seq_len": -1}
+"""The defaults of the PromptFlags: as the policy was trained."""
+
+NOTHING_ON_RECORD = {"foresight_format": "full", "history_keep_steps": 0, "max_seq_len": 0}
+"""What holds for a policy of which nothing is on record: all of the history, in as many tokens as its context holds."""
+
+RELEASE_BUDGET = 1536
+"""Tokens of a prompt in the three stages, where nothing else is on record; the authors' release has no other."""
+
+
+@dataclass
+class PromptFlags:
+    """What a policy's prompt holds of the past and of the imagined future, and how many tokens it may have."""
+
+    foresight_format: str = flag("auto", choices=("auto", *FORESIGHT_FORMATS),
+                                 help="what of the imagined trajectory the policy reads: every step (full), or the "
+                                      "last observation (auto: as it was trained, else full)")
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as the policy was "
+                                                        "trained, else all)")
+    max_seq_len: int = flag(-1, at_least=0, help="tokens of a prompt and its answer; where a prompt has more, its "
+                                                 "oldest steps are left out (-1: as the policy was trained; 0, and "
+                                                 "where that isn't on record: as many as the model's context holds)")
+
+
+def prompt_settings(settings: PromptFlags) -> dict[str, Any]:
+    """The three settings by name, as they go on record."""
+    return {name: getattr(settings, name) for name in AS_TRAINED}
+
+
+def resolve(settings: S, recorded: Mapping[str, Any], whose: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
+    """``settings`` with what they leave open filled in from ``recorded``, and from ``unknown`` where that is silent.
+
+    Raises UserError where they contradict the record, which is ``whose``.  Another budget is no contradiction: too much
+    may have been cut.
+    """
+    given = prompt_settings(settings)
+    for name in ("foresight_format", "history_keep_steps"):
+        if given[name] != AS_TRAINED[name] and recorded.get(name, given[name]) != given[name]:
+            raise UserError(f"--{name} {given[name]}, but {whose} was made with {recorded[name]}; leave the flag out")
+    open_ones = [name for name, value in given.items() if value == AS_TRAINED[name]]
+    return dataclasses.replace(settings, **{name: recorded.get(name, unknown[name]) for name in open_ones})
+
+
+def resolve_by_card(settings: S, path: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
+    """:func:`resolve` by the card of the policy at ``path``."""
+    card = ModelCard.read(path)
+    return resolve(settings, card.prompt_settings if card else {}, path, unknown)

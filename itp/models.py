@@ -1,0 +1,110 @@
+"""Policies and world models from their folders.  Nothing else constructs a ``Policy`` or a ``WorldModel``.
+
+What a model's card records (:mod:`itp.model_card`) decides how it is prompted: its format, the history and the budget
+of its prompts, and for a policy what it reads of an imagined trajectory.  Each model follows its own card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from itp.agent.heads import has_heads
+from itp.agent.policy import IMAGINED_ACTION_TOKENS, Policy
+from itp.agent.prompt_budget import RESERVE, PromptBudget, prompt_tokens
+from itp.agent.world_model import WorldModel
+from itp.lm.base import LM
+from itp.lm.local import LocalLM
+from itp.lm.openai import OpenAILM
+from itp.lm.scheduler import BatchBarrier
+from itp.lm.server import Server
+from itp.lm.tokenize import Encoder
+from itp.model_card import AS_TRAINED, NOTHING_ON_RECORD, ModelCard, format_for
+from itp.pretrained import load_tokenizer
+from itp.text.prompt_format import PromptFormat
+
+
+def load_policy(path: str, *, env: str = "alfworld", lm: LM | None = None, server: Server | None = None,
+                device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
+                engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto", chat: bool = True,
+                thinking: bool = False, foresight_format: str = "auto", history_keep_steps: int = -1,
+                max_seq_len: int = -1, **behavior: Any) -> Policy:
+    """The policy in the model folder (or of the hub name) ``path``, with its heads where it has some.
+
+    ``lm``: the model, where it is loaded already.  ``server``: where it runs, if not in this process; ``path`` may
+    then be empty, and says only how it is prompted.  ``engine``: options of :class:`itp.lm.local.LocalLM`.
+    ``concurrency``: requests to a server at a time.  ``style``, ``chat``, ``thinking``: see
+    :func:`itp.model_card.format_for`.  ``foresight_format``, ``history_keep_steps``, ``max_seq_len``: by default as
+    the policy was trained.  ``behavior``: other fields of :class:`itp.agent.policy.Policy`.  Raises UserError.
+    """
+    if lm is None:
+        lm = (server.connect("policy", concurrency) if server else
+              _load_policy_lm(path, device=device, dtype=dtype, barrier=barrier, **engine or {}))
+    tokenizer = _tokenizer_for_template(lm, server, path, style, chat)
+    form = format_for(path, tokenizer, env=env, style=style, chat=chat, thinking=thinking)
+    form = replace(form, control_token=has_heads(path))
+    prompt = _prompt_settings(path, foresight_format=foresight_format, history_keep_steps=history_keep_steps,
+                              max_seq_len=max_seq_len)
+    behavior = {"action_tokens": RESERVE["action"][env], "imagined_action_tokens": IMAGINED_ACTION_TOKENS[env],
+                "score_answers": isinstance(lm, OpenAILM), **behavior}
+    return Policy(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "action"),
+                  foresight_format=prompt["foresight_format"], history_keep_steps=prompt["history_keep_steps"],
+                  **behavior)
+
+
+def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, server: Server | None = None,
+                     device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
+                     engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto",
+                     chat: bool = True, max_new_tokens: int = 192,
+                     limit_flag: str = "--wm_max_new_tokens") -> WorldModel:
+    """The world model in the model folder (or of the hub name) ``path``.
+
+    ``max_new_tokens``: of a predicted observation at most, which the flag ``limit_flag`` sets.  The other arguments
+    are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError.
+    """
+    if lm is None:
+        lm = (server.connect("world_model", concurrency) if server else
+              LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))
+    tokenizer = _tokenizer_for_template(lm, server, path, style, chat)
+    form = format_for(path, tokenizer, role="world_model", env=env, style=style, chat=chat)
+    prompt = _prompt_settings(path)
+    return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
+                      history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
+                      limit_flag=limit_flag)
+
+
+def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:
+    """The LM of a policy, with its heads where the folder has them.  ``options`` are LocalLM's."""
+    if not has_heads(path):
+        return LocalLM.load(path, device=device, dtype=dtype, role="policy", **options)
+    from itp.agent.policy_with_heads import PolicyWithHeads
+
+    policy, tokenizer = PolicyWithHeads.from_pretrained(path, device=device, dtype=dtype)
+    return LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name=Path(path).name, role="policy", **options)
+
+
+def _tokenizer_for_template(lm: LM, server: Server | None, path: str, style: str, chat: bool) -> Any:
+    """The tokenizer whose chat template is applied here; None where a server applies its own, or none is wanted."""
+    if server is not None:
+        return server.tokenizer(path, style) if chat else None
+    return lm.tokenizer
+
+
+def _prompt_settings(path: str, **given: Any) -> dict[str, Any]:
+    """The three PromptFlags: as ``given``, else as the card at ``path`` says, else everything."""
+    card = ModelCard.read(path)
+    recorded = NOTHING_ON_RECORD | (card.prompt_settings if card else {})
+    return recorded | {name: value for name, value in given.items() if value != AS_TRAINED[name]}
+
+
+def _budget(lm: LM, path: str, form: PromptFormat, max_seq_len: int, answer: str) -> PromptBudget:
+    """The budget of a model's prompts.  Those to a server are counted by the tokenizer in ``path``, if it has one."""
+    tokens = prompt_tokens(max_seq_len, answer, form.env) if max_seq_len else 0
+    tokenizer, context = lm.tokenizer, lm.context_length or 0
+    if tokenizer is None and tokens:
+        tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        return PromptBudget(role=lm.role)
+    return PromptBudget(tokens, context, Encoder(tokenizer).count, lm.role)

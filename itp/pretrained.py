@@ -1,0 +1,140 @@
+"""Model folders and hub names: is there a model, what identifies it, its tokenizer, the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from itp.devices import resolve_device, resolve_dtype
+from itp.errors import UserError
+
+
+def check_model_path(model_path: str) -> None:
+    """Raises UserError where ``model_path`` is neither a model folder nor a model that the hub has."""
+    path = Path(model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model_path}: no config.json in this folder; give a Hugging Face model folder")
+        return
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
+        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
+        huggingface_hub.snapshot_download(model_path, allow_patterns=SMALL_FILES)
+    except (OSError, ValueError) as error:
+        if not (model_folder(model_path) / "config.json").is_file():
+            raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
+                            f"({type(error).__name__}); check the name and the network") from error
+
+
+SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
+"""What tells how a model is to be asked, and its heads: all that is read of it but weights and tokenizer."""
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where a model's small files lie: its folder, or for a hub name what :func:`check_model_path` fetched of it."""
+    if Path(path).is_dir():
+        return Path(path)
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        config = huggingface_hub.try_to_load_from_cache(str(path), "config.json")
+    except huggingface_hub.errors.HFValidationError:  # no hub name either
+        config = None
+    return Path(config).parent if isinstance(config, str) else Path(path)
+
+
+def _reach(url: str) -> None:
+    """Raises OSError where nothing answers at ``url``; any status is an answer."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return
+
+
+TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
+
+
+def remote_code() -> dict[str, bool]:
+    """What every loader of the Auto classes is told: a model's own code runs only where the user asks for it.
+
+    By a variable of the environment, which processes that a launcher or a script starts have as well.
+    """
+    return {"trust_remote_code": os.environ.get(TRUST_REMOTE_CODE) == "1"}
+
+
+def not_loaded(path: str, what: str, error: Exception) -> UserError:
+    """The error to raise where a loader of the Auto classes failed at ``path``."""
+    if "trust_remote_code" in str(error):
+        return UserError(f"{path}: this model comes with Python code of its own; read it, and if you trust it, start "
+                         f"the same command with {TRUST_REMOTE_CODE}=1 in front")
+    return UserError(f"{path}: {what} ({str(error).splitlines()[0]})")
+
+
+def load_tokenizer(path: str):
+    """A model's tokenizer.  Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **remote_code())
+    except (OSError, ValueError) as error:
+        raise not_loaded(path, "no tokenizer there", error) from error
+
+
+def bos_ids(tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text: Llama's BOS, or nothing.  Found out rather than looked up."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that take a mask of any form."""
+
+
+def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32", attn_implementation: str = "sdpa"):
+    """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one.
+
+    ``attn_implementation``: of ``MASKED_ATTENTION``.  Not flash_attention_2: batches of unequal prefixes
+    (:mod:`itp.lm.kv_cache`) and token trees come with masks of their own (B, 1, S, T), of which it knows nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(path)
+    device = resolve_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device),
+                                                     attn_implementation=attn_implementation, **remote_code())
+    except (OSError, ValueError) as error:
+        raise not_loaded(path, "not a causal language model", error) from error
+    return model.to(device).eval(), tokenizer
+
+
+def model_fingerprint(path: str) -> str:
+    """Identity of a model folder's weights (names, sizes and ends of its files); of a hub name, it with its revision.
+
+    Two results with the same fingerprint come from the same weights, so a retrained model under an old
+    path is noticed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        there = model_folder(path)
+        return path if there == folder else f"{path}@{there.name}"
+    digest = hashlib.sha256()
+    kinds = ("*.safetensors", "*.json", "pytorch_model*.bin", "*.pt")
+    for file in (file for kind in kinds for file in sorted(folder.glob(kind))):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(1 << 20))
+            content.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]

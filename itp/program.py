@@ -1,0 +1,50 @@
+"""What every command line program does: logging, one line for a user's mistake, exit status, progress."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from itp.errors import UserError
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to use freed blocks again instead of returning them to the system.
+
+    Tensors of a megabyte would else be mapped, and their pages zeroed, at every use: on a CPU that took more
+    time than the arithmetic of a small model.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    # Threads that wait leave the cores to those that have work: models and environments share them.  torch
+    # reads it when it is imported, which no program has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("httpx", "httpcore", "openai", "matplotlib", "fontTools"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def progress_bar(total: int, unit: str):
+    """A tqdm bar; in a log file it says a line every half minute."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, **({} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}))

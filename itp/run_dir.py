@@ -1,0 +1,96 @@
+"""An output folder that belongs to one run: its settings, versions and fingerprints; resume or refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from itp.config import canonical_names, flag_fields, flags_that
+from itp.errors import UserError
+from itp.files import read_json, write_json
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, and the git revision of this code where it has one."""
+    found = {"python": platform.python_version()}
+    for package in ("itp", "torch", "transformers", "peft", "deepspeed", "alfworld", "textworld", "scienceworld",
+                    "openai"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if shutil.which("git") is None:
+        return found
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )
+    if revision.returncode == 0:
+        found["revision"] = revision.stdout.strip()
+    return found
+
+
+def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any] | None = None, override: bool = False,
+                 may_grow: tuple[str, ...] = ()) -> Path:
+    """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
+
+    A folder that holds results of another configuration is refused, because the two would mix.  Settings that don't
+    affect the result (:class:`itp.config.Flag`) may differ.  ``facts``: what else the result depends on, such as
+    fingerprints of models.  ``may_grow``: numbers that the run may go on with more of; the record then has the larger
+    one.  ``override`` replaces the record; what else the folder holds is the caller's to remove.  Returns the path.
+    """
+    out_dir = Path(out_dir)
+    record = out_dir / "config.json"
+    names = canonical_names(type(settings))
+    # Of settings that aren't flags nothing is recorded: the program sets them itself.
+    flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
+    wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
+    if record.exists() and not override:
+        written = read_json(record)
+        recorded = {names.get(name, name): value for name, value in written["config"].items()}
+        grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
+        compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()
+        differing = [name for name in sorted(compared) if not _same(recorded.get(name), wanted[name])]
+        if differing:
+            said = ", ".join(f"{k}: {recorded.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+            raise UserError(f"{out_dir} holds results of another configuration ({said}); "
+                            "choose another output path, or --override to start it anew")
+        if grown:
+            write_json(record, written | {"config": recorded | grown})
+        return out_dir
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"config": wanted, "versions": versions()})
+    return out_dir
+
+
+def _grew(recorded: int, wanted: int) -> bool:
+    """0 is no limit."""
+    return recorded != 0 and (wanted == 0 or wanted > recorded)
+
+
+def _same(recorded: Any, wanted: Any) -> bool:
+    """A setting that an older record doesn't know was switched off then: 0, false, empty."""
+    return recorded == wanted or recorded is None and not wanted
+
+
+TIMING = "timing.jsonl"
+"""In the output folder of a program: a line with its ``seconds`` for every time that it worked there."""
+
+
+@contextlib.contextmanager
+def timed(folder: str | Path) -> Iterator[None]:
+    """Put on record in ``folder`` how long the block took, also where it was interrupted (a kill leaves nothing)."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        with open(Path(folder) / TIMING, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"seconds": round(time.monotonic() - start, 3)}) + "\n")

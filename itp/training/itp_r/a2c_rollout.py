@@ -1,0 +1,180 @@
+"""Acting for online A2C: episodes by the current weights, and what an update needs of them.
+
+The episodes are played by the method that evaluation plays (:mod:`itp.methods.imagine_then_plan`), which samples K_t
+from the K-head and a_t from the policy, with a record of how, so that their probabilities can be computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from itp.agent.heads import kmax_of
+from itp.agent.world_model import WorldModel
+from itp.distributed import Processes
+from itp.envs.pool import EnvPool
+from itp.games import Game
+from itp.lm.local import LocalLM
+from itp.lm.scheduler import BatchBarrier
+from itp.methods.imagine_then_plan import ImagineThenPlan
+from itp.methods.settings import MethodSettings
+from itp.model_card import prompt_settings
+from itp.models import load_policy
+from itp.rollout import Episode, run_episodes
+from itp.seeding import derive_seed
+from itp.training.itp_r.a2c_settings import RlSettings
+
+if TYPE_CHECKING:
+    from itp.training.itp_r.a2c_update import Sample
+
+
+def episode_games(settings: RlSettings, games: Sequence[Game], first: int, count: int) -> list[Game]:
+    """The games of episodes ``first`` ... of the run: all games in an order drawn anew, again and again.
+
+    The number of the episode in the id makes its randomness its own.
+    """
+    chosen = []
+    for number in range(first, first + count):
+        turn, place = divmod(number, len(games))
+        order = _order(settings.seed, turn, tuple(game.game_id for game in games))
+        chosen.append(dataclasses.replace(games[order[place]], game_id=f"{games[order[place]].game_id}#{number}"))
+    return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, turn: int, ids: tuple[str, ...]) -> list[int]:
+    return sorted(range(len(ids)), key=lambda i: derive_seed(seed, "order", turn, ids[i]))
+
+
+class Player:
+    """Plays games with the current weights, ``num_envs`` at a time."""
+
+    def __init__(self, settings: RlSettings, lm: LocalLM, world_model: WorldModel | None,
+                 barrier: BatchBarrier) -> None:
+        self.settings, self.lm, self.world_model, self.barrier = settings, lm, world_model, barrier
+        self.policy = load_policy(
+            settings.policy_model, lm=lm, env=settings.env, selection=settings.action_selection,
+            action_tokens=settings.action_max_new_tokens,
+            imagined_action_tokens=settings.imagine_action_max_new_tokens, **prompt_settings(settings))
+        self.kmax = kmax_of(settings.policy_model)
+        self.pool: EnvPool
+
+    def method(self, greedy: bool) -> ImagineThenPlan:
+        """ITP-R as evaluation plays it.  Not ``greedy``: K and actions are sampled, with a record of how."""
+        settings, policy = self.settings, self.policy
+        if not greedy and settings.action_do_sample:
+            policy = dataclasses.replace(policy, temperature=settings.action_temperature, top_p=settings.action_top_p)
+        method = ImagineThenPlan(policy, self.world_model, MethodSettings(
+            max_k=self.kmax, fixed_k=settings.fixed_k, k_policy="head", k_sample=not greedy, value_of_state=True))
+        method.record_sampling = True
+        return method
+
+    async def play(self, games: Sequence[Game], *, greedy: bool = False) -> list[Episode]:
+        """One episode of each game, in their order; those lost with their environment's process are left out."""
+        episodes = {e.game.game_id: e async for e in run_episodes(
+            self.pool, self.method(greedy), games, max_steps=self.settings.max_steps, seed=self.settings.seed,
+            concurrency=self.settings.num_envs, barrier=self.barrier)} if games else {}
+        return [episodes[game.game_id] for game in games if episodes[game.game_id].steps]
+
+    async def bootstraps(self, episodes: Sequence[Episode]) -> list[float]:
+        """What each episode is worth after its last step: V_θ where the limit cut it, if that is wanted, else 0."""
+        async def value(episode: Episode) -> float:
+            if not self.settings.bootstrap_at_limit or episode.reason != "step_limit":
+                return 0.0
+            step = episode.steps[-1]
+            end = step.state.after(step.decision.action, step.observation)
+            return (await self.policy.read_heads(end)).value
+
+        return list(await asyncio.gather(*(value(episode) for episode in episodes)))
+
+    def forget(self) -> None:
+        """The weights have changed: what was computed with the old ones is void."""
+        self.lm.engine.reset()
+
+    async def close(self) -> None:
+        await self.lm.close()
+        if self.world_model is not None:
+            await self.world_model.lm.close()
+
+
+def rewards_of(episode: Episode, settings: RlSettings) -> list[float]:
+    """r_1 ... r_T of eq. 7."""
+    from itp.training.itp_r.losses import reward
+
+    return [reward(step.reward, step.decision.k, success=episode.success and step is episode.steps[-1],
+                   invalid=step.invalid, lambda_k=settings.lambda_k, step_cost=settings.step_cost,
+                   success_bonus=settings.success_bonus, invalid_action_penalty=settings.invalid_action_penalty)
+            for step in episode.steps]
+
+
+def advantages_of(episode: Episode, bootstrap: float, settings: RlSettings) -> tuple[list[float], list[float]]:
+    """(A_t, V̂_t) of every step, by the values that the acting weights gave."""
+    from itp.training.itp_r.losses import gae, n_step_returns
+
+    rewards, values = rewards_of(episode, settings), [step.decision.value for step in episode.steps]
+    if settings.n_steps:
+        targets = n_step_returns(rewards, values, settings.gamma, settings.n_steps, bootstrap)
+        return [target - value for target, value in zip(targets, values, strict=True)], targets
+    advantages = gae(rewards, values, settings.gamma, settings.gae_lambda, bootstrap)
+    return advantages, [a + value for a, value in zip(advantages, values, strict=True)]
+
+
+def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
+            processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
+    """The samples of this process's episodes, and what is to be said about those of all processes."""
+    from itp.training.itp_r.losses import normalized
+    from itp.training.itp_r.a2c_update import Sample
+
+    found = [advantages_of(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
+    everyone = processes.gather([a for advantages, _ in found for a in advantages])
+    def ids_of(text: str) -> list[int]:
+        return [*lm.encode.start, *lm.encode(text)]
+
+    samples: list[list[Sample]] = []
+    for episode, (advantages, targets) in zip(episodes, found, strict=True):
+        if settings.normalize_advantages:
+            advantages = normalized(advantages, everyone)
+        samples.append([
+            Sample(ids_of(step.decision.prompt), ids_of(step.decision.heads_prompt), step.decision.trace,
+                   -1 if settings.fixed_k >= 0 else step.decision.k, advantage, target)
+            for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)])
+    own = [value for _, targets in found for value in targets]
+    predicted = [step.decision.value for episode in episodes for step in episode.steps]
+    targets, values = processes.gather(own), processes.gather(predicted)
+    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
+    return samples, row | {
+        "advantage_mean": statistics.fmean(everyone), "advantage_std": statistics.pstdev(everyone),
+        "value_mean": statistics.fmean(values), "target_mean": statistics.fmean(targets),
+        "explained_variance": 1 - statistics.pvariance([t - v for t, v in zip(targets, values, strict=True)])
+        / (statistics.pvariance(targets) + 1e-8)}
+
+
+def summary(episode: Episode, settings: RlSettings) -> dict[str, Any]:
+    """One episode in numbers."""
+    steps, usage = episode.steps, episode.usage
+    return {"return": sum(rewards_of(episode, settings)), "success": float(episode.success), "steps": len(steps),
+            "k": [step.decision.k for step in steps], "kmax": len(steps[0].decision.k_logprobs) - 1,
+            "invalid": sum(step.invalid for step in steps),
+            "shortened": sum(spent.shortened for spent in usage.values()),
+            "policy_tokens": usage["policy"].tokens,
+            "wm_tokens": usage["world_model"].tokens if "world_model" in usage else 0}
+
+
+def statistics_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Many episodes in numbers: means over episodes, ``mean_k``, ``k_histogram`` and ``invalid`` over steps."""
+    drawn = [k for row in summaries for k in row["k"]]
+    return {
+        "return": statistics.fmean(row["return"] for row in summaries),
+        "success": statistics.fmean(row["success"] for row in summaries),
+        "episode_steps": statistics.fmean(row["steps"] for row in summaries),
+        "mean_k": statistics.fmean(drawn),
+        "k_histogram": [drawn.count(k) for k in range(summaries[0]["kmax"] + 1)],
+        "invalid": sum(row["invalid"] for row in summaries) / len(drawn), "env_steps": len(drawn),
+        "shortened_prompts": sum(row["shortened"] for row in summaries),
+        "policy_tokens": sum(row["policy_tokens"] for row in summaries),
+        "wm_tokens": sum(row["wm_tokens"] for row in summaries),
+    }

@@ -1,0 +1,206 @@
+"""The settings of stage 3 (online A2C), and what is refused before torch is loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from itp.agent.heads import has_heads, kmax_of
+from itp.agent.policy import IMAGINED_ACTION_TOKENS
+from itp.config import flag
+from itp.devices import DTYPES
+from itp.envs.registry import EnvFlags
+from itp.errors import UserError
+from itp.lm.memory_budget import EngineFlags
+from itp.model_card import NOTHING_ON_RECORD, RELEASE_BUDGET, PromptFlags, resolve_by_card
+from itp.pretrained import MASKED_ATTENTION, check_model_path
+from itp.training.settings import TRACKERS, check_tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RlSettings(PromptFlags, EnvFlags, EngineFlags):
+    policy_model: str = flag(help="policy with heads, as sft leaves it", affects_result=False, holds="path",
+                             aliases=("policy_model_path",))
+    out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it",
+                        affects_result=False, holds="path")
+    wm_model: str = flag("", help="world model; not needed with --fixed_k 0", affects_result=False,
+                              holds="path", aliases=("wm_model_path",))
+    alfworld_config: str = flag("", help="alfworld's YAML file; its dataset.data_path stands in for --env_data_root",
+                                affects_result=False, holds="path")
+    env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1; empty: from --alfworld_config",
+                              affects_result=False, holds="path", aliases=("env_data_path",))
+    env_split: str = flag("train", help="split of the games to learn on")
+    wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most")
+    max_k: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same",
+                      affects_result=False, aliases=("kmax",))
+    fixed_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses",
+                        aliases=("force_k",))
+    epochs: int = flag(1, at_least=1, help="rounds of episodes_per_epoch")
+    episodes_per_epoch: int = flag(50, at_least=1, help="episodes of a round")
+    episodes_per_update: int = flag(32, at_least=1, help="episodes of a batch, all played by the same weights")
+    update_every: int = flag(1, at_least=1, help="update after so many batches, on all of them")
+    minibatches: int = flag(1, at_least=1,
+                            help="optimizer steps of an update, each on a part of its episodes; 1 is exact A2C")
+    max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
+    max_minutes: float = flag(0.0, at_least=0, help="stop after so many minutes of acting and learning (0: no limit)",
+                              affects_result=False)
+    num_envs: int = flag(16, at_least=1, help="episodes played at a time", affects_result=False)
+    env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
+    policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)
+    wm_device: str = flag("cuda:1", help="device of the world model", affects_result=False)
+    wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
+    gamma: float = flag(0.99, help="discount γ")
+    n_steps: int = flag(0, at_least=0,
+                        help="V̂ from so many rewards and V of the state after them; 1: the paper's; 0: GAE")
+    gae_lambda: float = flag(0.95, help="λ of GAE; 1: the whole return")
+    bootstrap_at_limit: bool = flag(False, help="an episode cut by the step limit is worth V of its last state")
+    normalize_advantages: bool = flag(False, help="mean 0 and deviation 1 over a batch")
+    lr: float = flag(5e-6, above=0, help="learning rate")
+    value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
+    lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
+                                  choices=("linear", "constant", "cosine"))
+    wd: float = flag(0.0, at_least=0, help="weight decay")
+    adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates a long memory keeps the scale of the "
+                                        "first ones, which teach values only")
+    lambda_k: float = flag(0.2, at_least=0, help="λ_K: cost of an imagined step")
+    step_cost: float = flag(0.01, help="λ_step: cost of a step")
+    success_bonus: float = flag(0.01, help="added to the reward at success")
+    invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
+    entropy_coef: float = flag(0.01, help="β of eq. 8")
+    value_coef: float = flag(1.0, help="α of eq. 8")
+    value_updates: int = flag(3, at_least=0, help="first updates, of the value head alone (a quarter of all at most)")
+    max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
+    action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
+                                 choices=("generate", "constrained"))
+    action_max_new_tokens: int = flag(-1, at_least=1, help="tokens of an action at most (-1: 16, ScienceWorld 48)")
+    action_temperature: float = flag(0.7, above=0, help="temperature of executed and imagined actions")
+    action_top_p: float = flag(0.9, help="nucleus of executed and imagined actions (not of constrained ones)")
+    action_do_sample: int = flag(1, help="0: actions are greedy, and only K is learned", choices=(0, 1))
+    imagine_action_max_new_tokens: int = flag(-1, at_least=1,
+                                              help="tokens of an imagined action at most (-1: 12, ScienceWorld 48)")
+    max_seq_len: int = flag(-1, at_least=1, help="tokens of a prompt and its action; where a prompt has more, its "
+                                                 "oldest steps are left out (-1: as the policy was trained, else 1536)")
+    history_keep_steps: int = flag(-1, at_least=0, help="steps of history in a prompt (0: all; -1: as the policy was "
+                                                        "trained, else 6)")
+    padding_side: str = flag("left", choices=("left", "right"),
+                             help="part of the release's command line; padded rows are computed exactly as they are "
+                                  "alone, so nothing depends on it", affects_result=False)
+    logprob_norm: str = flag("sum", help="an action's log-probability: sum or mean over its tokens",
+                             choices=("sum", "mean"))
+    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
+    lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in updates only")
+    fp16: bool = flag(False, help="update in float16 with loss scaling (needs a GPU, else float32)")
+    bf16: bool = flag(False, help="update in bfloat16 (needs a GPU, else float32)")
+    attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
+                                    help="how the policy computes attention, acting and learning; changes time and "
+                                         "memory only (their masks are none that flash_attention_2 knows)",
+                                    affects_result=False)
+    gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time",
+                                        affects_result=False)
+    update_batch_tokens: int = flag(8192, at_least=1,
+                                    help="tokens of a forward pass of the update at most, but at least a step's; "
+                                         "changes memory only", affects_result=False)
+    eval_every: int = flag(10, at_least=0, help="updates between evaluations on held-out games (0: none, and no best)")
+    eval_games: int = flag(30, at_least=0, help="games of an evaluation")
+    eval_split: str = flag("valid_seen", help="their split; with env_split's own they are kept out of training")
+    save_every: int = flag(10, at_least=1, help="updates between checkpoints", affects_result=False)
+    report_to: str = flag("tensorboard", choices=TRACKERS, help="where metrics go besides the log and metrics.jsonl",
+                          affects_result=False)
+    push_to_hub: str = flag("", help="upload the last policy to this repository (user/name) of the hub, private",
+                            affects_result=False)
+    seed: int = flag(123, help="seed of everything random")
+    override: bool = flag(False, help="delete what another configuration left in out_dir", affects_result=False)
+
+    def __post_init__(self) -> None:
+        if self.action_max_new_tokens == -1:
+            self.action_max_new_tokens = {"alfworld": 16, "scienceworld": 48}[self.env]
+        if self.imagine_action_max_new_tokens == -1:
+            self.imagine_action_max_new_tokens = IMAGINED_ACTION_TOKENS[self.env]
+
+    @property
+    def total_episodes(self) -> int:
+        return self.epochs * self.episodes_per_epoch
+
+    @property
+    def batch_episodes(self) -> int:
+        return self.episodes_per_update * self.update_every
+
+    @property
+    def total_updates(self) -> int:
+        return math.ceil(self.total_episodes / self.batch_episodes)
+
+
+NOT_ON_RECORD = NOTHING_ON_RECORD | {"max_seq_len": RELEASE_BUDGET, "history_keep_steps": 6}
+"""The prompts of a policy of which nothing is on record: as in the authors' release."""
+
+
+def checked(settings: RlSettings) -> RlSettings:
+    """``settings`` with what they leave open filled in from the policy.
+
+    Raises UserError for what can't work, before anything slow is started.
+    """
+    check(settings)
+    settings = resolve_by_card(settings, settings.policy_model, NOT_ON_RECORD)
+    _warn_of_short_budget(settings)
+    return settings
+
+
+def check(settings: RlSettings) -> None:
+    """Raises UserError for what can't work, before anything slow is started."""
+    check_model_path(settings.policy_model)
+    if not has_heads(settings.policy_model):
+        raise UserError(f"{settings.policy_model}: a policy without heads to choose K with; train them first: "
+                        "python -m itp.training.train_adaptive_k sft")
+    kmax = kmax_of(settings.policy_model)
+    if settings.max_k not in (0, kmax):
+        raise UserError(f"--max_k {settings.max_k}, but {settings.policy_model} was trained with kmax {kmax}; "
+                        f"leave --max_k out, or train another one with sft --max_k {settings.max_k}")
+    if settings.fixed_k > kmax:
+        raise UserError(f"--fixed_k {settings.fixed_k}: the policy knows 0 to {kmax} imagined steps")
+    if settings.fixed_k != 0 and not settings.wm_model:
+        raise UserError("--wm_model is missing: the world model to imagine with (only --fixed_k 0 needs none)")
+    if settings.wm_model:
+        check_model_path(settings.wm_model)
+    if settings.fp16 and settings.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    check_tracker(settings.report_to)
+    if settings.minibatches > settings.batch_episodes:
+        raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "
+                        "of an update")
+
+
+def _warn_of_short_budget(settings: RlSettings) -> None:
+    """Warn where the longest imagined trajectory may leave the history no room."""
+    k = settings.fixed_k if settings.fixed_k >= 0 else kmax_of(settings.policy_model)
+    longest = k * (settings.imagine_action_max_new_tokens + settings.wm_max_new_tokens)
+    if settings.foresight_format == "last_obs":
+        longest = min(k, 1) * settings.wm_max_new_tokens
+    if longest + settings.action_max_new_tokens >= settings.max_seq_len:
+        log.warning("%d imagined steps may take %d tokens and an action %d, which leaves no room for a state in "
+                    "--max_seq_len %d: such a prompt would lose its history; raise it (then or now)", k, longest,
+                    settings.action_max_new_tokens, settings.max_seq_len)
+
+
+def data_root(settings: RlSettings) -> str:
+    """``--env_data_root``, or the folder that alfworld's own configuration names; ScienceWorld needs none."""
+    if settings.env_data_root or settings.env == "scienceworld":
+        return settings.env_data_root
+    if not settings.alfworld_config:
+        raise UserError("--env_data_root is missing: the folder that holds json_2.1.1 (or --alfworld_config)")
+    import yaml
+
+    file = Path(settings.alfworld_config)
+    if not file.is_file():
+        raise UserError(f"--alfworld_config {file}: no such file")
+    try:
+        path = yaml.safe_load(file.read_text(encoding="utf-8"))["dataset"]["data_path"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"--alfworld_config {file}: no dataset.data_path in it; give --env_data_root") from error
+    folder = Path(os.path.expandvars(path))
+    return str(folder.parent if folder.name in ("train", "valid_seen", "valid_unseen") else folder)

@@ -1,0 +1,196 @@
+r"""Stage 1, pseudo-labels (eq. 5): how far would it have paid to look ahead, at every step of the expert.
+
+    K̃_t = argmax_{0 <= k <= K_max} [ log π_θ0(a*_t | s_t, τ̂_t(k)) − λ_K·k ], ties to the smaller k.
+
+    python -m itp.training.train_adaptive_k label --expert_jsonl transitions.jsonl --policy_model POLICY \
+        --wm_model WORLD_MODEL --out_labeled_jsonl labeled.jsonl --max_k 5
+
+Departures from the paper and the authors' release: by default τ̂_t is imagined freely, as in every later
+stage, and the policy reads all of it; teacher-forced, the expert's own action would stand in that prompt,
+so the paper's way goes with ``--foresight_format last_obs`` only.  a*_t is the action that the expert would take, not a
+random action that was executed instead.
+
+Rows are the fields of the expert file and ``k_label``; ``obs_list`` (obs_list[k]: the last imagined
+observation after k steps, obs_list[0] the current one; what isn't imagined repeats the last); ``imagined``
+[[action, observation], ...] of the largest k; ``scores`` {k: score}; ``logprobs`` {k: log π_θ0(a*|s, τ̂(k)),
+the sum over its tokens}; ``tokens``, what it cost; ``shortened``, how many prompts lost old steps to the budget;
+``shown``, what of history and future the policy read, and in how many tokens (:mod:`itp.model_card`).
+``OUT.run/`` holds the configuration, ``rows.jsonl`` (a line a finished row, what a restart goes on from) and
+``summary.json``; the output itself is written when all is done, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itp.agent.heads import has_heads, kmax_of
+from itp.errors import PromptTooLong, UserError
+from itp.files import read_appended, write_atomic, write_json
+from itp.lm.scheduler import BatchBarrier
+from itp.model_card import NOTHING_ON_RECORD, RELEASE_BUDGET, prompt_settings, resolve_by_card
+from itp.models import load_policy, load_world_model
+from itp.pretrained import check_model_path, model_fingerprint
+from itp.program import progress_bar
+from itp.run_dir import TIMING, open_run_dir, timed
+from itp.training.itp_r.expert_steps import ExpertStep, choose_rows, read_expert
+from itp.training.itp_r.label_settings import LabelSettings, parse_candidates
+from itp.training.itp_r.pseudo_labels import Labeler
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: LabelSettings) -> None:
+    """Label what is missing, write the output, print the distribution of labels."""
+    candidates = check(settings)
+    unknown = NOTHING_ON_RECORD | {"max_seq_len": RELEASE_BUDGET}
+    settings = resolve_by_card(settings, settings.policy_model, unknown)
+    skipped: list[str] | None = [] if settings.skip_bad_rows else None
+    rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings.max_rows, settings.seed)
+    for message in skipped or ():
+        log.warning("skipped: %s", message)
+    folder = claim(settings)
+    finished = read_finished(folder / "rows.jsonl")
+    todo = [row for row in rows if row.index not in finished]
+    log.info("%d rows to label, %d labeled before", len(todo), len(rows) - len(todo))
+    unfit: list[str] = []
+    if todo:
+        with timed(folder):
+            asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
+        finished = read_finished(folder / "rows.jsonl")
+    kept = [(row, finished[row.index]) for row in rows if row.index in finished]
+    shown = {"shown": prompt_settings(settings)}
+    lines = [json.dumps({**dataclasses.asdict(row.transition), **added, **shown}, ensure_ascii=False)
+             for row, added in kept]
+    write_atomic(settings.out_labeled_jsonl, "".join(line + "\n" for line in lines))
+    summary = summarize([added for _, added in kept], len(skipped or ()) + len(unfit))
+    write_json(folder / "summary.json", summary)
+    print(report(summary))
+    print(f"{len(kept)} labelled rows: {settings.out_labeled_jsonl}")
+
+
+def check(settings: LabelSettings) -> tuple[int, ...]:
+    """The candidates.  Refuses, before any model is loaded, what can't work."""
+    if settings.imagination == "teacher_forced" and settings.foresight_format != "last_obs":
+        raise UserError("--imagination teacher_forced writes the expert's action into the prompt that is to predict "
+                        "it; add --foresight_format last_obs")
+    candidates = parse_candidates(settings.k_candidates, settings.max_k)
+    path = settings.policy_model
+    check_model_path(path)
+    check_model_path(settings.wm_model)
+    if has_heads(path) and kmax_of(path) != settings.max_k:
+        raise UserError(f"--max_k {settings.max_k} contradicts {path}, whose K-head has kmax {kmax_of(path)}; "
+                        f"give --max_k {kmax_of(path)}")
+    return candidates
+
+
+def claim(settings: LabelSettings) -> Path:
+    """The folder of this run beside its output, with its configuration, data and models on record."""
+    folder = Path(f"{settings.out_labeled_jsonl}.run")
+    facts = {"expert_sha256": hashlib.sha256(Path(settings.expert_jsonl).read_bytes()).hexdigest(),
+             "policy_fingerprint": model_fingerprint(settings.policy_model),
+             "wm_fingerprint": model_fingerprint(settings.wm_model)}
+    if settings.override:  # first: a run killed in between must not leave old rows under a new configuration
+        for name in ("rows.jsonl", TIMING):
+            (folder / name).unlink(missing_ok=True)
+    return open_run_dir(folder, settings, facts=facts, override=settings.override, may_grow=("max_seq_len",))
+
+
+def read_finished(path: Path) -> dict[int, dict[str, Any]]:
+    """ExpertStep index -> what was added."""
+    return {row["row"]: row["added"] for row in read_appended(path)}
+
+
+async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], path: Path,
+                     unfit: list[str]) -> None:
+    """Append a line for every row to ``path``, ``concurrency`` episodes at a time.
+
+    The rows of an episode follow each other in one coroutine, so that a state finds its beginning computed.
+    """
+    barrier = BatchBarrier()
+    labeler = load_labeler(settings, candidates, barrier)
+    episodes = iter([list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)])
+    with open(path, "a", encoding="utf-8") as file, progress_bar(len(rows), "row") as bar:
+
+        async def worker() -> None:
+            barrier.add(live=1)
+            try:
+                for row in itertools.chain.from_iterable(episodes):
+                    await one(row)
+            finally:
+                barrier.add(live=-1)
+
+        async def one(row: ExpertStep) -> None:
+            try:
+                added = await labeler.label(row)
+            except PromptTooLong as error:
+                unfit.append(f"{row.where}: {error}")
+                log.warning("left out: %s", unfit[-1])
+                return
+            file.write(json.dumps({"row": row.index, "added": added}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+
+        workers = [asyncio.create_task(worker()) for _ in range(settings.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for task in workers:
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for lm in (labeler.policy.lm, labeler.world_model.lm):
+                await lm.close()
+
+
+def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: BatchBarrier) -> Labeler:
+    """Both models, prompted as their training prompted them."""
+    policy = load_policy(
+        settings.policy_model, env=settings.env, device=settings.policy_device, dtype=settings.policy_dtype,
+        barrier=barrier, engine={"max_batch_rows": settings.score_batch_size, **settings.engine},
+        temperature=settings.temperature, top_p=settings.top_p, **prompt_settings(settings))
+    world_model = load_world_model(
+        settings.wm_model, env=settings.env, device=settings.wm_device, dtype=settings.wm_dtype, barrier=barrier,
+        engine={"max_batch_rows": settings.wm_batch_size, **settings.engine}, max_new_tokens=settings.wm_max_new_tokens)
+    return Labeler(policy, world_model, candidates, settings)
+
+
+def summarize(added: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
+    """The distribution of labels, the mean score of every k, and what all of it cost."""
+    labels = Counter(row["k_label"] for row in added)
+    scores: dict[int, list[float]] = {}
+    for row in added:
+        for k, score in row["scores"].items():
+            scores.setdefault(int(k), []).append(score)
+    tokens: Counter[str] = Counter()
+    for row in added:
+        tokens.update(row["tokens"])
+    return {
+        "rows": len(added),
+        "skipped": skipped,
+        "shortened_prompts": sum(row.get("shortened", 0) for row in added),
+        "labels": {str(k): labels[k] for k in sorted(scores)},
+        "mean_score": {str(k): sum(values) / len(values) for k, values in sorted(scores.items())},
+        "tokens": {name: tokens[name] for name in ("imagine", "world_model", "score", "largest_alone")},
+        "score_over_largest_alone": tokens["score"] / tokens["largest_alone"] if added else 0.0,
+    }
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The summary as a few lines of text."""
+    lines = [f"{summary['rows']} rows labeled, {summary['skipped']} skipped; "
+             f"{summary['shortened_prompts']} prompts lost their oldest steps"]
+    for k, count in summary["labels"].items():
+        lines.append(f"k={k}: {count} ({count / summary['rows']:.1%}), mean score {summary['mean_score'][k]:.3f}")
+    tokens, ratio = summary["tokens"], summary["score_over_largest_alone"]
+    lines.append(f"tokens computed: policy imagining {tokens['imagine']}, scoring all k {tokens['score']} = "
+                 f"{ratio:.2f} times the {tokens['largest_alone']} of the largest k alone; world model "
+                 f"{tokens['world_model']}")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+r"""The formulas of stage 3, online A2C (eq. 7 and 8), as pure functions.
+
+    r_{t+1} = r_env − λ_K·K_t − λ_step  (+ success bonus, + invalid-action penalty)             (eq. 7)
+    L = L_act + α·L_value + β·L_ent                                                              (eq. 8)
+    L_act = −E[A_t (log P_θ(K_t|s_t) + log π_θ(a_t|s_t, τ̂_t(K_t)))],  A_t = V̂_t − V_θ(s_t)
+    L_value = E[(V_θ(s_t) − V̂_t)²],   L_ent = −E[H(P_θ(K|s_t))]
+
+V̂_t is the paper's TD target r + γV(s') with ``n_step_returns(n=1)``; longer returns and GAE are options.
+Returns are plain floats, an episode at a time; everything with a gradient is a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Allowed = Sequence[Sequence[int] | None]
+"""What each token was drawn from (:class:`itp.lm.base.Trace`): None the whole vocabulary, one id a forced token."""
+
+
+def reward(env_reward: float, k: int, *, success: bool, invalid: bool, lambda_k: float, step_cost: float,
+           success_bonus: float, invalid_action_penalty: float) -> float:
+    """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number."""
+    return (env_reward - lambda_k * k - step_cost
+            + (success_bonus if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
+
+
+def n_step_returns(rewards: Sequence[float], values: Sequence[float], gamma: float, n: int,
+                   bootstrap: float = 0.0) -> list[float]:
+    """V̂_t = Σ_{i<n} γ^i r_{t+i+1} + γ^n V(s_{t+n}), for an episode of T steps: T numbers.
+
+    ``values``: V(s_0) ... V(s_{T−1}).  ``n`` 1 is the TD target, 0 the whole rest of the episode.
+    ``bootstrap`` stands for V(s_T): 0 where the episode ended there.
+    """
+    length, after = len(rewards), [*values, bootstrap]
+    returns = []
+    for t in range(length):
+        end = min(t + n, length) if n else length
+        target = after[end]
+        for i in reversed(range(t, end)):
+            target = rewards[i] + gamma * target
+        returns.append(target)
+    return returns
+
+
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float,
+        bootstrap: float = 0.0) -> list[float]:
+    """Advantages A_t = Σ_i (γλ)^i δ_{t+i},  δ_t = r_{t+1} + γV(s_{t+1}) − V(s_t); V̂_t is A_t + V(s_t).
+
+    λ 0 is the TD target's advantage, λ 1 that of the whole return.
+    """
+    after, advantage = [*values, bootstrap], 0.0
+    advantages = [0.0] * len(rewards)
+    for t in reversed(range(len(rewards))):
+        advantage = rewards[t] + gamma * after[t + 1] - after[t] + gamma * lam * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def k_entropy(k_logits: torch.Tensor) -> torch.Tensor:
+    """H(P_θ(K|s)) in nats: (N, K_max + 1) logits -> (N,)."""
+    logprobs = k_logits.float().log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], allowed: Allowed,
+                   temperature: float) -> torch.Tensor:
+    """Log-probabilities of tokens that were drawn from softmax(logits / ``temperature``) over ``allowed``.
+
+    ``logits`` (n, V) are those that predict the n tokens.  Returns (n,) in float32; a forced token has 0.
+    """
+    found = logits.new_zeros(len(token_ids), dtype=torch.float32)
+    whole = [i for i, ids in enumerate(allowed) if ids is None]
+    some = [i for i, ids in enumerate(allowed) if ids is not None and len(ids) > 1]
+    if whole:
+        targets = torch.tensor([token_ids[i] for i in whole], device=logits.device)
+        logprobs = (logits[whole].float() / temperature).log_softmax(-1)
+        found = found.index_put((_index(whole, logits),), logprobs.gather(1, targets[:, None])[:, 0])
+    if some:
+        width = max(len(allowed[i]) for i in some)
+        options = torch.tensor([[*allowed[i], *[0] * (width - len(allowed[i]))] for i in some], device=logits.device)
+        lengths = torch.tensor([len(allowed[i]) for i in some], device=logits.device)
+        places = torch.tensor([list(allowed[i]).index(token_ids[i]) for i in some], device=logits.device)
+        rows = logits[_index(some, logits)[:, None], options].float() / temperature  # (m, width)
+        rows = rows.masked_fill(torch.arange(width, device=logits.device) >= lengths[:, None], float("-inf"))
+        found = found.index_put((_index(some, logits),), rows.log_softmax(-1).gather(1, places[:, None])[:, 0])
+    return found
+
+
+def _index(rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows, device=like.device)
+
+
+def normalized(advantages: Sequence[float], among: Sequence[float]) -> list[float]:
+    """Advantages in deviations from the mean of those of the whole batch, ``among``."""
+    mean = sum(among) / len(among)
+    deviation = (sum((a - mean) ** 2 for a in among) / len(among)) ** 0.5
+    return [(a - mean) / (deviation + 1e-8) for a in advantages]
+
+
+def a2c_loss(action_logprobs: torch.Tensor, k_logprobs: torch.Tensor, entropies: torch.Tensor, values: torch.Tensor,
+             advantages: torch.Tensor, targets: torch.Tensor, *, value_coef: float, entropy_coef: float,
+             count: int | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+    """Eq. 8 on N steps (every argument is (N,)), and its parts L_act, L_value, L_ent.
+
+    ``advantages`` and ``targets`` are constants.  ``count``: the steps of the whole batch that these N are
+    a part of; the losses of the parts then add up to the batch's.
+    """
+    count = count or len(values)
+    act = -(advantages * (k_logprobs + action_logprobs)).sum() / count
+    value = (values - targets).square().sum() / count
+    entropy = -entropies.sum() / count
+    total = act + value_coef * value + entropy_coef * entropy
+    return total, {"loss_act": act.item(), "loss_value": value.item(), "loss_ent": entropy.item()}

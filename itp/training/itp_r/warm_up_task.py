@@ -1,0 +1,328 @@
+"""Stage 2 as a task of the fine-tuning core: rows, batches and the loss of eq. 6."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from itp.agent.heads import has_heads
+from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer, read_heads, save_heads
+from itp.agent.prompt_budget import PromptBudget, prompt_tokens
+from itp.errors import UserError
+from itp.lm.tokenize import Encoder
+from itp.model_card import ModelCard, format_for, prompt_settings
+from itp.pretrained import load_tokenizer
+from itp.text.prompt_format import PromptFormat
+from itp.text.prompts import CTRL, action_target, policy_prompt
+from itp.text.state import State
+from itp.training.examples import Encoding, TrainingRow
+from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
+from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
+from itp.training.settings import trained_card
+from itp.training.task import TrainedModule
+from itp.training.text_task import TextTask
+
+TensorBatch = dict[str, torch.Tensor]
+TRAINED = "trained.safetensors"
+"""In a checkpoint: the weights that are trained."""
+
+
+class WarmUp(torch.nn.Module):
+    """L_WT = L_π + η·L_K of a batch (:class:`StepCollator`) of T columns with N steps and M supervised tokens."""
+
+    def __init__(self, policy: PolicyWithHeads, beta_k: float) -> None:
+        super().__init__()
+        self.policy, self.beta_k = policy, beta_k
+        self.config = policy.causal_lm.config  # DeepSpeed's "auto" settings look there
+        policy.heads.v_head.requires_grad_(False)  # not in eq. 6, and DDP wants a gradient of every weight
+
+    def forward(self, input_ids: torch.Tensor, ctrl_pos: torch.Tensor, k_labels: torch.Tensor,
+                target_pos: torch.Tensor, target_ids: torch.Tensor, target_step: torch.Tensor,
+                attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
+                items: torch.Tensor | None = None) -> TensorBatch:
+        """``loss``, and ``sums``: of the losses, what they are means over, and what was right (6,).
+
+        ``items``: numbers of tokens and steps that the losses are divided by, if not this batch's.
+        """
+        out = self.policy(input_ids, attention_mask, ctrl_pos, position_ids, logits_at=target_pos)
+        logits = out.logits.float()  # (M, V)
+        nll = functional.cross_entropy(logits, target_ids, reduction="sum")
+        k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="sum")
+        tokens, steps = torch.tensor([len(target_ids), len(k_labels)]) if items is None else items
+        loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
+        with torch.no_grad():
+            missed = torch.zeros(len(k_labels), device=logits.device)
+            labelled = target_step >= 0
+            missed.index_add_(0, target_step[labelled], (logits.argmax(-1) != target_ids)[labelled].float())
+            sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll, nll.new_tensor(len(k_labels)),
+                                (out.k_logits.argmax(-1) == k_labels).sum(), (missed == 0).sum()])
+        return {"loss": loss, "sums": sums}
+
+
+@dataclass
+class Encoded:
+    """A step in tokens: the prompt of its action, the action, and the prompt up to ``<CTRL>`` at which K is learned.
+
+    The last is the beginning of the first, unless the imagined trajectory takes so much of the budget that the action's
+    prompt holds less history.  At inference the heads read before anything is imagined.
+    """
+
+    step: LabeledStep
+    prompt: list[int]
+    target: list[int]
+    heads_prompt: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.target[:-1]]  # nothing is predicted from the last token
+
+
+class WarmUpTask(TextTask):
+    """Stage 2 for the fine-tuning core."""
+
+    def __init__(self, settings: SftSettings, steps: Sequence[LabeledStep]) -> None:
+        super().__init__(settings, [])
+        self.settings: SftSettings = settings
+        self.steps = steps
+
+    # ------------------------------------------------------------ rows
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+        """Sequences of one or several steps of an episode."""
+        tokenizer = copy.deepcopy(tokenizer)  # the model's own gets the token together with the model
+        add_control_to_tokenizer(tokenizer)
+        encoding = Encoding([], [], dict.fromkeys(("examples", "cut", "lost_tokens", "lost_supervised", "too_long",
+                                                   "unsupervised"), 0))
+        encoded = self._tokens(tokenizer, encoding.counts)
+        for episode_id, episode in itertools.groupby(encoded, key=lambda e: e.step.episode_id):
+            for steps in self._packed(list(episode)):
+                encoding.rows.append(make_row(steps))
+                encoding.groups.append(episode_id)
+        self._check_masks(encoding)
+        return encoding
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]) -> Iterator[Encoded]:
+        """The steps whose prompts fit, cut as inference cuts them."""
+        settings, form = self.settings, self.prompt_format(tokenizer)
+        encode, ctrl = Encoder(tokenizer), tokenizer.convert_tokens_to_ids(CTRL)
+        budget = PromptBudget(prompt_tokens(settings.max_seq_len, "action", settings.env), settings.max_seq_len,
+                              encode.count)
+        for step in self.steps:
+            counts["examples"] += 1
+            target = encode(action_target(step.action))
+
+            def render(state: State, foresight: str = step.foresight) -> str:
+                return policy_prompt(state.render(), form=form, foresight=foresight)
+
+            text = budget.prompt(step.state, render, len(target))
+            prompt, whole = [*encode.start, *encode(text)], render(step.state)
+            if len(prompt) + len(target) > settings.max_seq_len:  # it doesn't fit even without its history
+                counts["too_long"] += 1
+                continue
+            if text != whole:
+                counts["cut"] += 1
+                counts["lost_tokens"] += encode.count(whole) - len(prompt)
+            unimagined = budget.prompt(step.state, functools.partial(render, foresight=""), len(target))
+            heads_prompt = [*encode.start, *encode(unimagined)]
+            yield Encoded(step, prompt, target, heads_prompt[:heads_prompt.index(ctrl) + 1])
+
+    def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """As stage 1 prompts the base policy, since labels belong to their prompt, or as ``--prompt_form`` says."""
+        settings = self.settings
+        form = format_for(settings.model_path, tokenizer, env=settings.env)
+        as_it_is = settings.prompt_form == "auto" or form.style == "instruct" and settings.prompt_form == "chat"
+        template = form.template if as_it_is else trained_card(settings, tokenizer).template
+        return replace(form, template=template, control_token=True)
+
+    def _packed(self, episode: list[Encoded]) -> Iterator[list[Encoded]]:
+        """Steps of an episode that share a sequence, which has at most ``max_packed_len`` tokens."""
+        most = self.settings.steps_per_sequence or len(episode)
+        longest = self.settings.max_packed_len or self.settings.max_seq_len
+        tree, together = TokenTree(), []
+        for step in episode:
+            more = len(step.ids) - tree.known(step.ids)
+            if together and (len(together) == most or len(tree) + more > longest):
+                yield together
+                tree, together = TokenTree(), []
+            tree.add(step.ids)
+            together.append(step)
+        yield together
+
+    def _check_masks(self, encoding: Encoding) -> None:
+        """Raises UserError where a sequence branches and attention knows no mask."""
+        branched = sum(not row["tree"].is_chain for row in encoding.rows)
+        if branched and self.settings.attn_implementation == "flash_attention_2":
+            raise UserError(f"--attn_implementation flash_attention_2: {branched} steps have prompts beyond "
+                            f"--max_seq_len {self.settings.max_seq_len}, whose K and action are learned with different "
+                            "history; raise it, or take sdpa")
+
+    def collator(self, pad_id: int, multiple: int = 1) -> StepCollator:
+        return StepCollator(pad_id, multiple, left=self.settings.padding_side == "left")
+
+    # ------------------------------------------------------------ model and loss
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> WarmUp:
+        options = {"device_map": self.settings.device_map} if self.settings.device_map else {}
+        model = load_base(self.settings, dtype, **options)
+        policy = self._with_heads(model, tokenizer)
+        tokenizer.padding_side = self.settings.padding_side
+        if self.settings.lora_r:
+            if is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
+                raise UserError("--lora_r trains the row of <CTRL> with peft, which under ZeRO-3 needs a GPU; use a "
+                                "stage 2 configuration, or --lora_r 0")
+            policy.add_lora(lora_config(self.settings, policy.causal_lm), tokenizer.convert_tokens_to_ids(CTRL))
+        module = WarmUp(policy, self.settings.beta_k)
+        if options:
+            module.hf_device_map = model.hf_device_map  # so that the Trainer leaves the layers where they are
+        return module
+
+    def _with_heads(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
+        """The heads that the policy had, or new ones."""
+        if has_heads(self.settings.model_path):
+            policy = PolicyWithHeads.around(model, tokenizer, self.settings.model_path)
+        else:
+            policy = PolicyWithHeads.create(model, tokenizer, self.settings.max_k)
+        policy.card = self.card(tokenizer)
+        return policy
+
+    def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
+        card = trained_card(self.settings, tokenizer).with_format(self.prompt_format(tokenizer))
+        return replace(card, **prompt_settings(self.settings))
+
+    def items(self, batch: TensorBatch) -> torch.Tensor:
+        return torch.tensor([len(batch["target_ids"]), len(batch["k_labels"])])
+
+    def forward(self, model: torch.nn.Module, batch: TensorBatch, items: torch.Tensor | None = None) -> TensorBatch:
+        return model(**batch, items=items)
+
+    def eval_metrics(self, sums: list[float]) -> dict[str, float]:
+        nll, tokens, k_nll, steps, k_right, matched = sums
+        policy_loss, k_loss = nll / tokens, k_nll / steps
+        return {"loss": policy_loss + self.settings.beta_k * k_loss, "policy_loss": policy_loss, "k_loss": k_loss,
+                "action_match": matched / steps, "k_accuracy": k_right / steps}
+
+    # ------------------------------------------------------------ folders
+
+    def write_checkpoint(self, model: WarmUp, folder: Path, state: dict[str, torch.Tensor] | None) -> bool:
+        """What is trained, and only once where embeddings are tied."""
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = model.state_dict() if state is None else state
+        save_file({name: whole[name].contiguous().cpu() for name in _trained(model)}, folder / TRAINED)
+        return True
+
+    def read_checkpoint(self, model: WarmUp, folder: Path) -> bool:
+        trained, weights = _trained(model), load_file(folder / TRAINED)
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(weights[name])
+        return True
+
+    def save_adapter(self, trained: TrainedModule) -> None:
+        state = trained.gathered_state()
+        if not trained.args.should_save:
+            return
+        policy: PolicyWithHeads = trained.model.policy
+        policy.backbone.save_pretrained(self.settings.out_dir, state_dict=_below(state, "policy.backbone."))
+        save_heads(policy.heads, self.settings.out_dir, _below(state, "policy.heads."))
+
+    def save_complete(self, trained: TrainedModule, dtype: torch.dtype) -> None:
+        state = trained.gathered_state()
+        if not trained.args.should_save:
+            return
+        policy: PolicyWithHeads = trained.model.policy
+        options: dict[str, Any] = {}
+        if state is None:
+            policy.backbone.to(dtype)
+        else:
+            options = {"state_dict": _below(state, "policy.backbone."), "heads": _below(state, "policy.heads.")}
+        save_whole(policy, trained.tokenizer, self.settings.merged_path, policy.card, **options)
+
+    def save_merged(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        policy = self.merged(tokenizer)
+        save_whole(policy, tokenizer, self.settings.merged_path, policy.card)
+
+    def merged(self, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
+        policy = self._with_heads(load_plain_base(self.settings), load_tokenizer(self.settings.model_path))
+        policy.backbone = merge_adapter(policy.backbone, self.settings.out_dir)
+        policy.heads.load_state_dict(read_heads(self.settings.out_dir))
+        return policy
+
+    def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
+                device: torch.device) -> dict[str, Any]:
+        """What K accuracy is to be compared with: always giving the label that is the most frequent there."""
+        labels = Counter(k for row in eval_rows for k in row["k_labels"])
+        return {"eval_k_majority": labels.most_common(1)[0][1] / labels.total(), "eval_steps": labels.total()}
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
+    """The part of a state dict that belongs to a submodule."""
+    if state is None:
+        return None
+    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+
+
+def make_row(steps: Sequence[Encoded]) -> TrainingRow:
+    """Steps as one row: ``controls`` and ``k_labels`` of the steps that have a label, ``targets`` of all.
+
+    A target is (number of the labeled step or -1, node, token that follows it).
+    """
+    tree, controls, k_labels, targets = TokenTree(), [], [], []
+    for step in steps:
+        nodes, number = tree.add(step.ids), -1
+        if step.step.k is not None:
+            number = len(controls)
+            controls.append(tree.add(step.heads_prompt)[-1])
+            k_labels.append(step.step.k)
+        targets += [(number, node, token)
+                    for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
+    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": k_labels, "targets": targets}
+
+
+class StepCollator:
+    """Rows to one batch of :class:`WarmUp`; counts tokens and padding.
+
+    Trees have a mask (B, 1, T, T); plain sequences one of (B, T), or none where nothing stands on their left.
+    """
+
+    def __init__(self, pad_id: int, multiple: int = 1, *, left: bool = False) -> None:
+        self.pad_id, self.multiple, self.left = pad_id, multiple, left
+        self.tokens = self.slots = 0
+
+    def __call__(self, rows: Sequence[TrainingRow]) -> TensorBatch:
+        trees: list[TokenTree] = [row["tree"] for row in rows]
+        longest = max(map(len, trees))
+        width = -(-longest // self.multiple) * self.multiple
+        chains = all(tree.is_chain for tree in trees)
+        ids, mask, positions = batch(trees, self.pad_id, width=width, left=self.left, plain=chains)
+        # A causal LM sees nothing on the right, and without a mask its attention is a fused one.
+        unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
+        first = [width - len(tree) if self.left else 0 for tree in trees]
+        before = list(itertools.accumulate((len(row["controls"]) for row in rows), initial=0))
+        targets = torch.tensor([(b, first[b] + node, token, before[b] + i if i >= 0 else -1)
+                                for b, row in enumerate(rows) for i, node, token in row["targets"]])
+        self.tokens += sum(map(len, trees))
+        self.slots += ids.numel()
+        return {
+            "input_ids": ids, **({} if unmasked else {"attention_mask": mask, "position_ids": positions}),
+            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]],
+                                     dtype=torch.long).reshape(-1, 2),
+            "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]], dtype=torch.long),
+            "target_pos": targets[:, :2], "target_ids": targets[:, 2], "target_step": targets[:, 3],
+        }

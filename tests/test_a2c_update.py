@@ -1,0 +1,213 @@
+"""The update of stage 3: what it computes depends on the episodes alone, not on how they go through the model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from itp.agent.policy_with_heads import PolicyWithHeads
+from itp.distributed import Processes
+from itp.lm.base import Trace
+from itp.pretrained import load_causal_lm
+from itp.text.prompts import CTRL
+from itp.training.itp_r.a2c_settings import RlSettings
+from itp.training.itp_r.a2c_update import Learner, Sample, cheapest_rows, make_rows, operations
+from tests.tiny import write_tiny_model
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("models")
+    model, tokenizer = load_causal_lm(str(write_tiny_model(root / "plain")))
+    policy = PolicyWithHeads.create(model, tokenizer, 2)
+    for head in (policy.heads.k_head, policy.heads.v_head):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    policy.save_pretrained(root / "policy", tokenizer)
+    return root / "policy"
+
+
+def learner_of(folder: Path, **changes) -> Learner:
+    common = {"policy_model": str(folder), "out_dir": "", "lora_r": 0, "value_updates": 0, "max_grad_norm": 0.0,
+              "epochs": 100}
+    settings = RlSettings(**(common | changes))
+    torch.manual_seed(0)
+    policy, tokenizer = PolicyWithHeads.from_pretrained(folder)
+    return Learner(policy, tokenizer, settings, torch.float32, Processes())
+
+
+def episodes_of(learner: Learner, lengths: tuple[int, ...]) -> list[list[Sample]]:
+    """Episodes of so many steps: each prompt is the state so far, <CTRL>, and words of its own."""
+    draw, ctrl = random.Random(1), learner.tokenizer.convert_tokens_to_ids(CTRL)
+    episodes = []
+    for length in lengths:
+        state, samples = [draw.randrange(ctrl) for _ in range(20)], []
+        for _ in range(length):
+            action = tuple(draw.randrange(ctrl) for _ in range(3))
+            trace = Trace(action, (None, (*action[1:2], 3, 4), (action[2],)), TEMPERATURE, 0.0)
+            own = [draw.randrange(ctrl) for _ in range(draw.randrange(1, 9))]
+            samples.append(Sample([*state, ctrl, *own], [*state, ctrl], trace, draw.randrange(3), draw.gauss(0, 1),
+                                  draw.gauss(0, 1)))
+            state = [*state, *action, *(draw.randrange(ctrl) for _ in range(5))]
+        episodes.append(samples)
+    return episodes
+
+
+def updated(learner: Learner, episodes: list[list[Sample]]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The metrics of an update on episodes, and the gradients that it was made of."""
+    found = learner.update(episodes)
+    return found, {name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.requires_grad}
+
+
+def same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
+    assert one[0] == pytest.approx(two[0], rel=1e-4, abs=1e-5)
+    assert one[1].keys() == two[1].keys() and any(g.abs().max() > 1e-3 for g in one[1].values())
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, two[1][name], rtol=1e-4, atol=3e-5)
+
+
+def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
+    episode, = episodes_of(learner_of(folder), (12,))
+    whole, = make_rows(episode, 10 ** 6)
+    alone = make_rows(episode, 1)
+    assert [row.samples for row in alone] == [[sample] for sample in episode]  # one sample may exceed it
+    budget = max(len(row.tree) for row in alone)
+    parts = make_rows(episode, budget)
+    assert [sample for row in parts for sample in row.samples] == episode and len(parts) > 1
+    assert max(len(row.tree) for row in parts) <= budget
+    assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
+
+
+def step(ids: list[int], state: int) -> Sample:
+    """A step with the prompt ``ids``, the first ``state`` of which are its state."""
+    return Sample(ids, ids[:state], Trace((1, 2), (None, None), 1.0, 0.0), 0, 1.0, 1.0)
+
+
+def test_rows_are_those_that_cost_least() -> None:
+    imagined = [step([*range(300), *range(1000 * t, 1000 * t + 700)], 300) for t in range(1, 21)]
+    whole, = make_rows(imagined, 10 ** 6)
+    costs = {size: operations(make_rows(imagined, size), 64) for size in range(1000, len(whole.tree) + 100, 100)}
+    rows = cheapest_rows(imagined, 10 ** 6, 64)
+    assert operations(rows, 64) <= 1.1 * min(costs.values()) < operations([whole], 64) / 3
+    assert [s for row in rows for s in row.samples] == imagined
+    assert max(len(row.tree) for row in cheapest_rows(imagined, 1100, 64)) <= 1100
+    growing = [step([*range(800 + 5 * t), *range(5000 * (t + 1), 5000 * (t + 1) + 9)], 800 + 5 * t) for t in range(99)]
+    assert len(cheapest_rows(growing, 10 ** 6, 1)) == 1 < len(make_rows(growing, 2100))  # a second repeats the state
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_an_update_is_the_same_within_any_budget(folder: Path, lora_r: int) -> None:
+    found, passes = {}, {}
+    for budget in (1, 90, 10 ** 6):
+        learner = learner_of(folder, update_batch_tokens=budget, lora_r=lora_r, lora_dropout=0.0)
+        episodes, sizes = episodes_of(learner, (9, 3, 1)), []
+        learner.policy.causal_lm.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        found[budget], passes[budget] = updated(learner, episodes), sizes
+    longest = max(len(s.ids) + 2 for episode in episodes for s in episode)
+    assert longest > 90  # a step that no tree of that size holds
+    assert (len(passes[1]), len(passes[10 ** 6])) == (13, 1) and 1 < len(passes[90]) < 13
+    assert max(passes[90]) < longest + 8
+    same(found[1], found[10 ** 6])
+    same(found[90], found[10 ** 6])
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_recomputed_activations_change_memory_only(folder: Path, lora_r: int) -> None:
+    found, saved = [], []
+    for checkpointing in (False, True):
+        learner = learner_of(folder, gradient_checkpointing=checkpointing, lora_r=lora_r, lora_dropout=0.0)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            found.append(updated(learner, episodes_of(learner, (6, 2))))
+        saved.append(sum(sizes))
+        assert not learner.policy.training and not any(m.training for m in learner.policy.modules())
+    same(*found)
+    assert saved[1] < saved[0] / 2
+
+
+def test_a_policy_learns_without_its_own_dropout(tmp_path: Path, folder: Path) -> None:
+    """GPT-2's configuration has dropout, which didn't act: with it, the update would be another policy's."""
+    _, tokenizer = load_causal_lm(str(folder))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5,
+                                       embd_pdrop=0.5, attn_pdrop=0.5, bos_token_id=None, eos_token_id=0))
+    PolicyWithHeads.create(model, tokenizer, 2).save_pretrained(tmp_path, tokenizer)
+    found = []
+    for seed in (0, 1):
+        learner = learner_of(tmp_path, gradient_checkpointing=True)
+        torch.manual_seed(seed)
+        found.append(updated(learner, episodes_of(learner, (3,))))
+    same(*found)
+
+
+def test_the_gradient_of_episodes_is_what_an_update_would_take(folder: Path) -> None:
+    measured, learner = (learner_of(folder, value_coef=0.0) for _ in range(2))
+    measured.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    episodes = episodes_of(learner, (5, 4))
+    before = [p.detach().clone() for p in measured.policy.parameters()]
+    gradient = measured.gradient(episodes)
+    assert all(torch.equal(p, old) and p.grad is None
+               for p, old in zip(measured.policy.parameters(), before, strict=True))
+    _, taken = updated(learner, episodes)
+    taken = torch.cat([g.flatten() for name, g in taken.items() if not name.startswith("heads.v_head")])
+    torch.testing.assert_close(gradient, taken, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_updates_of_the_value_head_leave_the_policy_as_it_is(folder: Path, lora_r: int) -> None:
+    learner = learner_of(folder, value_updates=1, lora_r=lora_r)
+    episodes = episodes_of(learner, (5, 4))
+
+    def changed() -> set[str]:
+        before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
+        learner.update(episodes)
+        return {name for name, p in learner.policy.named_parameters() if not torch.equal(p, before[name])}
+
+    assert changed() == {"heads.v_head.weight", "heads.v_head.bias"}
+    assert {name.startswith("heads.v_head") for name in changed()} == {True, False}
+
+
+def test_a_last_batch_of_fewer_episodes_than_parts(folder: Path) -> None:
+    """One episode in two parts is one part: no step on nothing, and no loss halved by it."""
+    halves, whole = (learner_of(folder, minibatches=n, episodes_per_update=2) for n in (2, 1))
+    halves.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    episode = episodes_of(whole, (4,))
+    same(updated(halves, episode), updated(whole, episode))
+
+
+def test_a_merged_policy_is_what_was_trained_and_its_adapter_lies_beside(folder: Path, tmp_path: Path) -> None:
+    import peft
+
+    learner = learner_of(folder, lora_r=4, lr=1e-2)
+    learner.update(episodes_of(learner, (5, 2)))
+    before = {name: (p.device, p.clone()) for name, p in learner.policy.named_parameters()}
+    learner.save(tmp_path)
+    after = dict(learner.policy.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, (_, weight) in before.items())
+    ids = torch.tensor([[5, 6, 7, learner.tokenizer.convert_tokens_to_ids(CTRL), 8]])
+    merged, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, folder))
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    with torch.no_grad():
+        trained = learner.policy.backbone(input_ids=ids).logits
+        assert (trained - plain(ids).logits).abs().max() > 1e-2
+        torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapted(ids).logits, trained, rtol=1e-5, atol=1e-5)
+    heads = load_file(tmp_path / "adapter" / "policy_heads.safetensors")
+    torch.testing.assert_close(heads["v_head.weight"], learner.policy.heads.v_head.weight.detach())
+
+
+def test_no_weight_is_copied_where_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(folder, lora_r=4)
+    copied: list[torch.Size] = []
+    deepcopy = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__",
+                        lambda self, memo: copied.append(self.shape) or deepcopy(self, memo))
+    learner.save(tmp_path)
+    assert not copied
