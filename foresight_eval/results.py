@@ -20,7 +20,6 @@ from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
 from itp.text.state import ACTION, OBSERVATION, State
 
-
 BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
 
 

@@ -25,8 +25,6 @@ from itp.errors import UserError
 
 T = TypeVar("T")
 _REQUIRED = object()
-
-
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 

@@ -7,8 +7,6 @@ import logging
 from itp.distributed import local_processes
 
 log = logging.getLogger(__name__)
-
-
 DTYPES = ("fp16", "bf16", "fp32")
 
 

@@ -11,6 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+T = TypeVar("T")
+POLL_S = 0.2
+PATIENCE = timedelta(hours=1)
+"""How long one waits for another to start.  If that one has died, the launcher ends all sooner."""
+
 
 def local_processes() -> int:
     """How many processes a launcher started side by side on this machine; 1 without a launcher."""
@@ -79,16 +84,6 @@ class Processes:
 
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
-
-
-T = TypeVar("T")
-
-
-POLL_S = 0.2
-
-
-PATIENCE = timedelta(hours=1)
-"""How long one waits for another to start.  If that one has died, the launcher ends all sooner."""
 
 
 class Ranks:

@@ -1,9 +1,6 @@
-"""Games and the lists of them, per environment and split.  Imports no engine.
+"""Games, environments and splits by name.  Imports no engine.
 
-ScienceWorld's games are in its engine: :mod:`itp.envs.scienceworld.games` lists them.  ALFWorld games lie in the
-published layout, whether downloaded (``alfworld-download``) or made by :mod:`itp.envs.alfworld.generate`::
-
-    ROOT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-..-<scene>/trial_*/game.tw-pddl
+:mod:`itp.envs.alfworld.games` and :mod:`itp.envs.scienceworld.games` list the games of a split.
 """
 
 from __future__ import annotations
@@ -14,13 +11,8 @@ from typing import TypeVar
 
 from itp.errors import UserError
 
-
 T = TypeVar("T")
-
-
 SPLITS = ("train", "valid_seen", "valid_unseen")
-
-
 SPLIT_ALIASES = {
     "train": "train",
     "valid_seen": "valid_seen",
@@ -30,11 +22,7 @@ SPLIT_ALIASES = {
     "unseen": "valid_unseen",
     "test": "valid_unseen",
 }
-
-
 ENVIRONMENTS = ("alfworld", "scienceworld")
-
-
 K_MAX = {"alfworld": 5, "scienceworld": 8}
 """The paper's K_max."""
 

@@ -78,8 +78,6 @@ def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED
 
 
 _TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
-
-
 _FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 

@@ -50,8 +50,6 @@ from itp.transitions import Transition, write_transitions
 from world_model.data_processing.reasoning import reasoning_dialogues
 
 log = logging.getLogger(__name__)
-
-
 ACTORS = ("expert", "handcoded", "planner", "random", "policy")
 EPISODES = "episodes.jsonl"
 LONGEST_PATH = 400

@@ -1,0 +1,1 @@
+"""Reports from result folders: tables, figures, one page."""

@@ -40,7 +40,6 @@ class ImaginedTrajectory:
     def text(self, keep: str = "full") -> str:
         return foresight_text(self.steps, keep)
 
-
     def then(self, action: str, observation: str) -> ImaginedTrajectory:
         """One step longer."""
         return ImaginedTrajectory(self.start, (*self.steps, (action, observation)))

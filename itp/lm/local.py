@@ -25,8 +25,6 @@ from itp.lm.tokenize import Encoder
 from itp.seeding import derive_seed
 
 log = logging.getLogger(__name__)
-
-
 CALLS = ("read_heads", "score", "generate")
 """The engine's calls, in the order in which they are answered."""
 

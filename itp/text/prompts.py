@@ -35,7 +35,6 @@ CTRL = "<CTRL>"
 END = "\n"
 """What ends an action, a thought, a horizon: every one-line completion."""
 
-
 INSTRUCTION = {
     "alfworld": (
         "You act in a household to complete a task, one text command at a time. Commands: go to X, open X, "
@@ -72,8 +71,6 @@ _WORLD = (
 )
 WORLD_INSTRUCTION = {"alfworld": _WORLD.format(kind="household"),
                      "scienceworld": _WORLD.format(kind="science laboratory")}
-
-
 FORESIGHT_FORMATS = ("full", "last_obs")
 """What of an imagined trajectory the policy reads: every step (eq. 3), or the last imagined observation only, as in
 the authors' release."""

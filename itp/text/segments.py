@@ -9,8 +9,6 @@ from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.prompts import END
 
 _LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
-
-
 Segment = tuple[str, bool | str]
 """Text of a training sequence, and whether it is learned; a string is what is to be learned in its place."""
 

@@ -17,7 +17,6 @@ from itp.text.prompt_format import PLAIN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 

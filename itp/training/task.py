@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from itp.agent.policy_with_heads import PolicyWithHeads
 
-
 Measure = Callable[..., dict[str, Any]]
 """(trained model, tokenizer, evaluation rows) -> more metrics."""
 

@@ -36,7 +36,6 @@ from itp.training.from_scratch.muon import MuonAdamW
 from itp.training.settings import FinetuneSettings
 from itp.training.task import Task
 
-
 log = logging.getLogger(__name__)
 
 

@@ -1,0 +1,1 @@
+"""ALFWorld: the engine behind the contract, its games, new games, an expert, and alternative goals."""

@@ -1,4 +1,10 @@
-"""ALFWorld's games on disk.  Imports no engine."""
+"""ALFWorld's games on disk.  Imports no engine.
+
+They lie in the published layout, whether downloaded (``alfworld-download``) or made by
+:mod:`itp.envs.alfworld.generate`::
+
+    ROOT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-..-<scene>/trial_*/game.tw-pddl
+"""
 
 from __future__ import annotations
 
@@ -13,10 +19,8 @@ from typing import Any
 from itp.errors import UserError
 from itp.games import Game, resolve_split
 
-
 ALFWORLD_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
 """The number of playable games in each split of the published set."""
-
 
 ALFWORLD_TASK_TYPES = (
     "pick_and_place_simple",

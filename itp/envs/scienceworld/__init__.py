@@ -1,0 +1,1 @@
+"""ScienceWorld: the simulator behind the contract, and its games."""

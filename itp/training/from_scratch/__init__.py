@@ -1,0 +1,1 @@
+"""A small base LM from nothing: tokenizer, pretraining exercises, optimizer."""

@@ -1,0 +1,1 @@
+"""ITP-R, the policy that learns how far to look ahead: pseudo-labels, warm-up, online A2C."""

@@ -131,6 +131,7 @@ def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalL
 
     found = [advantages_of(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
     everyone = processes.gather([a for advantages, _ in found for a in advantages])
+
     def ids_of(text: str) -> list[int]:
         return [*lm.encode.start, *lm.encode(text)]
 

@@ -1,4 +1,4 @@
-"""What an RL run leaves on disk, and the processes that share it.  No formula of the paper is here.
+"""What an RL run leaves on disk.  No formula of the paper is here.
 
 ``OUT/metrics.jsonl``   a line an update (line 0: the start), cut back to the checkpoint when a run goes on
 ``OUT/last``            the policy, a model folder with heads, and ``trainer_state.pt`` to go on from; with LoRA
@@ -20,7 +20,6 @@ from typing import Any
 
 from itp.distributed import is_first_process
 from itp.files import read_appended, write_atomic, write_json
-
 
 STATE = "trainer_state.pt"
 
