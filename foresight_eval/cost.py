@@ -23,7 +23,7 @@ MEASURED = ("cached_tokens", "seconds")
 
 
 def summarize_cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``cost`` of ``summary.json``, which is the same whenever the games are played: what the models were asked.
+    """The ``cost`` of ``summary.json``: calls and tokens.  They don't depend on the machine.
 
     By model, an episode and a step on average; tokens together are those asked for, cached ones included.
     """
@@ -34,7 +34,10 @@ def summarize_cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``cost.json``: the same, and what this machine made of it.  Seconds by model are waited for that model."""
+    """``cost.json``: the same with the time and memory measured on this machine.
+
+    Seconds by model are those that episodes waited for that model.
+    """
     cost = summarize_cost(records)
     for role, means in _means(records, MEASURED).items():
         cost[role] |= means
@@ -58,7 +61,7 @@ def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
     for role in sorted({role for meta in metas for role in meta["usage"]}):
         total = {name: sum(meta["usage"].get(role, {}).get(name, 0) for meta in metas) for name in names}
         means[role] = {f"{name}_per_episode": total[name] / len(metas) for name in names}
-        means[role] |= {f"{name}_per_step": total[name] / steps for name in names}
+        means[role] |= {f"{name}_per_step": total[name] / steps if steps else 0.0 for name in names}
     return means
 
 

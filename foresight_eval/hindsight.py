@@ -1,7 +1,7 @@
-"""What was imagined beside what then really happened: the world model judged on the agent's own episodes.
+"""Compares imagined with real observations in the agent's own episodes, to judge the world model.
 
-At step t the agent imagines (â_{t+i}, ô_{t+i+1}), i = 0..K−1.  A prediction can be judged for as long as the
-agent then did what it had imagined doing; once it does something else, what follows is another future.
+At step t the agent imagines (â_{t+i}, ô_{t+i+1}), i = 0..K−1.  A prediction can be judged while the agent's real
+actions are the imagined ones.  From the first other action on, the real future is a different one.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from itp.methods.registry import build
 from itp.methods.settings import (
     DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
 )
-from itp.model_card import prompt_settings, resolve_by_card
+from itp.model_card import card_digest, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
 from itp.text.prompts import NO, YES
@@ -54,10 +54,16 @@ class EvalPlan:
     def facts(self) -> dict[str, Any]:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
-        facts = {"policy_fingerprint": _identity(self.policy_server, settings.policy_model),
-                 "max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        if self.policy_server is None:
+            facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
+        else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted
+            facts |= {"policy_fingerprint": self.policy_server.identity,
+                      "policy_card": card_digest(settings.policy_model)}
         if self.uses_world_model and self.wm_server is None:
             facts["wm_fingerprint"] = model_fingerprint(settings.wm_model)
+        elif self.uses_world_model:
+            facts["wm_card"] = card_digest(settings.wm_model)
         return facts
 
     def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> Policy:
@@ -100,6 +106,8 @@ def make_plan(settings: EvalSettings) -> EvalPlan:
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings)}
     method_settings = MethodSettings(**given | {
         "max_k": _max_k(settings, heads), "fixed_k": 0 if settings.disable_wm else settings.fixed_k})
+    if servers["policy"] is not None and settings.max_seq_len > 0:
+        _check_countable(settings)
     plan = EvalPlan(resolve_by_card(settings, settings.policy_model), method_settings, servers["policy"],
                     servers["wm"], heads, method_settings.how_k_is_chosen(heads))
     _check_server_policy(plan)
@@ -109,11 +117,6 @@ def make_plan(settings: EvalSettings) -> EvalPlan:
 
 def _uses_world_model(settings: EvalSettings) -> bool:
     return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
-
-
-def _identity(server: Server | None, path: str) -> str:
-    """Of a policy.  A server's weights can't be seen; its name and the card that it is prompted by are all there is."""
-    return server.identity if server else model_fingerprint(path)
 
 
 def _max_k(settings: EvalSettings, heads: bool) -> int:
@@ -130,6 +133,15 @@ def _check_model(settings: EvalSettings, server: Server | None, path: str, style
     """Refuse a model that isn't there, where it, or the tokenizer of what a server runs, is to be loaded."""
     if server is None or settings.chat_template and server.needs_template(path, style):
         check_model_path(path)
+
+
+def _check_countable(settings: EvalSettings) -> None:
+    """Refuse a budget for the prompts of a server, where no tokenizer here can count them."""
+    try:
+        load_tokenizer(settings.policy_model)
+    except UserError as error:
+        raise UserError(f"--max_seq_len {settings.max_seq_len}: --policy_model must name a folder with the tokenizer "
+                        "that counts the prompts of a policy behind a server") from error
 
 
 def _check_method(settings: EvalSettings) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
-from itp.config import flags_that
+from itp.config import canonical_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.files import read_json, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
@@ -21,6 +21,10 @@ from itp.rollout import Episode, Step
 from itp.text.state import ACTION, OBSERVATION, State
 
 BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
+SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
+    name for settings in (AlfworldSettings, SciworldSettings)
+    for name in flags_that(settings, lambda about: about.selects_games)))
+"""Settings by which two results are those of the same policy on the same games; not every program has all."""
 
 
 def bucket(task_type: str) -> str:
@@ -45,15 +49,12 @@ def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(f.stem): read_json(f) for f in files}
 
 
-SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
-    name for settings in (AlfworldSettings, SciworldSettings)
-    for name in flags_that(settings, lambda about: about.selects_games)))
-"""Settings by which two results are those of the same policy on the same games; not every program has all."""
-
-
 @dataclass(frozen=True)
 class Result:
-    """A result folder: ``config`` it was made with, ``summary`` (see ``report.summarize``), ``records`` by index."""
+    """A result folder: ``config`` it was made with, ``summary``, ``records`` by index.
+
+    ``summary``: see :func:`foresight_eval.summary.summarize`.
+    """
 
     name: str
     config: dict[str, Any]
@@ -100,7 +101,7 @@ class Result:
 def by_fixed_k(results: Sequence[Result]) -> dict[tuple[Any, ...], dict[int, Result]]:
     """(setting, world model) -> K -> the result of that policy, on these games, with K fixed.
 
-    One that never imagined stands beside those of every world model; alone it is in no group.
+    A result without imagination belongs to the group of every world model.  Without such a group it belongs to none.
     """
     fixed = [result for result in results if result.fixed_k is not None]
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}
@@ -130,9 +131,12 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
 
     The summary's cost is that of ``cost.json``.
     """
-    return [Result(name, read_json(folder / "config.json")["config"],
-                   read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
-                   read_episodes(folder)) for name, folder in zip(short_names(folders), folders, strict=True)]
+    own_name = canonical_names(AlfworldSettings) | canonical_names(SciworldSettings)
+    configs = [{own_name.get(name, name): value for name, value in read_json(folder / "config.json")["config"].items()}
+               for folder in folders]
+    return [Result(name, config, read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
+                   read_episodes(folder))
+            for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "steps": len(episode.steps),
             "reward": sum(step.reward for step in episode.steps),
             "score": episode.score,
-            "finished": episode.reason not in ("step_limit", "env_died"),
+            "finished": episode.reason not in ("step_limit", "env_died", "prompt_too_long"),
             "success": episode.success,
             "terminate_reason": episode.reason,
             "error": game.path,

@@ -86,7 +86,7 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
-    return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",))
+    return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew)
 
 
 def check_games(folder: Path, games: list[Game]) -> None:

@@ -26,7 +26,7 @@ class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSer
                                   "runs, read only for how to prompt it)",
                              affects_result=False)
     out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
-                            affects_result=False, aliases=("output_path",))
+                        affects_result=False, aliases=("output_path",))
     wm_model: str = flag("", help="world model (not needed by methods without imagination or with a server)",
                          affects_result=False)
     override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
@@ -90,7 +90,7 @@ class SciworldSettings(EvalSettings, ScienceworldFlags):
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 3")
     min_k: int = flag(0, help="steps to imagine at least (not with --fixed_k)")
     concurrency: int = flag(4, help="episodes at a time; each has a JVM of some 250 MB, and two more "
-                                          "load the next games", affects_result=False)
+                                    "load the next games", affects_result=False)
     env: ClassVar[str] = "scienceworld"
     max_steps: ClassVar[int] = 0  # each game has its own
     max_k_without_head: ClassVar[int] = 3

@@ -19,16 +19,16 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     if n == 0:
         return 0.0, 1.0
     p, zz = successes / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    center = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 100.0) -> tuple[float, float]:
     """The 95 % interval of a mean by the normal approximation, cut to ``low``..``high``, which no value exceeds."""
-    centre = sum(values) / len(values)
-    half = Z95 * math.sqrt(sum((v - centre) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-    return max(low, centre - half), min(high, centre + half)
+    center = sum(values) / len(values)
+    half = Z95 * math.sqrt(sum((v - center) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+    return max(low, center - half), min(high, center + half)
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
@@ -63,9 +63,9 @@ def paired(method: Mapping[Hashable, bool], baseline: Mapping[Hashable, bool]) -
     n = len(games)
     wins = sum(method[g] and not baseline[g] for g in games)
     losses = sum(baseline[g] and not method[g] for g in games)
-    centre = (wins - losses) / (n + 2)
-    half = Z95 * math.sqrt(max(0.0, (wins + losses + 1) / (n + 2) - centre ** 2) / (n + 2))
-    interval = max(-1.0, centre - half), min(1.0, centre + half)
+    center = (wins - losses) / (n + 2)
+    half = Z95 * math.sqrt(max(0.0, (wins + losses + 1) / (n + 2) - center ** 2) / (n + 2))
+    interval = max(-1.0, center - half), min(1.0, center + half)
     return Paired(n, wins, losses, (wins - losses) / n, interval, mcnemar(wins, losses))
 
 

@@ -30,7 +30,7 @@ _HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 @dataclass(frozen=True)
 class Flag:
-    """What is known of a flag besides its name, type and default.
+    """Metadata of a flag: everything except its name, type and default.
 
     ``affects_result``: whether another value changes what the run computes; if not, the run may go on with another
     one (:func:`itp.run_dir.open_run_dir`).  ``aliases``: other names that the flag is known by.  ``bounds``: where its
@@ -77,7 +77,18 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         else:
             shown = None if about.choices else kind.__name__.upper()
             options.update(type=kind, choices=about.choices, metavar=shown)
-        parser.add_argument(*(f"--{name}" for name in (field.name, *about.aliases)), **options)
+        parser.add_argument(*(f"--{name}" for name in (field.name, *about.aliases)), action=_OneSpelling, **options)
+
+
+class _OneSpelling(argparse.Action):
+    """Stores a value, and refuses a flag that is given under two of its names."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        spelled = vars(namespace).setdefault("_spelled", {})
+        if (first := spelled.setdefault(self.dest, option_string)) != option_string:
+            parser.error(f"{option_string} is another name of {first}; give one of them")
+        setattr(namespace, self.dest, values)
 
 
 def flag_fields(settings: type) -> list[dataclasses.Field]:

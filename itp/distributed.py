@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 POLL_S = 0.2
 PATIENCE = timedelta(hours=1)
-"""How long one waits for another to start.  If that one has died, the launcher ends all sooner."""
+"""The longest time that a process waits for another to start.  If one dies, the launcher stops all of them earlier."""
 
 
 def local_processes() -> int:
@@ -62,7 +62,7 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            # Unless told so, it takes processes without a GPU for strangers: each would learn alone.
+            # Without this, accelerate doesn't connect processes that have no GPU, and each would train alone.
             self._together = PartialState(cpu=not torch.accelerator.is_available())
 
     def share(self, values: Sequence[Any]) -> list[Any]:
@@ -106,11 +106,10 @@ class Ranks:
         return self.rank == 0
 
     def meet(self) -> None:
-        """Wait for all; the first one comes when it has prepared what all use.
+        """Wait for all processes; process 0 comes when it has prepared what all use.
 
-        The launcher's store may hold what processes wrote before a restart, and torchrun's count of restarts differs
-        between nodes.  So the first makes a name for this start, under which all keys are from here on, and says it
-        to each by the name that one has given itself.
+        The launcher's store survives a restart, and torchrun's count of restarts differs between nodes.  So process 0
+        picks a new key prefix for this start.  It publishes the prefix with the random id of every process.
         """
         if self.count == 1:
             return

@@ -23,6 +23,7 @@ from pathlib import Path
 from itp.config import flag, parse_settings
 from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
 from itp.errors import UserError
+from itp.files import cache_folder
 from itp.games import SPLITS
 from itp.program import run_main
 
@@ -168,10 +169,10 @@ def disk(folder: str, enough: float) -> Finding:
 
 
 def cache() -> Finding:
-    place = os.environ.get("ITP_CACHE") or str(Path.home() / ".cache" / "itp")
-    if place == "off":
+    place = cache_folder("")
+    if place is None:
         return Finding("note", "cache", "translated games aren't kept (ITP_CACHE=off)", "unset it to start faster")
-    existing = Path(place).expanduser().absolute()
+    existing = place.absolute()
     while not existing.exists():
         existing = existing.parent
     if os.access(existing, os.W_OK):

@@ -1,4 +1,4 @@
-"""Files that appear whole, and JSON and JSONL read with an error that names the line."""
+"""Files that appear whole, the cache folder, and JSON and JSONL read with an error that names the line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from itp.errors import UserError
+
+
+def cache_folder(kind: str) -> Path | None:
+    """Where files of one kind are kept between runs: ``$ITP_CACHE/kind`` (``~/.cache/itp`` without it).
+
+    None where ``ITP_CACHE=off``: nothing is kept.
+    """
+    root = os.environ.get("ITP_CACHE") or "~/.cache/itp"
+    return None if root == "off" else Path(root).expanduser() / kind
 
 
 def write_atomic(path: str | Path, text: str) -> None:

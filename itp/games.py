@@ -32,7 +32,7 @@ class Game:
     """One game: enough to load it in another process and to name it in a result.
 
     ``goal``: 0 is the game's own; n poses the n-th other goal of its ``traj_data.json`` in the same
-    world (see :func:`with_alternative_goals`), for gathering training data only.
+    world (see :func:`itp.envs.alfworld.games.with_alternative_goals`), for gathering training data only.
     ``path``: ALFWorld's game file; ScienceWorld's ``task/variation/simplification``.
     ``max_steps``: the steps that the protocol gives this game; 0: as many as the program says.
     """

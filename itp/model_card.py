@@ -8,6 +8,7 @@ none; it is prompted by its tokenizer's chat template (:func:`format_for`).  Pro
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class ModelCard:
     ``foresight_format``: what of an imagined trajectory the policy reads (FORESIGHT_FORMATS).
     ``history_keep_steps``: how many of the last steps its prompts hold (0: all).
     ``max_seq_len``: the token budget that its prompts were cut to (:mod:`itp.agent.prompt_budget`).
-    ``warning``: what whoever uses it must know.  ``update``: the update of stage 3 that it is from.
+    ``warning``: a caveat for users of the model.  ``update``: the stage-3 update that produced the model.
     """
 
     style: str = "tuned"
@@ -81,6 +82,12 @@ class ModelCard:
     def prompt_settings(self) -> dict[str, Any]:
         """Those of the PromptFlags that are on record."""
         return {name: value for name in AS_TRAINED if (value := getattr(self, name)) is not None}
+
+
+def card_digest(path: str | Path) -> str:
+    """Tells cards apart, whatever their folders are called; empty where there is none."""
+    card = ModelCard.read(path)
+    return "" if card is None else hashlib.sha256(repr(card).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- the format of a model's prompts
@@ -156,10 +163,10 @@ def prompt_settings(settings: PromptFlags) -> dict[str, Any]:
 
 
 def resolve(settings: S, recorded: Mapping[str, Any], whose: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
-    """``settings`` with what they leave open filled in from ``recorded``, and from ``unknown`` where that is silent.
+    """Fill unset PromptFlags from ``recorded``, or from ``unknown`` where the record has no value.
 
-    Raises UserError where they contradict the record, which is ``whose``.  Another budget is no contradiction: too much
-    may have been cut.
+    Raises UserError if a flag contradicts the record.  A different ``max_seq_len`` is allowed.  ``whose`` names the
+    record in the error.
     """
     given = prompt_settings(settings)
     for name in ("foresight_format", "history_keep_steps"):

@@ -6,6 +6,7 @@ of its prompts, and for a policy what it reads of an imagined trajectory.  Each 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from itp.agent.heads import has_heads
 from itp.agent.policy import IMAGINED_ACTION_TOKENS, Policy
 from itp.agent.prompt_budget import RESERVE, PromptBudget, prompt_tokens
 from itp.agent.world_model import WorldModel
+from itp.errors import UserError
 from itp.lm.base import LM
 from itp.lm.local import LocalLM
 from itp.lm.openai import OpenAILM
@@ -24,6 +26,8 @@ from itp.lm.tokenize import Encoder
 from itp.model_card import AS_TRAINED, NOTHING_ON_RECORD, ModelCard, format_for
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
+
+log = logging.getLogger(__name__)
 
 
 def load_policy(path: str, *, env: str = "alfworld", lm: LM | None = None, server: Server | None = None,
@@ -104,7 +108,11 @@ def _budget(lm: LM, path: str, form: PromptFormat, max_seq_len: int, answer: str
     tokens = prompt_tokens(max_seq_len, answer, form.env) if max_seq_len else 0
     tokenizer, context = lm.tokenizer, lm.context_length or 0
     if tokenizer is None and tokens:
-        tokenizer = load_tokenizer(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError:
+            log.warning("%s has no tokenizer to count with: prompts to its server aren't cut to %d tokens", path,
+                        tokens)
     if tokenizer is None:
         return PromptBudget(role=lm.role)
     return PromptBudget(tokens, context, Encoder(tokenizer).count, lm.role)

@@ -1,4 +1,4 @@
-"""Model folders and hub names: is there a model, what identifies it, its tokenizer, the model itself."""
+"""Model folders and hub names: checks, fingerprints, and loading of tokenizers and models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 
 from itp.devices import resolve_device, resolve_dtype
 from itp.errors import UserError
+
+SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
+"""Files that hold the prompt format and the heads.  Besides them, only weights and tokenizer are read."""
+TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that take a mask of any form."""
 
 
 def check_model_path(model_path: str) -> None:
@@ -31,10 +37,6 @@ def check_model_path(model_path: str) -> None:
         if not (model_folder(model_path) / "config.json").is_file():
             raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
                             f"({type(error).__name__}); check the name and the network") from error
-
-
-SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
-"""What tells how a model is to be asked, and its heads: all that is read of it but weights and tokenizer."""
 
 
 def model_folder(path: str | Path) -> Path:
@@ -62,13 +64,10 @@ def _reach(url: str) -> None:
         return
 
 
-TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
-
-
 def remote_code() -> dict[str, bool]:
-    """What every loader of the Auto classes is told: a model's own code runs only where the user asks for it.
+    """Arguments for every Auto class.  A model's own code runs only if the user sets ITP_TRUST_REMOTE_CODE=1.
 
-    By a variable of the environment, which processes that a launcher or a script starts have as well.
+    An environment variable also reaches processes that a launcher starts.
     """
     return {"trust_remote_code": os.environ.get(TRUST_REMOTE_CODE) == "1"}
 
@@ -92,20 +91,16 @@ def load_tokenizer(path: str):
 
 
 def bos_ids(tokenizer) -> list[int]:
-    """What the tokenizer itself puts before a text: Llama's BOS, or nothing.  Found out rather than looked up."""
+    """The BOS token if the tokenizer adds one, else nothing.  A sample text shows whether it does."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-MASKED_ATTENTION = ("eager", "sdpa")
-"""Implementations of attention that take a mask of any form."""
 
 
 def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32", attn_implementation: str = "sdpa"):
     """(model, tokenizer) of a Hugging Face causal LM for inference.  Raises UserError if it isn't one.
 
-    ``attn_implementation``: of ``MASKED_ATTENTION``.  Not flash_attention_2: batches of unequal prefixes
-    (:mod:`itp.lm.kv_cache`) and token trees come with masks of their own (B, 1, S, T), of which it knows nothing.
+    ``attn_implementation``: of ``MASKED_ATTENTION``.  flash_attention_2 isn't supported: KV batches
+    (:mod:`itp.lm.kv_cache`) and token trees need 4-D masks (B, 1, S, T).
     """
     from transformers import AutoModelForCausalLM
 

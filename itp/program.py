@@ -14,8 +14,8 @@ from itp.errors import UserError
 def _keep_freed_memory() -> None:
     """Ask glibc to use freed blocks again instead of returning them to the system.
 
-    Tensors of a megabyte would else be mapped, and their pages zeroed, at every use: on a CPU that took more
-    time than the arithmetic of a small model.
+    Otherwise glibc maps the pages of each large tensor (a megabyte), and they are zeroed, at every use.  On a CPU
+    that took more time than the arithmetic of a small model.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -1,6 +1,6 @@
 """The driver: games x a method -> episodes, N at a time.
 
-Evaluation, data collection, labelling and online RL all stand on it.  A method is written as if for one
+Evaluation, data collection and online RL use it.  A method is written as if for one
 episode; that its model calls become batches is the business of the LMs (:mod:`itp.lm`).
 """
 
@@ -68,13 +68,15 @@ class Episode:
     score: float = 0.0
     reason: str = "step_limit"
     restarts: int = 0
+    unfinished: dict[str, Usage] = field(default_factory=dict)
+    """What was asked of each model for an action that wasn't chosen, because a prompt was too long."""
 
     @property
     def usage(self) -> dict[str, Usage]:
         """What the whole episode asked of each model."""
         total: dict[str, Usage] = {}
-        for step in self.steps:
-            for role, usage in step.usage.items():
+        for asked in (*(step.usage for step in self.steps), self.unfinished):
+            for role, usage in asked.items():
                 total.setdefault(role, Usage())
                 total[role] += usage
         return total
@@ -84,8 +86,8 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
                        concurrency: int, barrier: BatchBarrier | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
 
-    A game is taken from ``games`` when there is an environment for it, one of ``concurrency`` and AHEAD.  An episode
-    has ``max_steps`` steps at most, or as many as its game's protocol says.
+    ``concurrency`` + AHEAD environments are open.  Each takes the next of ``games`` when its last one has ended.  An
+    episode has ``max_steps`` steps at most, or as many as its game's protocol says.
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
     the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
@@ -161,7 +163,7 @@ async def _play_once(env, method: Method, game: Game, observation: Observation, 
                 decision = await method.act(view)
         except PromptTooLong as error:
             log.warning("%s, step %d: the episode ends here: %s", game.game_id, step, error)
-            episode.reason = "prompt_too_long"
+            episode.reason, episode.unfinished = "prompt_too_long", usage
             break
         seconds = time.perf_counter() - start
         result = await env.step(decision.action)

@@ -23,9 +23,8 @@ from itp.files import read_rows, write_atomic
 class Transition:
     """(s_t, a_t, s_{t+1}) and where it comes from.
 
-    ``expert_action``: what is to be imitated in ``state``.  What the expert would have done, which is ``action``
-    unless something else was executed (exploration); empty: nothing (a random walk, a turn marked so).  In a file
-    without the field ``action`` is the expert's.
+    ``expert_action``: the action to imitate.  It differs from ``action`` if another action was executed (exploration).
+    Empty: nothing to imitate (a random walk, a turn marked so).  A file without this field imitates ``action``.
     ``reward``: the engine's; ``done``: the episode ended here; ``source``: who acted.
     """
 
@@ -44,6 +43,8 @@ class Transition:
 
 REQUIRED = ("state", "action", "next_state")
 """World-model data needs these fields; an expert file also needs ``episode_id`` and ``step``."""
+_TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
+_FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 
 def write_transitions(path: str | Path, transitions: Iterable[Transition]) -> int:
@@ -75,10 +76,6 @@ def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED
     if not located:
         raise UserError(f"{path}: holds no transitions; give a JSON or JSONL file of rows with {', '.join(required)}")
     return located
-
-
-_TYPES = {"step": int, "reward": (int, float), "done": bool, "success": bool}
-_FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 
 def to_transition(row: Any, where: str, required: tuple[str, ...]) -> Transition:

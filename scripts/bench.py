@@ -13,10 +13,10 @@ label         pseudo-labels (stage 1): rows/s
 rl_k          rollouts of online A2C (stage 3): game steps/s
 wm_training   world-model training, tokens/s of real tokens, against rows padded to --cutoff; and the losses of both
 
-For each: generated tokens/s, rows per model batch, the share of time in which each model was at work, in which
-none was ("waiting"), in which an environment's process had something to do, and peak memory: on a GPU what torch
-allocated there during the part, else what the process had so far.  And what generation had to read from memory, weights
-once a forward pass and the keys and values of its rows, a second: of --peak_bandwidth_gbs, if given.
+Each part reports generated tokens/s, rows per model batch, the share of time that each model and the environments'
+processes were busy and that no model was ("waiting"), peak memory, and the bytes that generation read per second.  Peak
+memory: on a GPU what torch allocated there during the part, else what the process had so far.  Bytes read: the weights
+once a forward pass, and the keys and values of its rows; as a share of --peak_bandwidth_gbs, if given.
 Before the clock starts, environments have loaded every game once and every model has run.  In foresight the actions
 of all concurrencies must be equal; exit status 1 where they aren't (in half precision they may differ).
 """

@@ -1,4 +1,4 @@
-"""Plays the same games on TextWorld's own engine and on ours (itp.envs.alfworld_fast) and compares everything.
+"""Plays the same games on TextWorld's own engine and on ours (itp.envs.alfworld.fast_engine) and compares everything.
 
     python scripts/check_fast_engine.py --data data --split train --games 50 --steps 50
 

@@ -4,12 +4,12 @@ r"""How much of A2C's gradient is signal?  Cosines between the gradients of batc
         --env_data_root runs/quickstart/data --missions 16 --config configs/demo/rl_k.yaml \
         --gammas 0.97,0.9 --gae_lambdas 1,0.95,0.5 --batches 12
 
-Flags are those of rl_k, and three more; nothing is trained.  Let S be the squared length of the expected gradient and N
-the mean squared length of what chance adds to a batch's.  The mean cosine c of two batches is S / (S + N), so the
-gradient of (1 - c) / c batches together is half signal.  A lower gamma or gae_lambda has less noise, but also another
-expectation, which may lead elsewhere.  "towards" is therefore the mean cosine with what other batches say by the first
-row's values: give those that are right without a good critic, gae_lambda 1.  What stands behind +- is a standard error
-(jackknife over the batches); where c isn't well above it, there are too few batches to tell a signal from none.
+Takes the flags of rl_k, and --batches, --gammas and --gae_lambdas; nothing is trained.  Let S be the squared length of
+the expected gradient and N the mean squared length of the noise in a batch's gradient.  The mean cosine c of two
+batches is S / (S + N), so the gradient of (1 - c) / c batches together is half signal.  A lower gamma or gae_lambda has
+less noise, but its expected gradient is biased.  The column "towards" shows this: the mean cosine with other batches'
+gradients by the first row's gamma and gae_lambda.  Put values first that need no good critic: gae_lambda 1.  Behind +-
+is the standard error (jackknife over the batches).  If c isn't well above it, there are too few batches to tell.
 """
 
 from __future__ import annotations

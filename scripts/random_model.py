@@ -2,7 +2,7 @@
 
     python scripts/random_model.py --tokenizer runs/quickstart/policy/merged_full --size 0.5b --out_dir runs/random
 
-It keeps the tokenizer of a model folder, and how that model is asked; what it says means nothing.
+It keeps the tokenizer of a model folder and its prompt format; what it says means nothing.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, games_root: Pat
                                                          changes: dict, request: pytest.FixtureRequest) -> None:
     if where == "corridor":
         request.getfixturevalue("corridor")
-    whole, cut = (settings(models, games_root, tmp_path / name, **changes) for name in ("whole", "cut"))
+    whole, cut = (settings(models, games_root, tmp_path / name, num_envs=1, **changes)
+                  for name in ("whole", "cut"))
     a2c.run(whole)
     rows = metrics(tmp_path / "whole")
     assert [row["update"] for row in rows] == [0, 1, 2, 3, 4] and rows[-1]["episodes"] == whole.total_episodes

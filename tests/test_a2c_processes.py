@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,15 @@ def models(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> tuple[
     return write_models(tmp_path_factory.mktemp("models"), games_root)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are compared with this one: another number of threads gives other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def launch(chosen: RlSettings, log: Path, *launcher: str) -> subprocess.Popen:
     flags = [part for field in dataclasses.fields(chosen)
              for part in (f"--{field.name}", str(getattr(chosen, field.name)))]
@@ -41,8 +52,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, tmp_path: Path) -> None:
+    """One episode at a time.  Of several, batches form as their requests come, and a last bit may turn a sample."""
     whole, killed = (settings(models, games_root, tmp_path / name, max_steps=2, episodes_per_epoch=24, eval_every=0,
-                              lora_r=4, lora_dropout=0.2, lr=1e-2) for name in ("whole", "killed"))
+                              num_envs=1, lora_r=4, lora_dropout=0.2, lr=1e-2) for name in ("whole", "killed"))
     out, log = tmp_path / "killed", tmp_path / "log"
     process = launch(killed, log)
     deadline = time.monotonic() + 300
@@ -55,7 +67,7 @@ def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, t
     process = launch(killed, log)
     rl_k.run(whole)
     assert process.wait(300) == 0, log.read_text()
-    assert "going on after update 4" in log.read_text() or "going on after update 6" in log.read_text()
+    assert int(re.search(r"going on after update (\d+)", log.read_text())[1]) in range(4, 12, 2)
     rows = metrics(tmp_path / "whole")
     assert len(rows) == whole.total_updates == 12 and metrics(out) == approx(rows)
     for name, weight in weights(tmp_path / "whole" / "last").items():
@@ -65,11 +77,12 @@ def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, t
 def test_two_processes_learn_what_one_learns(models, games_root: Path, tmp_path: Path) -> None:
     """Three episodes an update, so that their shares differ, and one in the last, where a process has none.
 
-    Sums in another order differ in their last bits, of which Adam makes whole steps where a gradient is next to
-    nothing: hence a small learning rate, and weights compared as a whole.
+    One episode at a time, and a nucleus of hardly more than one token, so that a last bit turns no sample.  Sums in
+    another order differ in their last bits, of which Adam makes whole steps where a gradient is next to nothing: hence
+    a small learning rate, and weights compared as a whole.
     """
     one, two = (settings(models, games_root, tmp_path / name, max_steps=2, episodes_per_epoch=7, episodes_per_update=3,
-                         normalize_advantages=True, lr=1e-4) for name in ("one", "two"))
+                         normalize_advantages=True, lr=1e-4, num_envs=1, action_top_p=0.01) for name in ("one", "two"))
     log = tmp_path / "log"
     process = launch(two, log, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     rl_k.run(one)

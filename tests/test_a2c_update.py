@@ -85,6 +85,16 @@ def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
     assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
 
 
+def test_the_other_history_of_the_heads_counts_too() -> None:
+    trace = Trace((1, 2), (None, None), 1.0, 0.0)
+    episode = [Sample([*range(n, n + 300)], [*range(n, n + 10), *range(900, 1100)], trace, 0, 1.0, 1.0)
+               for n in range(5000, 13000, 1000)]
+    one = len(make_rows(episode[:1], 10 ** 6)[0].tree)
+    assert one == 301 + 200
+    assert [len(row.samples) for row in make_rows(episode, 2 * one)] == [2] * 4
+    assert [len(row.samples) for row in make_rows(episode, 2 * one - 1)] == [1] * 8
+
+
 def step(ids: list[int], state: int) -> Sample:
     """A step with the prompt ``ids``, the first ``state`` of which are its state."""
     return Sample(ids, ids[:state], Trace((1, 2), (None, None), 1.0, 0.0), 0, 1.0, 1.0)

@@ -114,6 +114,17 @@ def test_flag_errors(argv: list[str], capsys: pytest.CaptureFixture) -> None:
     assert argv[0] in capsys.readouterr().err
 
 
+def test_a_flag_has_one_of_its_names(capsys: pytest.CaptureFixture) -> None:
+    @dataclass
+    class Horizon:
+        max_k: int = flag(5, help="steps", aliases=("kmax",))
+
+    assert parse_settings(Horizon, ["--kmax", "2"]).max_k == 2 == parse_settings(Horizon, ["--max_k", "2"]).max_k
+    with pytest.raises(SystemExit):
+        parse_settings(Horizon, ["--kmax", "2", "--max_k", "3"])
+    assert "--max_k is another name of --kmax; give one of them" in capsys.readouterr().err
+
+
 def test_help_shows_defaults_and_what_is_required(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse_settings(Settings, ["--help"])

@@ -355,7 +355,8 @@ def test_a_context_that_holds_no_prompt_ends_episodes_and_says_so(base: Alfworld
 def test_prompts_beyond_max_seq_len_lose_history_and_are_counted(base: AlfworldSettings, tmp_path: Path,
                                                                  caplog: pytest.LogCaptureFixture) -> None:
     records = run(base, tmp_path, method="sft", history_keep_steps=0, max_seq_len=20, only_ids="0,1")
-    spent = [[step["usage"]["policy"]["shortened"] for step in record["foresight_steps"]] for record in records.values()]
+    spent = [[step["usage"]["policy"]["shortened"] for step in record["foresight_steps"]]
+             for record in records.values()]
     assert spent == [[0, 0, 1, 1]] * 2  # with one step of history there is nothing more to leave out
     assert json.loads((tmp_path / "summary.json").read_text())["shortened_prompts"] == 4
     assert "4 prompts lost their oldest steps" in caplog.text

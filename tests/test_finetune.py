@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from itp.errors import UserError
 from itp.text.prompt_format import PromptTemplate
 from itp.text.segments import dialogue_examples
 from itp.training import base_policy
-from itp.training.checkpoints import whole_checkpoints
+from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.examples import Example, encode, split_off_eval
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_settings
@@ -303,6 +304,17 @@ def test_a_checkpoint_with_a_file_cut_short_is_not_whole(tmp_path):
     assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
     os.truncate(tmp_path / "checkpoint-10" / "weights", 4)
     assert [c.name for c in whole_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
+    rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 5)]
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for written, says in (({}, "other rows of the same data"), ({"rows": row_lengths(rows)}, "")):
+        (folder / "complete.json").write_text(json.dumps({"sizes": {}, "world_size": 1} | written))
+        with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+            assert resume_from(str(tmp_path), 1, row_lengths(rows)) == folder
+    assert row_lengths(rows) != row_lengths(rows[::-1])
 
 
 def test_divergence_stops_the_run_and_only_finite_checkpoints_remain(model_path, tmp_path):

@@ -97,8 +97,8 @@ def test_advice(largest: str, shared: bool, advice: str) -> None:
 def test_advice_that_helps() -> None:
     """Below a step's tokens, a smaller budget changes nothing."""
     settings = RlSettings(policy_model="", out_dir="", gradient_checkpointing=True, update_batch_tokens=2000,
-                          max_seq_len=1999)
-    for changes, said in (({}, "lower --update_batch_tokens"), ({"max_seq_len": 2000}, "lower --max_seq_len")):
+                          max_seq_len=999)
+    for changes, said in (({}, "lower --update_batch_tokens"), ({"max_seq_len": 1000}, "lower --max_seq_len")):
         with pytest.raises(UserError, match=said):
             check("cuda:0", {"policy's activations of the update": 1}, 0, replace(settings, **changes), False)
 

@@ -19,9 +19,10 @@ from itp.errors import UserError
 from itp.lm.base import GenParams
 from itp.models import load_policy
 from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import CTRL, control_prompt, foresight_text, policy_prompt
+from itp.text.prompts import CTRL, foresight_text, policy_prompt
 from itp.training.itp_r.token_tree import TokenTree, batch
 from tests.tiny import write_tiny_model
+from tests.toy import control_prompt
 
 STATE = "Task: put a clean plate in fridge\nObservation: You are in the middle of a room."
 LONGER = STATE + "\nAction: go to cabinet 1\nObservation: You arrive at cabinet 1. The cabinet 1 is closed."

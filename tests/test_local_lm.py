@@ -256,6 +256,15 @@ def test_an_error_in_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: py
         run(lm.generate(PROMPTS, GenParams()))
 
 
+def test_an_error_before_a_batch_reaches_those_who_wait(lm: LocalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: str) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("itp.lm.scheduler.free_bytes", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(asyncio.wait_for(lm.generate([PROMPTS[0]], GenParams()), 10))
+
+
 def drawn_logprob(lm: LocalLM, prompt: str, answer) -> float:
     """The log-probability of a traced draw, from plain forward passes: what the trace says of itself."""
     context = lm.tokenizer.encode(prompt, add_special_tokens=False)

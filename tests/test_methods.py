@@ -12,6 +12,7 @@ from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import GenParams, Usage, asking, metered
+from itp.methods import registry
 from itp.methods.base import Decision, Method, View
 from itp.methods.implement import FAILED, RECENT, what_it_knows
 from itp.methods.registry import build
@@ -179,3 +180,7 @@ def test_requests_at_the_same_time_wait_together() -> None:
     usage = asyncio.run(work())["policy"]
     assert usage == Usage(calls=7, prompt_tokens=63, completion_tokens=28)
     assert 0.4 <= usage.seconds < 0.8
+
+
+def test_every_method_has_its_class() -> None:
+    assert sorted(each.name for each in registry.CLASSES) == sorted(METHODS)

@@ -69,18 +69,22 @@ def test_one_schedule_drives_both_parts():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("name", ["momentum_buffer", "momentum"])  # the second is that of earlier versions
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(name, tmp_path):
     whole, part = tiny_model(), tiny_model()
     optimizer, first = MuonAdamW(whole, **OPTIONS), MuonAdamW(part, **OPTIONS)
     steps(whole, optimizer, 3, seed=5)
     steps(part, first, 3, seed=5)
-    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    saved = first.state_dict()
+    saved["state"] = {number: {{"momentum_buffer": name}.get(key, key): value for key, value in kept.items()}
+                      for number, kept in saved["state"].items()}
+    torch.save(saved, tmp_path / "optimizer.pt")
     resumed = MuonAdamW(part, **OPTIONS)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     steps(whole, optimizer, 3, seed=6)
     steps(part, resumed, 3, seed=6)
-    for name, weight in part.state_dict().items():
-        torch.testing.assert_close(weight, whole.state_dict()[name], rtol=0, atol=0)
+    for weight, expected in zip(part.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
 
 
 def test_a_model_without_layers_and_deepspeed_are_refused(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from foresight_eval.results import read_episodes
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
-from itp.errors import PromptTooLong
+from itp.agent.prompt_budget import PromptBudget
+from itp.errors import PromptTooLong, UserError
 from itp.files import read_json, write_json
 from itp.lm.base import GenParams
 from itp.model_card import ModelCard
@@ -63,6 +64,12 @@ def test_an_evaluation_ends_such_episodes_and_goes_on(short_model: str, games_ro
     assert "6 episodes ended because a prompt was longer than the model's context" in caplog.text
 
 
+def test_a_context_of_the_size_of_the_answer_is_a_limit() -> None:
+    for context, limit in ((0, None), (100, 1), (101, 1), (200, 100)):
+        assert PromptBudget(context=context).limit(100) == limit
+    assert PromptBudget(max_tokens=50, context=200).limit(100) == 50
+
+
 def test_stage_1_leaves_such_rows_out_and_labels_the_others(short_model: str, tmp_path: Path) -> None:
     short = State("put a plate in fridge", "You are in a room.")
     long = State("put a plate in fridge", "You see a mug 2, " * 100)
@@ -76,3 +83,14 @@ def test_stage_1_leaves_such_rows_out_and_labels_the_others(short_model: str, tm
     rows = [json.loads(line) for line in (tmp_path / "labeled.jsonl").read_text().splitlines()]
     assert [row["episode_id"] for row in rows] == ["a", "c"]
     assert read_json(tmp_path / "labeled.jsonl.run/summary.json")["skipped"] == 1
+
+
+def test_stage_1_refuses_to_write_nothing(short_model: str, tmp_path: Path) -> None:
+    long = State("put a plate in fridge", "You see a mug 2, " * 100)
+    write_transitions(tmp_path / "expert.jsonl", [
+        Transition("a", 0, long.render(), "look", "You see.", expert_action="look")])
+    with pytest.raises(UserError, match="expert.jsonl: no row is left to label; .*a prompt of"):
+        label.run(LabelSettings(expert_jsonl=str(tmp_path / "expert.jsonl"), policy_model=short_model,
+                                wm_model=short_model, out_labeled_jsonl=str(tmp_path / "labeled.jsonl"), max_k=1,
+                                wm_max_new_tokens=4, policy_device="cpu", wm_device="cpu"))
+    assert not (tmp_path / "labeled.jsonl").exists()

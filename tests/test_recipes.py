@@ -54,7 +54,8 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     # Table 9 of the paper.
     for name in ("base_policy", "world_model", "sft"):
         s = found[name]
-        assert (s.max_seq_len, s.epochs, s.batch_size * s.grad_accum, s.lr, s.warmup_ratio, s.lr_scheduler_type,
+        tokens = getattr(s, "max_packed_len", 0) or s.max_seq_len
+        assert (tokens, s.epochs, s.batch_size * s.grad_accum, s.lr, s.warmup_ratio, s.lr_scheduler_type,
                 s.lora_r, s.lora_alpha, s.lora_dropout) == (2048, 3.0, 16, 2e-5, 0.03, "cosine", 8, 16, 0.05)
     rl, label = found["rl_k"], found["label"]
     assert (rl.gamma, rl.lr, rl.lambda_k, rl.step_cost, rl.success_bonus, rl.invalid_action_penalty, rl.value_coef,

@@ -74,10 +74,10 @@ def test_a_prediction_is_judged_until_the_agent_does_something_else(tmp_path: Pa
     assert fact_f1_by_depth(write_result(tmp_path / "w", wrong).records) == {1: [pytest.approx(0.8)]}
 
 
-def test_normalised_budget() -> None:
-    assert tables.normalised_budget(300, 100, 900) == pytest.approx(0.25)  # (300 - 100) / (900 - 100)
-    assert tables.normalised_budget(100, 100, 900) == 0
-    assert tables.normalised_budget(100, 100, 100) is None
+def test_normalized_budget() -> None:
+    assert tables.normalized_budget(300, 100, 900) == pytest.approx(0.25)  # (300 - 100) / (900 - 100)
+    assert tables.normalized_budget(100, 100, 900) == 0
+    assert tables.normalized_budget(100, 100, 100) is None
 
 
 def test_a_budget_is_measured_against_the_same_policy_with_k_fixed() -> None:

@@ -22,7 +22,7 @@ from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
 from itp.errors import PromptTooLong
 from itp.games import Game
-from itp.lm.base import Usage
+from itp.lm.base import GenParams, Usage
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.actors import ExpertActor, RandomWalk
@@ -32,6 +32,7 @@ from itp.methods.sft import Sft
 from itp.rollout import Episode, run_episodes
 from itp.text.state import State
 from tests.tiny import write_tiny_model
+from tests.toy import ToyLM
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,8 @@ def test_concurrency_changes_nothing(games: list[Game], tiny_model: Path, select
         lm = LocalLM.load(str(tiny_model), barrier=barrier)
         policy = Policy(lm, selection=selection, temperature=temperature, top_p=0.95, history_keep_steps=2)
         try:
-            return await run(pool, Sft(policy, None, MethodSettings()), games, max_steps=max_steps, seed=seed, concurrency=concurrency,
-                             barrier=barrier), lm.batches
+            return await run(pool, Sft(policy, None, MethodSettings()), games, max_steps=max_steps, seed=seed,
+                             concurrency=concurrency, barrier=barrier), lm.batches
         finally:
             await lm.close()
 
@@ -186,12 +187,14 @@ def test_a_prompt_that_is_too_long_ends_its_own_episode_alone(games: list[Game])
     class Wordy(ExpertActor):
         async def act(self, view: View) -> Decision:
             if view.game == games[1] and view.step == 2:
+                await ToyLM("world_model").generate(["before"], GenParams())
                 raise PromptTooLong("a prompt of 9 tokens")
             return await super().act(view)
 
     undisturbed, episodes = run_alone(ExpertActor(), games[:4]), run_alone(Wordy(), games[:4])
     ended = episodes.pop(games[1].game_id)
     assert (ended.reason, ended.success, ended.score, ended.restarts) == ("prompt_too_long", False, 0, 0)
+    assert ended.usage["world_model"].calls == 1  # of the step that ended it
     story_of = story(undisturbed)
     assert story({ended.game.game_id: ended})[ended.game.game_id] == story_of.pop(ended.game.game_id)[:2]
     assert story(episodes) == story_of and all(e.success for e in episodes.values())

@@ -325,6 +325,13 @@ def test_tasks_pairs_and_simplifications_that_are_none_are_said(tmp_path: Path) 
             list(parse_pairs(wrong, KNOWN))
 
 
+def test_duplicate_pairs_are_played_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(scienceworld_games, "splits", lambda jar: KNOWN)
+    games = list_games("train", ScienceworldFlags(pairs="boil:3,find-plant:0,boil:3"))
+    assert [game.game_id for game in games] == ["boil/3", "find-plant/0"]
+    assert "1 of 3 pairs are duplicates; each game is played once" in caplog.text
+
+
 def test_the_tasks_of_eto_s_lists() -> None:
     """Their names, and the step limits that belong to them there."""
     known = {task: {"train": [0]} for task in STEP_LIMITS}

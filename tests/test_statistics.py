@@ -38,7 +38,8 @@ def test_paired_counts_the_cells_of_the_table() -> None:
     for _ in range(100):
         games = range(draw.randint(1, 200))
         method, baseline = ({game: draw.random() < rate for game in games} for rate in (0.7, 0.5))
-        table = [[sum(method[g] is a and baseline[g] is b for g in games) for b in (True, False)] for a in (True, False)]
+        table = [[sum(method[g] is a and baseline[g] is b for g in games) for b in (True, False)]
+                 for a in (True, False)]
         found = statistics.paired(method, baseline)
         assert (found.wins, found.losses, found.n) == (table[0][1], table[1][0], len(games))
         assert found.p == pytest.approx(float(mcnemar(table, exact=True).pvalue), rel=1e-9)

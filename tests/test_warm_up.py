@@ -19,7 +19,7 @@ from itp.lm.base import GenParams
 from itp.model_card import MODEL_CARD, style_of
 from itp.models import load_policy
 from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import CTRL, control_prompt, policy_prompt
+from itp.text.prompts import CTRL, policy_prompt
 from itp.text.state import State
 from itp.training.checkpoints import whole_checkpoints
 from itp.training.itp_r import warm_up
@@ -27,6 +27,7 @@ from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings, as_labeled
 from itp.training.itp_r.warm_up_task import StepCollator, WarmUp, WarmUpTask
 from tests.killed import command_of, finish, kill
 from tests.tiny import write_tiny_model
+from tests.toy import control_prompt
 
 CLOSED, OPEN = "The cabinet 1 is closed.", "The cabinet 1 is open."
 FIRST = "You are in the middle of a room."

@@ -8,9 +8,15 @@ from collections.abc import Sequence
 
 from itp.lm.base import GenParams, Generation, asking
 from itp.seeding import derive_seed
-from itp.text.prompts import YES
+from itp.text.prompt_format import PromptFormat
+from itp.text.prompts import CTRL, YES, policy_prompt
 
 ACTIONS = [f"{verb} {thing} {n}" for verb in ("take", "clean") for thing in ("plate", "mug") for n in range(1, 6)]
+
+
+def control_prompt(state: str, form: PromptFormat) -> str:
+    """The prompt up to ``<CTRL>``, where the heads read."""
+    return policy_prompt(state, form=form).split(CTRL)[0] + CTRL
 
 
 def unit(*parts: object) -> float:

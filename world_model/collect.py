@@ -72,7 +72,7 @@ class CollectSettings(EnvFlags, PolicyServerFlags, EngineFlags):
     max_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)",
                       aliases=("foresight_k",))
     foresight_share: float = flag(0.1, at_least=0, help="so many foresight dialogues an episode, on average; an "
-                                                     "episode's first comes with a horizon dialogue")
+                                                        "episode's first comes with a horizon dialogue")
     reasoning_share: float = flag(0.0, at_least=0, help="share of the episodes for which the expert's knowledge is put "
                                                         "into words: thoughts, reflections, yes and no")
     policy_model: str = flag("", help="model folder, with --actor policy (with a server: what it runs, read only for "

@@ -1,10 +1,9 @@
 """Consistency of a world model: do plans that work inside it work in the real environment?
 
-From the real first observation of a game the policy acts in the world model until the mission is
-accomplished there, by all that the world model said (:attr:`itp.envs.alfworld.expert.Expert.finished`), or
-``max_steps`` have passed.  The same actions are then replayed in the real environment.  The ratio of the two
-success rates is 1 for a world model whose successes are real ones; far above or below, planning in it is
-planning for another world.
+From the real first observation of a game the policy acts in the world model.  It stops when the mission is accomplished
+according to the world model's observations (:attr:`itp.envs.alfworld.expert.Expert.finished`), or after ``max_steps``.
+The same actions are then replayed in the real environment.  The ratio of the two success rates is 1 if the world
+model's successes are real ones.  A ratio far from 1 means that plans made in the world model don't carry over.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Several world models (comma-separated) are judged on the same samples, those of each actor (``source``) apart:
 
-* one step: share of next observations that are predicted to the letter, token F1, and Fact-F1
+* one step: share of next observations that are predicted exactly, token F1, and Fact-F1
   (:mod:`itp.text.facts`), by kind of action;
 * open loop: the same by depth 1..K, the world model fed with its own predictions under the recorded actions;
 * consistency (with ``--policy_model`` and ``--env_data_root``): see :mod:`world_model.consistency`.
@@ -208,9 +208,9 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
         games = list_games(settings.split, settings.env_data_root)
         # It writes freely: nobody knows what an imagined state admits.
         policy = load_policy(settings.policy_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
-        figures["consistency"] = await consistency(policy, world_model, _sample(settings, "games", games,
-                                                   settings.max_games), max_steps=settings.max_steps,
-                                                   seed=settings.seed, barrier=barrier)
+        figures["consistency"] = await consistency(
+            policy, world_model, _sample(settings, "games", games, settings.max_games),
+            max_steps=settings.max_steps, seed=settings.seed, barrier=barrier)
         await policy.lm.close()
     await world_model.lm.close()
     return figures

@@ -1,4 +1,4 @@
-"""Tables of one question each, beside those that every report has: how true, how deep, how far, how dear.
+"""Tables for one question each: accuracy, depth, K by length, cost.
 
 Figures of world models are the ``models`` of ``world_model.fidelity --out_json``, by name.
 """

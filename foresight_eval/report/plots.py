@@ -133,7 +133,7 @@ def by_depth(results: Sequence[Result], fidelity: Sequence[dict[str, Any]]) -> I
 
 
 def _accuracies(results: Sequence[Result],
-            fidelity: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[int, tuple[float, Sequence[float]]]]]:
+                fidelity: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[int, tuple[float, Sequence[float]]]]]:
     """(name, depth -> (mean Fact-F1, its interval)) of the results' own imagination and of world models."""
     for result in results:
         scores = {d: s for d, s in sorted(fact_f1_by_depth(result.records).items()) if len(s) >= MIN_JUDGED}

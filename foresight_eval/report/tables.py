@@ -18,6 +18,9 @@ from foresight_eval.statistics import mean_interval, paired
 ROLES = ("policy", "world_model")
 MANY_TYPES = 8
 """More task types than this (ScienceWorld has 24) are rows instead of columns."""
+_LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+                        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                        "π": r"$\pi$", "<": "$<$", ">": "$>$", "×": r"$\times$"})
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def task_types(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(b for result in results for b in result.summary["buckets"]))
 
 
-def normalised_budget(tokens: float, at_zero: float, at_max: float) -> float | None:
+def normalized_budget(tokens: float, at_zero: float, at_max: float) -> float | None:
     """NB = (T̄ − T̄(0)) / (T̄(K_max) − T̄(0)), with T̄ the mean tokens an episode of policy and world model together.
 
     T̄(k) is that of the same policy with K fixed at k.  None where imagining costs nothing.
@@ -177,7 +180,7 @@ def budgets(results: Sequence[Result]) -> list[float | None]:
         if len(mine) != 1 or not {0, k_max[result.setting]} <= mine[0].keys():
             return None
         ends = [mine[0][k].summary["cost"]["tokens_per_episode"] for k in (0, k_max[result.setting])]
-        return normalised_budget(result.summary["cost"]["tokens_per_episode"], *ends)
+        return normalized_budget(result.summary["cost"]["tokens_per_episode"], *ends)
 
     return [budget(result) for result in results]
 
@@ -213,11 +216,6 @@ def to_csv(table: Table) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
     return out.getvalue()
-
-
-_LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-                        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-                        "π": r"$\pi$", "<": "$<$", ">": "$>$", "×": r"$\times$"})
 
 
 def latex(table: Table) -> str:

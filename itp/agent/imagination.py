@@ -1,7 +1,8 @@
 """Imagination (eq. 2): K steps of policy and world model, alternately, from the real state.
 
-â_{t+i} ~ π_θ(·|ŝ_{t+i}),  ŝ_{t+i+1} ~ M_φ(·|ŝ_{t+i}, â_{t+i}),  i = 0..K−1.  Departure from the authors'
-release: it asks the world model once for "the next K steps", a prompt that no training knows.
+â_{t+i} ~ π_θ(·|ŝ_{t+i}),  ŝ_{t+i+1} ~ M_φ(·|ŝ_{t+i}, â_{t+i}),  i = 0..K−1.
+
+Departure: the authors' release prompts once for "the next K steps".  No model is trained on that prompt.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,8 +93,8 @@ class Policy:
         if self.selection != "score":
             choice, = await self.sample(state, admissible, 1, seed, foresight=foresight, notes=notes, trace=trace)
             return choice
-        prompt = self.action_prompt(state, foresight=foresight, notes=notes)
         targets = self._targets(state, admissible)
+        prompt = self.action_prompt(state, self._longest(targets), foresight=foresight, notes=notes)
         scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
         best = max(range(len(scores)), key=scores.__getitem__)
         action = list(targets.values())[best]
@@ -105,15 +105,16 @@ class Policy:
                      trace: bool = False) -> list[Choice]:
         """``n`` independent samples from π_θ(·|s_t, τ̂_t), at the policy's own ``temperature`` where none is given.
 
-        Free where it writes freely or where ``state`` is imagined, since nobody knows what that admits; else
-        from the admissible actions.
+        Decodes freely if ``selection`` is generate or the state is ``imagined``, because the admissible actions of an
+        imagined state are unknown.  Otherwise samples from the admissible actions.
         """
         tokens = self.imagined_action_tokens if imagined else self.action_tokens
-        prompt = self.action_prompt(state, tokens * imagined, foresight=foresight, notes=notes)
         if imagined or self.selection == "generate":
+            prompt = self.action_prompt(state, tokens, foresight=foresight, notes=notes)
             return [self._written(reply, prompt) for reply in await self._write(
                 prompt, tokens, seed, (prompts.END,), n=n, temperature=temperature, trace=trace)]
         targets = self._targets(state, admissible)
+        prompt = self.action_prompt(state, self._longest(targets), foresight=foresight, notes=notes)
         temperature = self.temperature if temperature is None else temperature
         params = GenParams(temperature=temperature, seed=seed, choices=tuple(targets), trace=trace)
         replies = await self.lm.generate([prompt] * n, params)
@@ -126,7 +127,7 @@ class Policy:
         greedy, sampled = await asyncio.gather(
             self.sample(state, admissible, 1, seed, temperature=0.0, imagined=imagined),
             self.sample(state, admissible, n - 1, derive_seed(seed, "candidates"), imagined=imagined,
-                      temperature=self.temperature or 1.0))
+                        temperature=self.temperature or 1.0))
         return distinct([*greedy, *sampled])
 
     async def think_and_act(self, state: State, seed: int, *, notes: str = "") -> Choice:
@@ -163,8 +164,8 @@ class Policy:
     async def judge(self, state: State, hypothetical: str) -> float:
         """P(yes) that ``hypothetical`` brings the task closer; P(yes) + P(no) = 1.
 
-        It is read where the answer begins, so the model can't think first.  ``hypothetical``: steps that weren't
-        executed, as :func:`itp.text.prompts.foresight_text` or ``proposal_text`` writes them.
+        The probability is that of an answer right after the prompt, so the model can't think first.  ``hypothetical``:
+        steps that weren't executed, as :func:`itp.text.prompts.foresight_text` or ``proposal_text`` writes them.
         """
         prompt = self.prompt(state, "Helps", ANSWER_TOKENS, foresight=hypothetical)
         if self.score_answers:
@@ -210,6 +211,10 @@ class Policy:
             raise UserError(f"--action_selection {self.selection}: the environment lists no admissible action "
                             f"after {state.observation!r}; use --action_selection generate")
         return {prompts.action_target(a): a for a in admissible}
+
+    def _longest(self, targets: Iterable[str]) -> int:
+        """Tokens of the longest of ``targets``; 0 where nobody can count them."""
+        return max(map(self.budget.count, targets)) if self.budget.count else 0
 
     def _written(self, reply: Generation, prompt: str) -> Choice:
         action = clean_action(reply.text) if self.form.style == "tuned" else parse_action(reply.text)

@@ -1,8 +1,8 @@
 """π_θ with a K-head and a value head (what stage 2 trains, stage 3 goes on with and evaluation uses).
 
 Both heads are linear on the backbone's last hidden state at ``<CTRL>``: P_θ(K|s_t) over 0..K_max and
-V_θ(s_t).  They read the very state that the next token is predicted from, so what is computed up to
-``<CTRL>`` serves the choice of K and the action.
+V_θ(s_t).  The heads read the hidden state that predicts the next token.  So one pass up to ``<CTRL>`` serves
+the choice of K and the action.
 
 A folder of :meth:`PolicyWithHeads.save_pretrained` is an ordinary model folder, which
 ``AutoModelForCausalLM`` loads, with ``policy_heads.safetensors`` and ``policy_heads.json`` beside it.  The
@@ -185,10 +185,10 @@ class PolicyWithHeads(nn.Module):
 
 @contextlib.contextmanager
 def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """In here the forward pass of ``model``, a causal LM in whatever wrapping, gives logits (1, M, V).
+    """Within this context, ``model`` computes logits (1, M, V) at ``places`` only.
 
-    They are those at ``places`` (M, 2), rows and columns.  The logits of all places are the largest tensor of a
-    training step, and of most of them nothing is asked.
+    ``model``: a causal LM in whatever wrapping.  ``places``: (M, 2), rows and columns.  Logits of all positions would
+    be the largest tensor of a training step, and the loss uses few of them.
     """
     causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
@@ -262,7 +262,7 @@ def read_heads(folder: str | Path) -> dict[str, torch.Tensor]:
 
     folder = model_folder(folder)
     if (folder / HEADS_CONFIG).is_file():
-        read_json(folder / HEADS_CONFIG)
+        read_json(folder / HEADS_CONFIG)  # raises UserError if it isn't JSON
         if not (folder / HEADS_WEIGHTS).is_file():
             raise UserError(f"{folder}: {HEADS_CONFIG} is there but {HEADS_WEIGHTS} is not; copy the whole folder")
         return load_file(folder / HEADS_WEIGHTS)

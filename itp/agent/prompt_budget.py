@@ -38,10 +38,12 @@ class PromptBudget:
     count: Callable[[str], int] | None = None
     role: str = "policy"
 
-    def limit(self, new_tokens: int) -> int:
-        """Tokens of a prompt with an answer of ``new_tokens`` at most; 0: no limit."""
-        limits = [self.max_tokens, self.context - new_tokens if self.context else 0]
-        return min((limit for limit in limits if limit), default=0)
+    def limit(self, new_tokens: int) -> int | None:
+        """Tokens of a prompt with an answer of ``new_tokens`` at most; None: no limit."""
+        limits = [self.max_tokens] if self.max_tokens else []
+        if self.context:
+            limits.append(max(1, self.context - new_tokens))
+        return min(limits, default=None)
 
     def prompt(self, state: State, render: Callable[[State], str], new_tokens: int) -> str:
         """``render(state)``, with as many of the last steps of ``state`` as fit, but one at least.
@@ -49,7 +51,7 @@ class PromptBudget:
         ``new_tokens``: of the answer at most.  A prompt that lost steps is counted by the current meter.
         """
         text, limit = render(state), self.limit(new_tokens)
-        if not limit or self.count is None or self._fits(text, limit) or len(state.history) < 2:
+        if limit is None or self.count is None or self._fits(text, limit) or len(state.history) < 2:
             return text
         count_shortened(self.role)
         return render(state.last(self._steps_that_fit(state, render, limit)))

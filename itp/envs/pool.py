@@ -297,7 +297,7 @@ class _Worker(asyncio.Protocol):
         self._closing = True
         while self._transport is None:
             await asyncio.sleep(0)
-        self._end("the pool is closed")  # the process sees the end of its socket, closes what it has, and goes
+        self._end("the pool is closed")  # the process sees the end of its socket, closes its environments, and ends
         try:
             deadline = self._loop.time() + CLOSE_GRACE
             while self.process.poll() is None and self._loop.time() < deadline:

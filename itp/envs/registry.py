@@ -1,6 +1,6 @@
 """The environments by name (``--env``): the games of a split, and a callable that makes an engine.
 
-Except for the environments' own programs, no other module of the library names them.
+The place where an environment becomes games and an engine.
 """
 
 from __future__ import annotations

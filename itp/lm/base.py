@@ -1,8 +1,7 @@
-"""The contract of a language model: generate, loglikelihood.  Lists in, lists out, in order.
+"""The contract of a language model: generate, loglikelihood and read_heads take lists and return lists, in order.
 
-Both calls are coroutines and may be awaited by many episodes at once; batching them is the
-implementation's business, and no answer depends on what else is in its batch: a sampled completion
-depends on the prompt, the parameters and their ``seed`` alone.
+All calls are coroutines, and many episodes may await them at once.  The implementation batches them.  No answer depends
+on the rest of its batch: a sampled completion depends on the prompt, the parameters and their ``seed`` alone.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Any, Literal, Protocol
 class GenParams:
     """How to decode.  ``temperature`` 0 is greedy.
 
-    ``stop``: decoding ends where one of these strings appears; it is not part of the text.
+    ``stop``: decoding ends where one of these strings appears, and the text doesn't include it.
     ``choices``: the completion must be one of these strings.  The model walks their token trie, so the
     probabilities over ``choices`` are exact and sum to one at ``temperature`` 1.
-    ``trace``: the answer also says how each of its tokens was drawn.
+    ``trace``: the answer also tells how each of its tokens was sampled.
     """
 
     max_new_tokens: int = 64
@@ -39,11 +38,11 @@ class GenParams:
 
 @dataclass(frozen=True)
 class Trace:
-    """How a completion was drawn: enough to compute its probability again, with other weights.
+    """How a completion was sampled: enough to compute its probability again, with other weights.
 
-    ``allowed[i]``: the ids that token i was drawn from (what the trie of choices or the nucleus left);
-    None is the whole vocabulary, a single id a token that was forced (probability 1).  ``logprob``: log-probability
-    (nats) of ``token_ids`` under softmax(logits / ``temperature``) over ``allowed``, from which they were drawn.
+    ``allowed[i]``: the ids among which token i was sampled, which the trie of choices or the nucleus left.  None stands
+    for the whole vocabulary, and a single id for a forced token (probability 1).  ``logprob``: log-probability (nats)
+    of ``token_ids`` under the sampling distribution, which is softmax(logits / ``temperature``) over ``allowed``.
     """
 
     token_ids: tuple[int, ...]
@@ -56,9 +55,9 @@ class Trace:
 class Generation:
     """One completion.
 
-    ``logprob``: log-probability (nats) of the completion under the distribution that it was drawn
-    from, before temperature and top_p; None where a backend doesn't report it.
-    ``cached_tokens``: how many of ``prompt_tokens`` were not computed again.
+    ``logprob``: log-probability (nats) of the completion under the model's distribution (over ``choices``, where they
+    are given), before temperature and top_p; None where a backend doesn't report it.
+    ``cached_tokens``: the number of ``prompt_tokens`` that weren't computed again.
     """
 
     text: str
@@ -72,7 +71,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities (nats) of a completion's tokens given a context, and what it cost."""
+    """Log-probabilities (nats) of a completion's tokens given a context, and the cost."""
 
     logprobs: tuple[float, ...]
     prompt_tokens: int
@@ -85,17 +84,17 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """What a policy's heads read at the control token: log P_θ(K|s) for K = 0..K_max, V_θ(s), and the cost."""
+    """The heads' outputs at the control token: log P_θ(K|s) for K = 0..K_max, V_θ(s), and the cost."""
 
     k_logprobs: tuple[float, ...]
     value: float
     prompt_tokens: int
     cached_tokens: int = 0
     prompt: str = ""
-    """The prompt at whose end they were read, as far as the reader says so."""
+    """The prompt at whose end they were read, where the reader reports it."""
 
     def choose_k(self, max_k: int, seed: int | None) -> int:
-        """K_t among 0..``max_k``: drawn with ``seed``, or the most likely one where that is None."""
+        """K_t among 0..``max_k``: sampled with ``seed``, or the most likely K where ``seed`` is None."""
         allowed = self.k_logprobs[:max_k + 1]
         if seed is None:
             return max(range(len(allowed)), key=allowed.__getitem__)
@@ -104,11 +103,11 @@ class HeadOutputs:
 
 @dataclass
 class Usage:
-    """What one model was asked for: calls (one a prompt) and tokens.  Adds up with ``+=``.
+    """The use of one model: calls (one per prompt) and tokens.  Adds up with ``+=``.
 
     ``cut``: completions that ended at their limit of tokens.  ``shortened``: prompts that lost old steps because they
-    were beyond their budget (:mod:`itp.agent.prompt_budget`).
-    ``seconds``: how long its answers were waited for; requests made at the same time wait together.
+    were beyond their budget (:mod:`itp.agent.prompt_budget`).  ``seconds``: the time spent waiting for answers;
+    requests that wait at the same time count once.
     """
 
     calls: int = 0
@@ -126,7 +125,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Prompt and generated tokens together, cached ones included: what a method asks for."""
+        """Prompt and generated tokens together, with cached tokens."""
         return self.prompt_tokens + self.completion_tokens
 
     @classmethod
@@ -140,11 +139,11 @@ class Usage:
         )
 
 
-@dataclass(eq=False)  # a step is itself and no other
+@dataclass(eq=False)  # each meter is a key of its own
 class _Meter:
     usage: dict[str, Usage] = field(default_factory=dict)
     waiting: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Requests under way by role, and since when there are any."""
+    """By role: the number of requests that wait, and the time since which at least one waits."""
 
 
 _meter: ContextVar[_Meter] = ContextVar("meter")
@@ -152,9 +151,9 @@ _meter: ContextVar[_Meter] = ContextVar("meter")
 
 @contextmanager
 def metered() -> Iterator[dict[str, Usage]]:
-    """Count what this task, and the tasks it starts, ask of each model: role -> Usage.
+    """Count the use of each model (role -> Usage) by this task and by the tasks that it starts.
 
-    What a meter inside another one has counted is added to the outer one when the inner one ends.
+    When a meter inside another meter ends, its counts are added to the outer meter.
     """
     meter, outer = _Meter(), _meter.get(None)
     token = _meter.set(meter)
@@ -174,13 +173,13 @@ def count_shortened(role: str) -> None:
 
 
 def requester() -> object:
-    """For whom the current task makes requests: the step that it is metered with, else the task itself."""
+    """The owner of the current task's requests: the meter of its step, else the task itself."""
     return _meter.get(None) or asyncio.current_task()
 
 
 @contextmanager
 def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | HeadOutputs]]:
-    """Around every request of an LM: what goes into the list is charged to the current task's meter, if it has one."""
+    """Put this around every request to an LM: the current task's meter, if any, counts the answers in the list."""
     answers: list[Generation | TokenLogprobs | HeadOutputs] = []
     meter = _meter.get(None)
     if meter is None:
@@ -200,10 +199,10 @@ def asking(role: str) -> Iterator[list[Generation | TokenLogprobs | HeadOutputs]
 
 
 class LM(Protocol):
-    """A language model that episodes share.  ``role`` is what it is used as: policy or world_model.
+    """A language model that episodes share.  ``role`` is its use: policy or world_model.
 
-    ``tokenizer``: its tokenizer; None where it is a server's own.  ``context_length``: tokens of prompt and completion
-    that it holds; None where that is unknown or without limit.
+    ``tokenizer``: its tokenizer; None where only a server has it.  ``context_length``: the most tokens of prompt and
+    completion together; None where the limit is unknown or doesn't exist.
     """
 
     name: str
@@ -214,19 +213,19 @@ class LM(Protocol):
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         """Complete every prompt.
 
-        Several prompts of one call with ``temperature`` > 0 draw from seeds derived from
-        ``params.seed`` and their index.  Raises UserError where ``params.choices`` isn't supported.
+        With ``temperature`` > 0, each prompt of a call has a seed of its own, derived from ``params.seed`` and the
+        prompt's index.  Raises UserError where ``params.choices`` isn't supported.
         """
 
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
         """log p(completion | context) for every (context, completion), token by token.
 
-        The token ids of context and completion are concatenated, never found by tokenising the
-        joined text.  Raises UserError where a backend can't score.
+        The token ids of context and completion are concatenated; the joined text is never tokenized.  Raises UserError
+        where a backend can't score.
         """
 
     async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
-        """What the heads read at the end of every prompt.  Raises UserError where there are no heads."""
+        """The heads' outputs at the end of every prompt.  Raises UserError for a model without heads."""
 
     async def close(self) -> None:
         """Release the model or the connection."""

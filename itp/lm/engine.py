@@ -1,10 +1,10 @@
-"""Decoding and scoring with a Hugging Face causal LM: batches of any prompts, prefixes computed once.
+"""Decoding and scoring with a Hugging Face causal LM: batches of any prompts, and each prefix computed once.
 
-Everything works on rows of token ids.  A row's keys and values are taken from the longest prefix that
-was computed before (states grow at their end, so most of a prompt is there already); what is left is
-computed in batches of rows of similar length (:mod:`itp.lm.kv_cache`).
+The engine works on rows of token ids.  It takes a row's keys and values from the longest prefix in its cache.  States
+grow at their end, so this prefix is most of a prompt.  It computes the remaining tokens in batches of rows
+(:mod:`itp.lm.kv_cache`).
 
-Synchronous and without threads; :mod:`itp.lm.local` puts the asynchronous contract on top.
+The engine is synchronous and has no threads; :mod:`itp.lm.local` puts the asynchronous contract on top.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, Trace
 from itp.lm.kv_cache import KV, BatchMemory, KVBatch, PrefixCache, tokens_of
 
 MIN_SHARED_TOKENS = 64
-"""Rows that share so many uncomputed tokens aren't computed side by side, but one after the other."""
+"""Rows that share this many uncomputed tokens are computed one after the other instead of side by side."""
 
 PASS_OVERHEAD_TOKENS = {"cpu": 64}
-"""A forward pass costs about as much as so many tokens, whatever it holds: less padding isn't worth another one.
-By device; 1,024 elsewhere (not measured): a GPU computes many tokens in the time in which Python starts a pass."""
+"""The fixed cost of a forward pass in tokens, by device.  Another pass must save more padding than this.  Devices that
+aren't listed have 1,024 (not measured): a GPU computes many tokens in the time that Python takes to start a pass."""
 
 
 class Decoder(Protocol):
-    """What chooses the tokens of one row."""
+    """Chooses the tokens of one row."""
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
-        """Given log p of the next token (V,), the tokens to append; empty when the row is finished."""
+        """The tokens to append, given log p of the next token (V,); none when the row is finished."""
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
-        """What was chosen, with the sizes of its prompt."""
+        """The completion, with the sizes of its prompt."""
 
 
 @dataclass
 class Request:
-    """One row to complete: its prompt, how to decode it, and the seed of its draws."""
+    """One row to complete: its prompt, how to decode it, and the seed of its samples."""
 
     ids: list[int]
     params: GenParams
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class _Prompt:
-    """Token ids to compute.  ``known``: KV of their first ``skip`` tokens, the longest beginning that the cache holds."""
+    """Token ids to compute.  ``known``: KV of the first ``skip`` tokens, the longest beginning in the cache."""
 
     ids: tuple[int, ...]
     known: KV | None
@@ -71,7 +71,7 @@ Heads = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 class Engine:
     """Batched generation and scoring.
 
-    ``max_batch_tokens`` bounds rows x longest row of a forward pass, ``max_batch_rows`` its rows (0: not).
+    ``max_batch_tokens`` bounds rows x longest row of a forward pass.  ``max_batch_rows`` bounds its rows (0: no bound).
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, heads: Heads | None = None,
@@ -89,14 +89,14 @@ class Engine:
         self._ends: dict[tuple[tuple[str, ...], int], bool] = {}
 
     def reset(self) -> None:
-        """Forget what was computed: the model's weights have changed."""
+        """Forget all computed prefixes, after a change of the model's weights."""
         self.cache.clear()
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """Complete every request, in order."""
         rows = [_Row(request, self) for request in requests]
-        # For memory only: side by side they compute one token each, and what precedes that pads little (_feed).
+        # The groups only bound memory: rows decode one token at a time, and _feed keeps the padding of prompts small.
         for group in self._groups([1] * len(rows), [row.total for row in rows]):
             self._complete([rows[i] for i in group])
         return [row.result() for row in rows]
@@ -120,10 +120,10 @@ class Engine:
                 row.ids += tokens
 
     def _start(self, rows: Sequence[_Row]) -> tuple[list[_Row], KVBatch, torch.Tensor]:
-        """Compute the prompts: the rows in another order, their batch to go on from, and the logits (B, V) at its end.
+        """Compute the rows' prompts.  Returns the rows in the batch's order, the batch, and its last logits (B, V).
 
-        Prompts without a long common beginning are computed side by side in that batch.  Otherwise :meth:`_prefill`
-        computes each common beginning once, and the batch starts with copies of the results.
+        Prompts without a long common beginning are computed side by side in this batch, without a copy.  Otherwise
+        :meth:`_prefill` computes each common beginning once, and the batch starts with copies of the results.
         """
         prompts = {row: self._look_up(row.ids) for row in rows}
         rows = sorted(rows, key=lambda row: -len(prompts[row].todo))  # most tokens to compute first
@@ -139,9 +139,9 @@ class Engine:
         return rows, batch, logits
 
     def _feed(self, batch: KVBatch, todo: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Append new tokens to a batch's rows, most tokens first.  Returns the logits (B, V) after them.
+        """Append new tokens to a batch's rows, most tokens first.  Returns the last logits (B, V).
 
-        Where that saves padding the beginnings of the long ones have a pass of their own.
+        If it saves enough padding, the beginnings of the long rows get a pass of their own.
         """
         counts = list(map(len, todo))
 
@@ -159,9 +159,10 @@ class Engine:
         return _Prompt(tuple(ids), known, 0 if known is None else tokens_of(known))
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[list[KV], torch.Tensor, list[int]]:
-        """Compute prompts, each distinct one once: their KV, the logits (B, V) at their ends, and their cached tokens.
+        """Compute each distinct prompt once.  Returns the KV, last logits (B, V) and cached tokens of all prompts.
 
-        The prompts of one wave have no long common beginning.  The prompts that wait find theirs in the cache after it.
+        Prompts are computed in waves.  The prompts of one wave have no long common beginning, and the prompts of the
+        next wave find their beginnings in the cache.
         """
         done: dict[tuple[int, ...], tuple[KV, torch.Tensor]] = {}
         skipped: dict[tuple[int, ...], int] = {}
@@ -178,7 +179,7 @@ class Engine:
         return [done[ids][0] for ids in prompts], torch.stack([done[ids][1] for ids in prompts]), cached
 
     def _compute(self, prompts: Sequence[_Prompt]) -> dict[tuple[int, ...], tuple[KV, torch.Tensor]]:
-        """KV and the logits (V,) at the end of each prompt, by its ids; the cache gets the KV."""
+        """KV and the logits (V,) at the end of each prompt, by the prompt's ids.  The cache keeps the KV."""
         done = {}
         for group in self._groups([len(p.todo) for p in prompts], [len(p.ids) for p in prompts]):
             chosen = [prompts[i] for i in reversed(group)]  # most tokens to compute first
@@ -246,9 +247,9 @@ class Engine:
         ]
 
     def _groups(self, new: Sequence[int], total: Sequence[int]) -> list[list[int]]:
-        """Row indices in batches: alike in length, so that padding stays small, and within the budget.
+        """Row indices in batches of similar lengths, so that padding stays small, and within the budget.
 
-        ``new``: tokens of a row to be computed side by side; ``total``: those it occupies.
+        ``new``: tokens of each row to compute side by side.  ``total``: tokens that each row occupies.
         """
         groups: list[list[int]] = []
         for i in sorted(range(len(new)), key=lambda i: (new[i], total[i])):
@@ -263,7 +264,7 @@ class Engine:
         return groups
 
     def may_end(self, token: int, stop: tuple[str, ...]) -> bool:
-        """Could a stop string end with this token?  Saves decoding the text at every token."""
+        """Whether a stop string could end with this token, so that the text needn't be decoded at every token."""
         if (stop, token) not in self._ends:
             text = self.tokenizer.decode([token])
             self._ends[stop, token] = any(s[-1] in text for s in stop)
@@ -271,7 +272,7 @@ class Engine:
 
 
 class _Row:
-    """A request on its way; ``ids`` are its tokens so far."""
+    """A request in progress; ``ids`` are its tokens so far."""
 
     def __init__(self, request: Request, engine: Engine) -> None:
         self.ids = list(request.ids)
@@ -279,7 +280,7 @@ class _Row:
         self.decoder: Decoder = _Choose(request) if request.choices else _Sample(request, engine)
         longest = max(map(len, request.choices)) if request.choices else request.params.max_new_tokens
         self.total = len(request.ids) + longest
-        """Tokens that it will have at most."""
+        """The most tokens that the row can have."""
 
     def result(self) -> Generation:
         return self.decoder.result(self.prompt_tokens, self.cached_tokens)
@@ -290,7 +291,7 @@ class _Sample:
 
     def __init__(self, request: Request, engine: Engine) -> None:
         self.params, self.engine = request.params, engine
-        self.draw = random.Random(request.seed)
+        self.random = random.Random(request.seed)
         self.tokens: list[int] = []
         self.allowed: list[tuple[int, ...] | None] = []
         self.logprob, self.traced_logprob = 0.0, 0.0
@@ -323,12 +324,12 @@ class _Sample:
             self.allowed.append((token,))
             return token
         probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
-        # In falling order, what rounding adds to the nucleus or takes from it stands at its end and moves no other.
+        # In falling order, rounding can add or remove tokens at the nucleus's end only: no other token moves.
         before = probs.cumsum(-1) - probs
         kept = int((before < self.params.top_p).sum())  # always at least the most likely token
         cumulative = probs[:kept].cumsum(-1)
-        draw = torch.tensor(self.draw.random() * float(cumulative[-1]), dtype=torch.double, device=probs.device)
-        at = min(int(torch.searchsorted(cumulative, draw, right=True)), kept - 1)
+        place = torch.tensor(self.random.random() * float(cumulative[-1]), dtype=torch.double, device=probs.device)
+        at = min(int(torch.searchsorted(cumulative, place, right=True)), kept - 1)
         if self.params.trace:
             self.allowed.append(tuple(order[:kept].tolist()) if self.params.top_p < 1 else None)
             self.traced_logprob += float((probs[at] / cumulative[-1]).log())
@@ -342,26 +343,26 @@ class _Sample:
 
 
 class _Choose:
-    """One of the given choices, by walking their token trie.
+    """Chooses one of the given strings by walking their token trie.
 
-    Where only one token can follow, it is appended without asking the model, so a decision costs as
-    many forward passes as the trie has branchings on its way.
+    Where only one token can follow, it is appended without the model.  So a decision costs as many forward passes as
+    there are branchings on its way.
     """
 
     def __init__(self, request: Request) -> None:
         self.params = request.params
-        self.draw = random.Random(request.seed)
+        self.random = random.Random(request.seed)
         self.left = list(range(len(request.choices)))
         self.choices = request.choices
         self.depth = 0
         self.options: dict[int, tuple[int, ...]] = {}
-        """What was to be chosen from, by depth."""
+        """The tokens that were possible, by depth."""
         self.logprob, self.traced_logprob = 0.0, 0.0
 
     def advance(self, logprobs: torch.Tensor) -> list[int]:
         fed = self._forced() if self.depth == 0 else []
         if fed:
-            # A common beginning of all choices: these logits are about its first token, not about a choice.
+            # All choices begin alike: these logits are about the first common token, not about a choice.
             return fed
         if len(self.left) > 1:
             options = sorted({self.choices[c][self.depth] for c in self.left})
@@ -384,16 +385,16 @@ class _Choose:
     def _pick(self, logprobs: torch.Tensor) -> int:
         if self.params.temperature == 0:
             return int(logprobs.argmax())
-        drawn_from = (logprobs / self.params.temperature).log_softmax(-1)
-        picked = self.draw.choices(range(len(drawn_from)), drawn_from.exp().tolist())[0]
-        self.traced_logprob += float(drawn_from[picked])
+        scaled = (logprobs / self.params.temperature).log_softmax(-1)
+        picked = self.random.choices(range(len(scaled)), scaled.exp().tolist())[0]
+        self.traced_logprob += float(scaled[picked])
         return picked
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         chosen = self.left[0]
         ids, trace = self.choices[chosen], None
         if self.params.trace:
-            # A greedy choice is no draw: it has probability 1, like a forced token.
+            # A greedy choice isn't a sample: it has probability 1, like a forced token.
             options = self.options if self.params.temperature else {}
             allowed = tuple(options.get(depth, (token,)) for depth, token in enumerate(ids))
             trace = Trace(tuple(ids), allowed, self.params.temperature, self.traced_logprob)

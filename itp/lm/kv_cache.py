@@ -1,9 +1,8 @@
 """Keys and values: rows computed side by side in one block of memory, and rows remembered for later.
 
-Row i of a :class:`KVBatch` has its tokens in columns 0 .. n_i - 1 and new ones are written behind them, in
-place; so nothing is copied when a row grows, and the rows that are left when others end are moved one by
-one.  An attention mask of our own (B, 1, S, T) and explicit positions make every row attend to exactly
-what it would attend to alone.
+Row i of a :class:`KVBatch` has its tokens in columns 0 .. n_i - 1, and new tokens are written behind them in place.  So
+a row grows without a copy, and when rows end, only single other rows move into their places.  An attention mask of
+shape (B, 1, S, T) and explicit positions make every row attend to exactly the tokens that it would attend to alone.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ KVSegment = torch.Tensor
 """Keys and values of some consecutive tokens: (layers, 2, heads, tokens, head size)."""
 
 KV = tuple[KVSegment, ...]
-"""Keys and values of a row, oldest tokens first.  A row that goes on shares the segments of its beginning."""
+"""Keys and values of a row, oldest tokens first.  Rows with a common beginning can share its segments."""
 
 MAX_SEGMENTS = 8
-"""A row in more pieces is copied into one: many small copies cost more than one large one."""
+"""A row with more segments is copied into one, because many small copies cost more than one large copy."""
 
 
 def tokens_of(kv: KV) -> int:
@@ -42,20 +41,21 @@ def beginning(kv: KV, tokens: int) -> KV:
 class PrefixCache:
     """Keys and values of recent rows, found by the longest prefix they share with a new one.
 
-    A row is registered under a hash of each of its beginnings of 16, 32, ... tokens; a later row with
-    the same beginning takes the place.  Least recently used rows go first.
+    A row is registered under a hash of each of its beginnings of 16, 32, ... tokens.  A later row with the same
+    beginning takes over the entry.  The least recently used rows are dropped first.
 
-    What counts is memory: a tensor that several rows share once, and whole as long as one of them needs a part of it.
+    ``bytes`` counts memory.  A tensor that several rows share counts once, and it counts in full as long as one row
+    needs a part of it.
     """
 
     BLOCK = 16
 
     def __init__(self, max_bytes: int) -> None:
         self._rows: OrderedDict[tuple[int, ...], tuple[KV, list[int]]] = OrderedDict()
-        """With the hashes under which they are registered."""
+        """Rows by their ids: KV, and the hashes under which the row is registered."""
         self._owner: dict[int, tuple[int, ...]] = {}
         self._uses: Counter[int] = Counter()
-        """Segments in rows, by the memory that they lie in."""
+        """The number of segments in rows, by the address of their memory."""
         self.max_bytes = max_bytes
         self.bytes = 0
 
@@ -72,7 +72,7 @@ class PrefixCache:
         return None
 
     def put(self, ids: Sequence[int], kv: KV) -> None:
-        """Remember a row.  ``ids`` may be longer than ``kv``, whose tokens are the ones known."""
+        """Remember a row.  ``ids`` may be longer than ``kv``; the row has the tokens of ``kv``."""
         key = tuple(ids[:tokens_of(kv)])
         self._drop(key)
         self._rows[key] = kv, self.beginnings(key)
@@ -130,15 +130,15 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
 
 
 class BatchMemory:
-    """The block in which batches are computed, used again by the next batch: fresh pages are dear on a CPU."""
+    """The block in which batches are computed.  Batches reuse it, because new memory pages cost time on a CPU."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0)
         self.passes, self.tokens_read = 0, 0
-        """Forward passes so far, and the tokens whose keys and values they had to read."""
+        """The forward passes so far, and the tokens whose keys and values they have read."""
 
     def take(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """A tensor of ``shape``: zeros or what an earlier batch left, finite numbers that a mask turns into nothing."""
+        """A tensor of ``shape`` with arbitrary finite numbers, which a mask must exclude."""
         size = torch.Size(shape).numel()
         if self._block.numel() < size or self._block.dtype != like.dtype or self._block.device != like.device:
             self._block = like.new_zeros(size + size // 4)
@@ -156,7 +156,7 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write the new tokens (B, heads, S, head size) at the batch's places; all columns in use."""
+        """Write the new tokens (B, heads, S, head size) at the batch's places.  Returns all columns in use."""
         rows, places, used = self.batch.places
         keys, values = self.batch.block_like(key_states)[self.index]
         keys[rows, :, places] = key_states.transpose(1, 2)
@@ -174,7 +174,7 @@ class _Layer(CacheLayerMixin):
 
 
 class KVBatch:
-    """Rows computed side by side.  ``total[i]`` is the most tokens that row i will ever have."""
+    """Rows computed side by side.  ``total[i]``: the most tokens that row i can have."""
 
     def __init__(self, model: PreTrainedModel, memory: BatchMemory, rows: Sequence[KV | None],
                  total: Sequence[int]) -> None:
@@ -192,10 +192,10 @@ class KVBatch:
                 self.block_like(segment)[:, :, i, :, start:end] = segment
                 start = end
         self.places: tuple[torch.Tensor, torch.Tensor, int] = (torch.empty(0), torch.empty(0), 0)
-        """Where the current pass writes: row (B, 1) and column (B, S) indices, and the columns then in use."""
+        """Where the current pass writes: row (B, 1) and column (B, S) indices, and the columns in use after it."""
 
     def block_like(self, some: torch.Tensor) -> torch.Tensor:
-        """(layers, 2, B, heads, columns, head size); ``some`` (..., heads, tokens, head size) says what is unknown."""
+        """(layers, 2, B, heads, columns, size); ``some`` (..., heads, tokens, size) gives the heads and their size."""
         if self._block is None:
             heads, _, size = some.shape[-3:]
             self._block = self._memory.take((self._layers, 2, self._size, heads, self.columns, size), some)
@@ -204,12 +204,12 @@ class KVBatch:
     def forward(self, new: Sequence[Sequence[int]], keep: int = 1) -> torch.Tensor:
         """Append ``new[i]`` (at least one token) to row i.  Returns logits (B, keep, V) of the last positions.
 
-        ``new`` may be that of the first rows only; the others stay as they are.
+        ``new`` may hold tokens for the first rows only; the other rows stay as they are.
         """
         return self.model(**self._inputs(new), logits_to_keep=keep).logits
 
     def hidden(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The same, but the last hidden state (B, H) of each row, behind the final norm."""
+        """Append like :meth:`forward`.  Returns the last hidden state (B, H) of each row, behind the final norm."""
         return self.model.base_model(**self._inputs(new)).last_hidden_state[:, -1]
 
     def _inputs(self, new: Sequence[Sequence[int]]) -> dict:
@@ -218,7 +218,7 @@ class KVBatch:
         padded = [[0] * (width - n) + list(row) for row, n in zip(new, counts, strict=True)]
         known = self.lengths[:len(new)]
         before = torch.tensor(known)[:, None] - torch.tensor([width - n for n in counts])[:, None]
-        positions = before + torch.arange(width)  # (B, S); what lies left of a row's own new tokens is padding
+        positions = before + torch.arange(width)  # (B, S); columns left of a row's own new tokens are padding
         padding = positions < torch.tensor(known)[:, None]
         known = [n + more for n, more in zip(known, counts, strict=True)]
         self.lengths[:len(new)] = known
@@ -227,8 +227,8 @@ class KVBatch:
         used = max(known)
         columns = positions.masked_fill(padding, self.columns - 1).to(device)
         self.places = (torch.arange(len(new), device=device)[:, None], columns, used)
-        # A query sees the tokens up to itself; a padding query sees the first, because a softmax over
-        # nothing would be NaN.
+        # A query sees the tokens up to itself.  A padding query sees the first token, because a softmax over no token
+        # would be NaN.
         positions = positions.masked_fill(padding, 0).to(device)
         hidden = torch.arange(used, device=device) > positions[:, :, None]  # (B, S, T)
         mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=device)
@@ -237,7 +237,7 @@ class KVBatch:
                 "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
 
     def drop(self, done: Sequence[int]) -> list[int]:
-        """Remove rows; the last ones move into their places.  Returns the old index of every row left."""
+        """Remove rows; the last rows move into their places.  Returns the old index of every remaining row."""
         ended = set(done)
         left = len(self.lengths) - len(ended)
         order = list(range(left))
@@ -251,7 +251,7 @@ class KVBatch:
         return order
 
     def rows(self, wanted: Sequence[int]) -> list[KV]:
-        """The keys and values of some rows; what was known of them before isn't copied."""
+        """The keys and values of some rows, without a copy of the segments that were known before."""
         found = []
         for i in wanted:
             known = self._known[i] if len(self._known[i]) < MAX_SEGMENTS else ()

@@ -1,8 +1,8 @@
 """A Hugging Face model in this process: requests of concurrent episodes become batches.
 
-Coroutines only queue what they want.  One worker per device takes everything that waits for a model, runs it as a
-batch in a thread, and hands the answers out.  When it starts, and which model is next, is what makes batches full:
-see :mod:`itp.lm.scheduler`.
+Coroutines only queue their requests.  One worker per device takes all requests that wait for a model, runs them as a
+batch in a thread, and delivers the answers.  :mod:`itp.lm.scheduler` decides when a batch starts and which model is
+next, so that batches are full.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from itp.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 CALLS = ("read_heads", "score", "generate")
-"""The engine's calls, in the order in which they are answered."""
+"""The engine's calls, in the order of their answers."""
 
 
 @dataclass
 class _Job:
     """One prompt for one of the engine's calls (read_heads, generate, score).
 
-    ``work`` makes of the prompt's ids what the call takes; they are found when a batch starts, beside the
-    event loop.
+    ``work`` turns the prompt's token ids into the call's argument.  The model's thread tokenizes the prompt when the
+    batch starts, outside the event loop.
     """
 
     call: str
@@ -46,9 +46,8 @@ class _Job:
 class LocalLM:
     """The LM contract on a loaded model.  Build with :meth:`load`.
 
-    ``heads`` (:data:`itp.lm.engine.Heads`) are what :meth:`read_heads` asks.  ``fit_batch`` and
-    ``fit_cache``: on a GPU ``max_batch_tokens`` and ``cache_bytes`` follow from its memory
-    (:mod:`itp.lm.memory_budget`).
+    ``heads`` (:data:`itp.lm.engine.Heads`) compute the outputs of :meth:`read_heads`.  ``fit_batch`` and ``fit_cache``:
+    on a GPU, ``max_batch_tokens`` and ``cache_bytes`` follow from its free memory (:mod:`itp.lm.memory_budget`).
     """
 
     def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
@@ -62,13 +61,14 @@ class LocalLM:
         self._fit_batch, self._fit_cache = fit_batch, fit_cache
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
-        # Not every family has limits.  Within its window a model with sliding attention sees all, as the engine does.
+        # Not every model family has limits.  The engine attends to all tokens, and so does a model with sliding
+        # attention within its window.
         limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         self.context_length: int | None = min((limit for limit in limits if limit), default=None)
         self.encode = Encoder(tokenizer)
         self.busy_s = 0.0
         self.batches: list[int] = []
-        """Rows of every batch so far: its mean is the occupancy."""
+        """The number of rows of every batch so far; the mean is the occupancy."""
         self._jobs: list[_Job] = []
         self._scheduler = self.barrier.scheduler(str(self.model.device))
         self._scheduler.join(self)
@@ -93,27 +93,27 @@ class LocalLM:
             return Request(self._fitting(ids, longest), params, seed, choices)
 
         seeds = [derive_seed(params.seed, i) if i else params.seed for i in range(len(prompts))]
-        return await self._ask("generate", prompts, [functools.partial(request, seed=seed) for seed in seeds])
+        return await self._submit("generate", prompts, [functools.partial(request, seed=seed) for seed in seeds])
 
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
         def pair(ids: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
             return self._fitting(ids, len(completion)), completion
 
         work = [functools.partial(pair, completion=self.encode(completion)) for _, completion in pairs]
-        return await self._ask("score", [context for context, _ in pairs], work)
+        return await self._submit("score", [context for context, _ in pairs], work)
 
     async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
         if self.engine.heads is None:
             raise UserError(f"{self.name}: this model has no heads to choose K with; train them with "
                             "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-        return await self._ask("read_heads", prompts, [self._fitting] * len(prompts))
+        return await self._submit("read_heads", prompts, [self._fitting] * len(prompts))
 
     async def close(self) -> None:
         self._scheduler.leave(self)
         self._thread.shutdown(wait=True)
 
     def fit_memory(self, share: int) -> None:
-        """Make use of ``share`` bytes of the device."""
+        """Set the sizes of cache and batches for ``share`` bytes of the device."""
         config, width = self.model.config.get_text_config(), self.model.dtype.itemsize
         cache_bytes, batch_tokens = split_share(share, token_bytes(config, width))
         if self._fit_batch:
@@ -124,13 +124,13 @@ class LocalLM:
                  self.engine.cache.max_bytes / 2**30, self.engine.max_batch_tokens)
 
     def _fitting(self, ids: list[int], more: int = 0) -> list[int]:
-        """``ids``, if the model's context holds them and ``more``."""
+        """``ids``, if the model's context holds them and ``more`` tokens; raises PromptTooLong otherwise."""
         if self.context_length and len(ids) + more > self.context_length:
             raise PromptTooLong(f"{self.name}: a prompt of {len(ids)} tokens and {more} new ones exceed its context of "
                                 f"{self.context_length}; imagine fewer steps, or let answers be shorter")
         return ids
 
-    async def _ask(self, call: str, prompts: Sequence[str], work: Sequence[Callable[[list[int]], Any]]) -> list[Any]:
+    async def _submit(self, call: str, prompts: Sequence[str], work: Sequence[Callable[[list[int]], Any]]) -> list[Any]:
         """The engine's answers to some prompts, from the next batch."""
         if not prompts:
             return []
@@ -144,17 +144,17 @@ class LocalLM:
 
     @property
     def waiting_prompts(self) -> int:
-        """Prompts that wait for an answer."""
+        """The number of prompts that wait for an answer."""
         return len(self._jobs)
 
     @property
     def cache_bytes_used(self) -> int:
-        """Memory that its computed prefixes take now."""
+        """The memory that its computed prefixes take now."""
         return self.engine.cache.bytes
 
     async def run_batch(self) -> None:
-        """Answer what waits, one kind of call at a time."""
-        # Readings go first and alone: whoever gets one asks for an action next, in one batch with the rest.
+        """Answer all waiting requests of one kind of call."""
+        # Heads are read first and alone, because the episodes with an answer can then join the next batch of actions.
         call = min((job.call for job in self._jobs), key=CALLS.index)
         jobs = [job for job in self._jobs if job.call == call]
         self._jobs = [job for job in self._jobs if job.call != call]
@@ -162,8 +162,15 @@ class LocalLM:
         await self._answer(call, jobs)
         self.busy_s += time.monotonic() - start
 
+    def fail(self, error: BaseException) -> None:
+        """Raise ``error`` for all waiting requests."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            if not job.answer.done():
+                job.answer.set_exception(error)
+
     def _run(self, call: str, jobs: list[_Job]) -> list[Any]:
-        """In the model's thread: the answers to jobs of one kind, or the PromptTooLong why there is none."""
+        """The answers to jobs of one kind, or a PromptTooLong in place of an answer.  Runs in the model's thread."""
         run: Callable[[list[Any]], list[Any]] = getattr(self.engine, call)
         work = [self._work(job) for job in jobs]
         fitting = [one for one in work if not isinstance(one, PromptTooLong)]
@@ -173,17 +180,17 @@ class LocalLM:
     def _work(self, job: _Job) -> Any:
         try:
             return job.work([*self.encode.start, *self.encode(job.prompt)])
-        except PromptTooLong as error:  # no fault of the others in the batch
+        except PromptTooLong as error:  # an error of this job alone, not of its batch
             return error
 
     async def _answer(self, call: str, jobs: list[_Job]) -> None:
         self.batches.append(len(jobs))
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, call, jobs)
         await asyncio.wait([running])
-        failed = running.exception()  # an error belongs to those who wait for the answer
+        failed = running.exception()  # the error goes to everyone who waits for an answer
         answers = [failed] * len(jobs) if failed is not None else running.result()
         for job, answer in zip(jobs, answers, strict=True):
-            if job.answer.done():  # its episode was cancelled meanwhile
+            if job.answer.done():  # its episode was canceled meanwhile
                 continue
             if isinstance(answer, BaseException):
                 job.answer.set_exception(answer)

@@ -1,8 +1,8 @@
-"""How much a local model computes at a time and remembers: what flags say, else what fits the memory that is free.
+"""The sizes of a local model's batches and of its prefix cache: from the flags, else from the free memory.
 
-The models of a GPU share what is free there once all of them are loaded, which is when the first batch starts: each
-has an equal part, half for computed prefixes, half for the batch at hand.  On a CPU, and beside a model in training,
-both sizes are fixed.
+The models of a GPU share its free memory when the first batch starts, because all of them are loaded then.  Each model
+gets an equal part: half of it for computed prefixes, and half for the current batch.  On a CPU, and beside a model in
+training, both sizes are fixed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CACHE_BYTES = 256 << 20
 BATCH_TOKENS = 16384
 LEAST_BATCH_TOKENS = 2048
 USED = 0.8
-"""Of what is free; the rest is for logits, masks and what allocators lose."""
+"""The share of the free memory to use.  The rest is for logits, masks and the allocator's losses."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class EngineFlags:
 
     @property
     def fixed_engine(self) -> dict[str, Any]:
-        """The same for a model that leaves the device's memory to others."""
+        """LocalLM's options for a model that leaves the device's free memory to others."""
         return self.engine | {"fit_cache": False, "fit_batch": False}
 
 
@@ -46,10 +46,10 @@ def split_share(share: int, token_bytes: int) -> tuple[int, int]:
 
 
 def token_bytes(config: Any, width: int) -> int:
-    """Memory of a token in a batch, of a Hugging Face configuration, in numbers of ``width`` bytes.
+    """Memory of a token in a batch, for a Hugging Face configuration and numbers of ``width`` bytes.
 
-    Keys and values of every layer, a quarter more for the block that grows (kv_cache.Memory), and what one layer
-    has at a time: normed inputs, q, k, v, attention's output, residuals, and the MLP's width some times.
+    It holds the keys and values of every layer, a quarter more for the block that grows (kv_cache.BatchMemory), and the
+    activations of one layer: normed inputs, q, k, v, the attention's output, residuals, and four times the MLP's width.
     """
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 names none
     kept = kv_bytes(config, width)

@@ -1,25 +1,25 @@
 """The LM contract on any OpenAI-compatible server: vLLM, SGLang, ``transformers serve``, DeepSeek, ...
 
-Every prompt is a request of its own; ``concurrency`` of them run at once and the server batches them.
+Every prompt is a request of its own; ``concurrency`` requests run at once, and the server batches them.
 
-What happens to a request that fails:
+Failed requests:
 
-- 429, 5xx, 408, 409, a lost connection or no answer in ``timeout_s``: up to ``max_retries`` more tries
-  by the ``openai`` package, after 0.5, 1, 2, 4, 8, 8, ... seconds less up to a quarter, or after the
-  seconds that the server's Retry-After names (at most 120).
-- After these, a lost connection, 502 or 503 means that the server is away: it is asked again until
-  ``retry_for_s`` seconds have gone by since then, so that a run survives the server's restart.
-- Everything else, and what lasts, is a UserError.
+- After 429, 5xx, 408, 409, a lost connection or no answer in ``timeout_s``, the ``openai`` package tries up to
+  ``max_retries`` more times.  It waits 0.5, 1, 2, 4, 8, 8, ... seconds less up to a quarter, or the seconds in the
+  server's Retry-After (at most 120).
+- If the connection is still lost after these tries, or the answer is still 502 or 503, the server is away.  The request
+  is sent again until ``retry_for_s`` seconds have passed, so that a run survives the server's restart.
+- Every other error, and every error that lasts, is a UserError.
 
-What servers do differently:
+Differences between servers:
 
-- Token counts are the server's own; an answer without them is refused, since costs are results here.
-- Stop strings are sent, and the text is cut where one appears: ``transformers serve`` leaves them in,
-  and some servers ignore them.
-- ``transformers serve`` samples only where the model's ``generation_config.json`` says ``do_sample``
-  (else it decodes greedily at any temperature), and its seed is one for the whole process: there,
-  sampled text repeats only at ``concurrency`` 1.  DeepSeek takes no seed.
-- Defaults that a request doesn't name (top_k, repetition penalty) are the server's.
+- Token counts are the server's own.  An answer without them is refused, since costs are results here.
+- Stop strings are sent, and the text is also cut here where one appears, because ``transformers serve`` leaves them in
+  the text and some servers ignore them.
+- ``transformers serve`` samples only where the model's ``generation_config.json`` says ``do_sample``; otherwise it
+  decodes greedily at any temperature.  Its seed is one for the whole process, so sampled text repeats only at
+  ``concurrency`` 1.  DeepSeek takes no seed.
+- A request doesn't set top_k or the repetition penalty, so the server's defaults apply.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ log = logging.getLogger(__name__)
 
 Api = Literal["completions", "chat"]
 PATHS: dict[str, str] = {"completions": "/completions", "chat": "/chat/completions"}
-NO_KEY = "no-api-key-is-set"  # the client insists on a key; servers that ask for none ignore it
+NO_KEY = "no-api-key-is-set"  # the client requires a key; servers without keys ignore it
 CONNECT_TIMEOUT_S = 10.0
-AWAY = (502, 503)  # what a gateway or a starting server says while the model isn't there
+AWAY = (502, 503)  # the answers of a gateway or of a starting server while the model isn't available
 T = TypeVar("T")
 
 
 class OpenAILM:
-    """A model behind ``base_url`` (up to and with ``/v1``), asked by the completions or the chat API.
+    """A model behind ``base_url`` (up to and including ``/v1``), by the completions or the chat API.
 
-    ``api_key_env`` names the environment variable that holds the key; unset means a server without
-    keys.  The key goes into the request's header and nowhere else.  With ``api="chat"`` a prompt is
-    one user message.
+    ``api_key_env`` names the environment variable that holds the key; unset means a server without keys.  The key goes
+    into the request's header and nowhere else.  With ``api="chat"`` a prompt is one user message.
     """
 
     def __init__(self, model: str, base_url: str, api_key_env: str = "DEEPSEEK_API_KEY", *,
@@ -68,7 +67,7 @@ class OpenAILM:
             raise UserError(f"an LM server needs concurrency >= 1, max_retries >= 0 and a timeout above 0 s, "
                             f"not {concurrency}, {max_retries} and {timeout_s:g}")
         self.name, self.role = model, role
-        self.tokenizer, self.context_length = None, None  # the server's own business
+        self.tokenizer, self.context_length = None, None  # only the server knows them
         self._url, self._api, self._api_key_env = base_url.rstrip("/"), api, api_key_env
         self._timeout_s, self._max_retries, self._retry_for_s = timeout_s, max_retries, retry_for_s
         self._slots = asyncio.Semaphore(concurrency)
@@ -92,10 +91,10 @@ class OpenAILM:
                         "or another --k_policy")
 
     async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
-        """Score completions by having the server echo the joined text with its log-probabilities.
+        """Score completions: the server echoes the joined text with its log-probabilities.
 
-        The server tokenises the joined text (there is no other way to ask one that keeps its tokenizer),
-        so a pair where a token covers the end of the context and the start of the completion is refused.
+        Only the server has the tokenizer, so it tokenizes the joined text.  A pair is refused if one token covers both
+        the end of the context and the start of the completion.
         """
         if self._api != "completions":
             raise UserError(f"{self.name} at {self._url}: the chat API can't score text; "
@@ -110,7 +109,7 @@ class OpenAILM:
     async def _complete(self, prompt: str, params: GenParams, index: int) -> Generation:
         body: dict[str, Any] = {"max_tokens": params.max_new_tokens, "temperature": params.temperature}
         if params.temperature > 0:
-            # 31 bits: what every server takes for a seed, whatever integer it keeps it in.
+            # 31 bits, which every server accepts as a seed, whatever its integer type.
             body |= {"top_p": params.top_p, "seed": derive_seed(params.seed, index) >> 32}
         if params.stop:
             body["stop"] = list(params.stop)
@@ -118,8 +117,8 @@ class OpenAILM:
             body["prompt"] = prompt
         else:
             body["messages"] = [{"role": "user", "content": prompt}]
-        choice, usage = await self._ask(body)
-        # A chat answer's content is null where a thinking model used up its tokens before it.
+        choice, usage = await self._request(body)
+        # The content of a chat answer is null where a thinking model has used up its tokens before it.
         said = (choice["text"] if self._api == "completions" else choice["message"].get("content")) or ""
         text, rest = _cut(said, params.stop)
         reason = choice.get("finish_reason")
@@ -136,8 +135,8 @@ class OpenAILM:
         )
 
     async def _score(self, context: str, completion: str) -> TokenLogprobs:
-        # One token is asked for, and left out: not every server takes max_tokens 0.
-        choice, usage = await self._ask({
+        # The request is for one new token, which is ignored, because not every server accepts max_tokens 0.
+        choice, usage = await self._request({
             "prompt": context + completion, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0,
         })
         logprobs, n_prompt = choice.get("logprobs") or {}, usage["prompt_tokens"]
@@ -156,7 +155,7 @@ class OpenAILM:
                             "a completion needs a context before it")
         return TokenLogprobs(tuple(scored), prompt_tokens=n_prompt, cached_tokens=_cached_tokens(usage))
 
-    async def _ask(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _request(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The first choice and the usage of the server's answer to ``body``."""
         async with self._slots:
             answer = await self._post({"model": self.name, **body})
@@ -193,7 +192,7 @@ class OpenAILM:
                 return answer
 
     def _explain(self, error: Any) -> UserError:
-        """One line for an ``openai.APIError``: which model and URL, what happened, what to do."""
+        """One line for an ``openai.APIError``: the model and its URL, the error, and the remedy."""
         import openai
 
         if isinstance(error, openai.APITimeoutError):
@@ -216,7 +215,7 @@ class OpenAILM:
         }.get(status, "; see the server's log" if status >= 500 else "")
 
     def _one_line(self, body: Any) -> str:
-        """What the server said, short and without the key, should it quote the key."""
+        """The server's message, shortened, and without the key in case the server quotes it."""
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body.get("error") or body
         said = " ".join(str(body).split()).replace(self._client.api_key, "***")
@@ -237,7 +236,7 @@ def _check_url(base_url: str) -> None:
     if not valid:
         raise UserError(f"{base_url!r} is no server's URL; one looks like http://127.0.0.1:8000/v1")
     if url.username or url.password or url.query:
-        # Not quoted: what stands there is likely to be the secret.
+        # The URL isn't quoted, because these parts are likely to be secret.
         raise UserError(f"the URL of the server at {url.hostname} must hold no user, password or ?query; "
                         "keys go into an environment variable")
 
@@ -259,7 +258,7 @@ def _is_away(error: Any) -> bool:
 
 
 def _says_too_long(error: Any) -> bool:
-    """Whether a server refused a prompt because its context doesn't hold it: OpenAI's code, or the words of others."""
+    """Whether a server refused a prompt that exceeds its context: by OpenAI's code, or by words in the message."""
     import openai
 
     if not isinstance(error, openai.BadRequestError):
@@ -278,10 +277,10 @@ def _cut(text: str, stop: Sequence[str]) -> tuple[str, str]:
 
 
 def _start_of(tokens: Sequence[str], completion: str) -> int | None:
-    """The index from which on ``tokens`` spell ``completion``; None where no token starts there.
+    """The index of the token at which ``completion`` starts; None where no token starts there.
 
-    Counted from the end by the tokens' own text: a begin-of-text token shifts the offsets that servers
-    report, and SGLang reports none.
+    It is counted from the end by the text of the tokens.  A begin-of-text token shifts the offsets that servers report,
+    and SGLang reports no offsets.
     """
     start, length = len(tokens), 0
     while length < len(completion) and start > 0:
@@ -291,13 +290,13 @@ def _start_of(tokens: Sequence[str], completion: str) -> int | None:
 
 
 def _cached_tokens(usage: Mapping[str, Any]) -> int:
-    """Prompt tokens from the server's cache: the field of OpenAI and vLLM, or DeepSeek's; 0 if not told."""
+    """Prompt tokens from the server's cache: the field of OpenAI and vLLM, or DeepSeek's field; 0 without either."""
     details = usage.get("prompt_tokens_details") or {}
     return details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
 
 
 async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results in order.  The first failure cancels the rest, which would go on asking and paying."""
+    """The results in order.  The first failure cancels the other calls, which would only cost more."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))

@@ -1,7 +1,7 @@
-"""When a batch starts, and which model of a device computes it.
+"""The start of a batch, and the choice of the model on a device that computes next.
 
-Coroutines only queue what they want of a model.  :class:`BatchBarrier` says when a batch is complete: when every live
-episode waits for some model.  :class:`DeviceScheduler` runs the batches of the models on one device, one at a time.
+Coroutines only queue their requests.  :class:`BatchBarrier` decides when a batch is complete, which is when every live
+episode waits for a model.  :class:`DeviceScheduler` runs the batches of the models on one device, one at a time.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from itp.devices import free_bytes
 
 
 class ScheduledModel(Protocol):
-    """A model that runs its batches when it is told to: :class:`itp.lm.local.LocalLM`."""
+    """A model whose batches the scheduler starts: :class:`itp.lm.local.LocalLM`."""
 
     role: str
 
     @property
     def waiting_prompts(self) -> int:
-        """Prompts that wait for an answer."""
+        """The number of prompts that wait for an answer."""
 
     @property
     def cache_bytes_used(self) -> int:
-        """Memory that its computed prefixes take now."""
+        """The memory that its computed prefixes take now."""
 
     def fit_memory(self, share: int) -> None:
-        """Make use of ``share`` bytes of the device."""
+        """Set the sizes of cache and batches for ``share`` bytes of the device."""
 
     async def run_batch(self) -> None:
-        """Answer what waits, one kind of call at a time."""
+        """Answer all waiting requests of one kind of call."""
+
+    def fail(self, error: BaseException) -> None:
+        """Raise ``error`` for all waiting requests."""
 
 
 class BatchBarrier:
-    """Counts the live episodes, and how many of them wait for a model.
+    """Counts the live episodes, and the episodes among them that wait for a model.
 
-    A batch starts when every live episode waits for some model, since then nobody can still join; or when nobody
-    has come for ``patience_s``, because an environment is slow.  The models of a run share one barrier.
+    A batch starts when every live episode waits for a model, since no other request can come then.  It also starts when
+    no request has come for ``patience_s``, because an environment is slow.  The models of a run share one barrier.
     """
 
     def __init__(self, patience_s: float = 0.03) -> None:
@@ -54,13 +57,13 @@ class BatchBarrier:
         return self._schedulers.setdefault(device, DeviceScheduler(self, device))
 
     def add(self, live: int) -> None:
-        """``live`` more episodes (fewer, where it is negative)."""
+        """Count ``live`` more episodes; fewer, if it is negative."""
         self.live += live
         self.changed.set()
 
     @contextmanager
     def wait(self, who: object) -> Iterator[None]:
-        """Around a request of episode ``who``, which counts once, however many requests it has under way."""
+        """Put this around a request of episode ``who``.  An episode counts once, however many requests it waits for."""
         self.waiting[who] += 1
         self.changed.set()
         try:
@@ -72,23 +75,23 @@ class BatchBarrier:
             self.changed.set()
 
     async def complete(self) -> None:
-        """Return when everyone waits, or when nobody has come for a while."""
-        await asyncio.sleep(0)  # let the coroutines that are ready put their requests first
+        """Return when every episode waits, or when no request has come for a while."""
+        await asyncio.sleep(0)  # let the coroutines that are ready queue their requests first
         while len(self.waiting) < self.live:
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), self.patience_s)
             except asyncio.TimeoutError:  # an alias of TimeoutError since Python 3.11
-                if not self.changed.is_set():  # or somebody came while the event loop was busy
+                if not self.changed.is_set():  # it is set if a request came while the event loop was busy
                     return
 
 
 class DeviceScheduler:
-    """The models on one device.  One of them computes at a time; meanwhile requests to the others gather."""
+    """The models on one device.  One of them computes at a time, and requests to the others queue meanwhile."""
 
     RESUME_TURNS = 4
-    """Turns of the event loop between two batches: whoever was answered stops waiting before the next one starts.
-    An answer passes the future of its job, the gather of its call, the method, and the barrier."""
+    """Turns of the event loop between two batches, so that answered episodes stop waiting before the next batch starts.
+    An answer passes through four stages: the future of its job, the gather of its call, the method, and the barrier."""
 
     def __init__(self, barrier: BatchBarrier, device: str) -> None:
         self.barrier, self.device = barrier, device
@@ -104,12 +107,19 @@ class DeviceScheduler:
         self._models.remove(model)
 
     def wake(self) -> None:
-        """See to it that the requests that wait are answered."""
+        """Start the worker, unless it runs, so that waiting requests get an answer."""
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_task(self._serve())
+            self._worker.add_done_callback(self._ended)
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        """An error between two batches goes to everyone who waits, because no batch comes any more."""
+        if not worker.cancelled() and (error := worker.exception()) is not None:
+            for model in self._models:
+                model.fail(error)
 
     async def _serve(self) -> None:
-        """Run batches until nobody waits for one."""
+        """Run batches until no request waits."""
         while True:
             await self.barrier.complete()
             model = self._next()
@@ -121,7 +131,7 @@ class DeviceScheduler:
                 await asyncio.sleep(0)
 
     def _share_memory(self) -> None:
-        """Share the device's memory among its models.  Not before the first batch: only then all are loaded."""
+        """Share the device's free memory among its models, once all of them are loaded: at the first batch."""
         free = None if self._memory_shared else free_bytes(self.device)
         self._memory_shared = True
         if free is not None:
@@ -132,8 +142,8 @@ class DeviceScheduler:
     def _next(self) -> ScheduledModel | None:
         """The policy, until twice as many prompts wait for the world model.
 
-        Most of the policy's answers lead to a request to the world model, whose long answers cost less apiece in a
-        full batch.
+        Most of the policy's answers lead to a request to the world model.  The world model's answers are long, so each
+        costs less in a full batch.
         """
         waiting = [model for model in self._models if model.waiting_prompts]
         return max(waiting, key=lambda m: m.waiting_prompts * (1 if m.role == "world_model" else 2), default=None)

@@ -1,4 +1,4 @@
-"""Models behind servers, as programs are told of them: the flags, and the client that these ask for."""
+"""Models behind servers: the flags of the programs, and the client that they describe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WorldModelServerFlags:
 
 @dataclass(frozen=True)
 class Server:
-    """A model on a server: what :class:`OpenAILM` needs to know."""
+    """A model on a server: the arguments of :class:`OpenAILM`."""
 
     model: str
     url: str
@@ -52,7 +52,7 @@ class Server:
 
     @property
     def identity(self) -> str:
-        """What stands for the weights' fingerprint on record, since nobody here can see these."""
+        """The record's substitute for a fingerprint of the weights, which only the server has."""
         return f"{self.model} at {self.url}"
 
     def connect(self, role: str, concurrency: int) -> OpenAILM:
@@ -60,11 +60,11 @@ class Server:
                         timeout_s=self.timeout_s, max_retries=self.max_retries)
 
     def needs_template(self, path: str, style: str) -> bool:
-        """Whether prompts for the model at ``path`` are put into its turns here, since the completions API doesn't."""
+        """Whether this side applies the chat template of the model at ``path``, since the completions API doesn't."""
         return bool(path) and self.api == "completions" and trained_format(path, style) is None
 
     def tokenizer(self, path: str, style: str) -> Any:
-        """The tokenizer whose chat template is needed here; None where none is."""
+        """The tokenizer with the chat template to apply here; None where none is needed."""
         return load_tokenizer(path) if self.needs_template(path, style) else None
 
     def check_selection(self, selection: str) -> None:

@@ -1,8 +1,8 @@
-"""Token ids of texts that grow line by line, at the price of their new lines.
+"""Token ids of texts that grow line by line, for the cost of their new lines.
 
-Prompts are states, states grow by lines, and tokenising them anew at every step would take a small model
-more time than answering.  A tokenizer whose tokens never reach across the start of a line gives for a text
-what it gives for its lines; whether it is such a one is tried out once.
+Prompts are states, and states grow by lines.  To tokenize whole states at every step would take longer than the answers
+of a small model.  If no token crosses the start of a line, the ids of a text are the ids of its lines, one after the
+other.  Whether this is true for a tokenizer is tested once, on a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEPT_LINES = 1 << 16
 
 
 class Encoder:
-    """``encode(text)`` gives the ids of a text, without what the tokenizer puts before it (``start``)."""
+    """``encode(text)`` gives the ids of a text, without the ids that the tokenizer puts before it (``start``)."""
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -39,7 +39,7 @@ class Encoder:
         return [i for line in lines for i in ids[line]]
 
     def count(self, text: str) -> int:
-        """The tokens of a text, with what the tokenizer puts before it."""
+        """The number of tokens of a text, with the ids that the tokenizer puts before it."""
         return len(self.start) + len(self(text))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

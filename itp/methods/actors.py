@@ -49,9 +49,11 @@ def verb_first(actions: Sequence[str], draw: random.Random, without: Sequence[st
 
 
 class RandomWalk:
-    """Random actions that a world model can learn from: half of them change something, of whatever thing (an expert's
-    are all of its task's); the others are visits, to few enough places that it comes back to them, and a few looks.
-    In ScienceWorld: see :func:`random_action`."""
+    """Random actions for world-model data.
+
+    Half of them change an object, not only the task's object (an expert changes no other).  Most of the rest visit a
+    few places repeatedly, and some only look.  In ScienceWorld: see :func:`random_action`.
+    """
 
     name, want_admissible = "random", True
 
@@ -81,7 +83,7 @@ class AnyAction:
 
 
 class NoisyActor:
-    """An actor at a share of whose steps another one acts.
+    """Replaces a share of an actor's actions by those of another actor.
 
     ``noise``: the other actor.  ``shares``: an episode has one of these, by its game.  What the first actor would have
     done is the decision's ``expert_action``.

@@ -81,7 +81,7 @@ class Method(Protocol):
 
 
 class PolicyMethod:
-    """A method that acts with a policy, and where it imagines with a world model: the base of all in this folder."""
+    """The base of all methods with a policy; those that imagine also have a world model."""
 
     name: str
 

@@ -49,7 +49,7 @@ class Tot(PolicyMethod):
                       considered=tuple((p.choice.action, p.value, 1) for p in first))
 
     async def search(self, plans: list[Plan], seed: int) -> list[Plan]:
-        """Of ``plans`` of one step, those that are left after ``max_k``."""
+        """Extend one-step plans to ``max_k`` steps.  Returns the remaining plans."""
         for _ in range(self.settings.max_k - 1):
             best = sorted(plans, key=lambda plan: -plan.value)[:self.settings.beam]
             grown = await asyncio.gather(*(self.grow(plan, seed) for plan in best))

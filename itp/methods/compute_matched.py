@@ -3,9 +3,9 @@
 Self-Refine (Madaan et al., 2023): act, reflect on that action, act again with the reflection in the prompt, until the
 action stays or ``rounds`` are spent.  Departure: feedback and refinement are on one action, not on a whole answer.
 
-Multi-Attempt: ``candidates`` attempts drawn from the policy; the action that most of them chose is executed
-(self-consistency, Wang et al., 2023), of equals the one drawn first.  Departure: the paper doesn't say what an
-attempt is; ours are attempts at a decision, because a second attempt at an episode would see the environment twice.
+Multi-Attempt: ``candidates`` actions are sampled, and the most frequent one is executed (self-consistency, Wang et al.,
+2023).  Ties go to the first sample.  Departure: the paper doesn't say what an attempt is; ours are attempts at a
+decision, because a second attempt at an episode would see the environment twice.
 
 K-candidates: ``candidates`` different actions, each judged by the policy, P(yes) that it helps; the best is executed.
 """
@@ -41,7 +41,7 @@ class MultiAttempt(PolicyMethod):
 
     async def act(self, view: View) -> Decision:
         choices = await self.policy.sample(view.state, view.observation.admissible, self.settings.candidates, view.seed,
-                                         temperature=self.policy.temperature or 1.0)
+                                           temperature=self.policy.temperature or 1.0)
         votes = Counter(choice.action for choice in choices)
         chosen = max(choices, key=lambda choice: votes[choice.action])
         return decide(chosen, considered=tuple((a, n / len(choices), n) for a, n in votes.items()))

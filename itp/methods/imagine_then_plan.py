@@ -22,7 +22,11 @@ from itp.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Horizon:
-    """K_t, the reply that it was read from, and what the heads read: as far as either was asked."""
+    """K_t and where it comes from.
+
+    ``reply``: the reply that K was parsed from, if the policy was prompted.
+    ``heads``: the heads' outputs, if they were read.
+    """
 
     k: int
     reply: str = ""

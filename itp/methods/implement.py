@@ -1,11 +1,10 @@
 """IMPLEMENT: model-based policy iteration at test time: propose, ask the world model, propose again.
 
 The idea is policy iteration on a model (Howard, 1960), with language models for policy and model; no code of others was
-followed.  In each of at most ``rounds`` rounds the policy proposes an action.  If it has proposed it before, that is
-what is executed.  Else ``belief_samples`` outcomes of it are drawn from the world model at temperature 1, and the
-policy sums them up in one line, its belief about that action, which all its later proposals of this step have before
-them.  After the last round it proposes once more, having read all beliefs; that is executed even where it is new, and
-nobody has asked what comes of it.
+followed.  In each of at most ``rounds`` rounds the policy proposes an action.  If the policy has proposed the action
+before, it is executed.  Otherwise the world model samples ``belief_samples`` outcomes at temperature 1, and the policy
+summarizes them in one line, its belief about that action.  Later proposals of this step see these lines.  The proposal
+after the last round is executed without simulation.
 
 The world model sees the last ``RECENT`` steps and the last ``FAILED`` actions before these that the engine didn't take,
 so that it knows what doesn't work here.  Departure: the summary is the policy's ``Reflection`` on the distinct

@@ -1,8 +1,8 @@
 """RAP: Monte Carlo tree search in the world model (Hao et al., 2023, "Reasoning with Language Model is Planning with
 World Model"), with the flags of the authors' release of ITP.
 
-Each rollout goes down by UCT (``rap_uct_w``) to an edge that was never visited, goes on from there with the policy's
-most likely actions to ``rap_depth_limit``, and gives every edge of its way the mean reward from there on.  Then the
+A rollout descends by UCT (``rap_uct_w``) to an unvisited edge.  It continues greedily (the policy's most likely
+actions) to ``rap_depth_limit``.  Each edge on the path gets the mean reward from that edge on.  After all rollouts the
 root's most visited action is executed.  r(s,a) = w_logp x mean log-probability of the action's tokens + w_eval x
 P(yes) + w_goal x share of the task's words that the action names.
 

@@ -66,7 +66,7 @@ class Tree:
             greedy, sampled = await asyncio.gather(
                 self.greedy(node, admissible),
                 self.policy.sample(node.state, admissible, self.actions - 1, derive_seed(node.seed, "drawn"),
-                                 temperature=self.policy.temperature or 1.0, imagined=node is not self.root))
+                                   temperature=self.policy.temperature or 1.0, imagined=node is not self.root))
             node.choices, node.complete = distinct([greedy, *sampled]), True
         return node.choices
 
@@ -74,7 +74,7 @@ class Tree:
         """The first proposal of a node: the policy's most likely action."""
         if not node.choices:
             node.choices = await self.policy.sample(node.state, admissible, 1, node.seed, temperature=0.0,
-                                                  imagined=node is not self.root)
+                                                    imagined=node is not self.root)
         return node.choices[0]
 
     async def follow(self, node: Node, choice: Choice, look: bool = True) -> Edge:

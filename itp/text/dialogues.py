@@ -1,18 +1,18 @@
 """Dialogues for supervised fine-tuning of a policy, from recorded episodes.
 
-The format is the one that published trajectory sets use, a list of
-``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``; a gpt turn with
-``"weight": 0`` is history and not learned from (an exploratory action).  Its ``"correction"``, where the expert
-was asked, is what it should have said: imitation on states that the learner reaches itself (DAgger; Ross et al., 2011).
+Published trajectory sets use the same format, a list of
+``{"id": ..., "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.  A gpt turn with ``"weight": 0`` is
+history and isn't learned (an exploratory action).  Its ``"correction"``, where the expert gave one, is learned in its
+place: imitation on states that the learner reaches itself (DAgger; Ross et al., 2011).
 
-Besides the episode itself two short forms teach what imagine-then-plan asks for.  They come from the
-record alone and are what they are: *foresight* dialogues end with the true next steps written as an
-imagined trajectory and the expert's action after it; *horizon* dialogues end with the number of coming
-steps whose outcome the record's past determines (see :func:`horizon`).
+Besides the dialogue of the whole episode, two short forms teach the prompts of imagine-then-plan.  Both come from the
+record alone.  *Foresight* dialogues end with the true next steps in the form of an imagined trajectory, and with the
+expert's action after it.  *Horizon* dialogues end with the number of coming steps whose outcome follows from the
+record's past (see :func:`horizon`).
 
-Three more teach what planning methods ask for, with words that a teacher gives: *thought* dialogues end with a
-thought and the action that follows from it; *reflection* dialogues with what is to be made of something tried in
-the mind, and the expert's action; *helps* dialogues with whether that something is what the expert does.
+Three more forms teach the prompts of planning methods, in the expert's words.  *Thought* dialogues end with a thought
+and the action that follows from it.  *Reflection* dialogues end with a judgment of something that was tried in the
+mind, and with the expert's action.  *Helps* dialogues end with a yes or no: whether the expert does what was tried.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ Dialogue = dict[str, Any]
 
 
 def episode_dialogue(episode: Sequence[Transition]) -> Dialogue:
-    """The whole episode.  Where something else than the expert's action was executed, the expert's is learned."""
+    """The whole episode.  Where another action than the expert's was executed, the expert's action is learned."""
     return {"id": episode[0].episode_id, "conversations": _turns(episode, len(episode))}
 
 
 def foresight_dialogue(episode: Sequence[Transition], step: int, k: int) -> Dialogue:
     """The episode up to ``step``, its next ``k`` steps as if imagined, and the expert's action at ``step``.
 
-    What came before is context only: the episode's own dialogue teaches it.
+    The steps before are context only, because the episode's own dialogue teaches them.
     """
     ahead = [(t.action, t.next_state) for t in episode[step:step + k]]
     return _dialogue(episode, step, f"foresight-{step}-{k}", [_action(episode, step)], tried=foresight_text(ahead))
 
 
 def horizon_dialogue(episode: Sequence[Transition], step: int, max_k: int) -> Dialogue:
-    """The episode up to ``step`` and how far it is worth looking from there."""
+    """The episode up to ``step``, and the horizon there."""
     return _dialogue(episode, step, f"horizon-{step}", [f"Horizon: {horizon(episode, step, max_k)}"])
 
 
 def thought_dialogue(episode: Sequence[Transition], step: int, thought: str) -> Dialogue:
-    """The episode up to ``step``, what the teacher thinks there (one line), and the action that follows from it."""
+    """The episode up to ``step``, the expert's thought there (one line), and the action that follows from it."""
     return _dialogue(episode, step, f"thought-{step}", [f"Thought: {thought}\n{_action(episode, step)}"])
 
 
 def reflection_dialogue(episode: Sequence[Transition], step: int, tried: str, reflection: str) -> Dialogue:
-    """The episode up to ``step``, something tried in the mind, one line on it, and the expert's action.
+    """The episode up to ``step``, something tried in the mind, one line about it, and the expert's action.
 
-    ``tried`` is text of :func:`itp.text.prompts.foresight_text` or ``proposal_text``.
+    ``tried`` is a text of :func:`itp.text.prompts.foresight_text` or ``proposal_text``.
     """
     said = [f"Reflection: {reflection}", _action(episode, step)]
     return _dialogue(episode, step, f"reflection-{step}", said, tried=tried)
 
 
 def judge_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
-    """The same with the question whether it helps, answered yes or no."""
+    """The episode up to ``step``, something tried in the mind, and the answer (yes or no) whether it helps."""
     return _dialogue(episode, step, f"helps-{step}", [f"Helps:{(YES if helps else NO).rstrip()}"], tried=tried)
 
 
 def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
-    """How many of the coming steps (at most ``max_k``) don't show something for the first time.
+    """The number of coming steps, at most ``max_k``, before a step that shows something for the first time.
 
-    Looking at what has been seen before can be imagined; what is in a drawer that nobody has opened
-    can't.  So the horizon is 0 while the episode searches and grows when it knows what it does.
+    A model can imagine contents that were seen before, but not the contents of a drawer that nobody has opened.  So the
+    horizon is 0 while the episode searches, and it grows when the episode knows its way.
     """
     seen = {t.next_state for t in episode[:step]}
     count = 0
@@ -86,7 +86,7 @@ def _action(episode: Sequence[Transition], step: int) -> str:
 
 
 def _dialogue(episode: Sequence[Transition], step: int, name: str, said: Sequence[str], tried: str = "") -> Dialogue:
-    """The episode up to ``step`` as context, ``tried`` in the mind, and what is said then: only that is learned."""
+    """The episode up to ``step`` and ``tried`` as context, and the turns ``said`` after it, which alone are learned."""
     turns = _unlearned(_turns(episode, step))
     turns[-1] = {"from": "human", "value": turns[-1]["value"] + tried}
     turns += [{"from": "gpt", "value": value} for value in said]
@@ -94,7 +94,7 @@ def _dialogue(episode: Sequence[Transition], step: int, name: str, said: Sequenc
 
 
 def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:
-    """human, gpt, human, ... for the first ``steps`` steps, ending with what the agent then sees."""
+    """human, gpt, human, ... for the first ``steps`` steps, up to the observation after them."""
     turns: list[dict[str, Any]] = [{"from": "human", "value": episode[0].state}]
     for t in episode[:steps]:
         turn: dict[str, Any] = {"from": "gpt", "value": f"Action: {t.action}"}

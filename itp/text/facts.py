@@ -1,9 +1,9 @@
-"""Atomic facts of an observation, and Fact-F1: how much of what is true a predicted observation says.
+"""Atomic facts of an observation, and Fact-F1: the agreement between a predicted observation and the true one.
 
-An ALFWorld observation is a list of facts in prose: what is where, what is open or closed, held, on, hot,
-cool or clean.  :func:`facts` reads them out, so that two texts are compared by what they say rather than by
-their words: "a mug 1, and a pen 2" and "a pen 2, and a mug 1" say the same.  A sentence of no known form
-(other environments, a world model's nonsense) is one fact, to be met to the letter.
+An ALFWorld observation is a list of facts in prose: the places of things, and things that are open, closed, held, on,
+hot, cool or clean.  :func:`facts` extracts them, so that two texts are compared by their facts rather than by their
+words: "a mug 1, and a pen 2" and "a pen 2, and a mug 1" state the same facts.  A sentence of no known form (of another
+environment, or a world model's nonsense) is one fact, and only an equal sentence matches it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FORMS: tuple[tuple[Fact, re.Pattern[str]], ...] = (
 
 
 def facts(observation: str) -> frozenset[Fact]:
-    """What ``observation`` says."""
+    """The facts that ``observation`` states."""
     found: set[Fact] = set()
     place = ""
     for sentence in filter(None, map(str.strip, _SENTENCE_END.split(observation))):
@@ -44,7 +44,7 @@ def facts(observation: str) -> frozenset[Fact]:
 
 
 def _of_sentence(sentence: str, place: str) -> set[Fact]:
-    """The facts of one sentence; ``place`` is what "it" is."""
+    """The facts of one sentence, in which "it" stands for ``place``."""
     for fact, form in _FORMS:
         if match := form.fullmatch(sentence):
             return {(*fact, *filter(None, match.groups()))}

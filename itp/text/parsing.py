@@ -1,7 +1,7 @@
 """From a model's reply to the action that is executed.
 
-Nothing is guessed: an action that the environment doesn't know is executed all the same and answered
-by the environment ("Nothing happens."), so that it can be counted.
+No function here corrects an action.  An action that the environment doesn't know is executed too, so that the
+environment's answer ("Nothing happens.") is counted.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 
 THINK, THOUGHT = "<think>", "</think>"
-"""What thinking models put around what they think before they answer."""
+"""The marks that thinking models put around their thoughts, before the answer."""
 _ACTION_LINE = re.compile(r"^\s*Action:(.*)$", re.MULTILINE)
 
 
 def parse_action(reply: str) -> str | None:
-    """The action in a reply that also holds other text: what follows its last ``Action:`` on that line.
+    """The action in a reply: the text behind its last ``Action:``, on the same line.
 
-    A reply of one line without the label is the action itself.  None where there is neither.
+    A reply of one line without this label is the action itself.  Any other reply gives None.
     """
     labelled = _ACTION_LINE.findall(reply)
     if labelled:
@@ -26,12 +26,12 @@ def parse_action(reply: str) -> str | None:
 
 
 def clean_action(text: str) -> str:
-    """An action without the quotes, the final full stop and the spacing that chat models put around it."""
+    """An action without the quotes, the final full stop and the spaces that chat models add."""
     return " ".join(text.split()).strip("`'\"*. ")
 
 
 def parse_thought(reply: str) -> str:
-    """What stands before the last ``Action:`` line, without its ``Thought:`` label."""
+    """The text before the last ``Action:`` line, without its ``Thought:`` label."""
     matches = list(_ACTION_LINE.finditer(reply))
     thought = reply[:matches[-1].start()] if matches else ""
     return thought.strip().removeprefix("Thought:").strip()
@@ -44,5 +44,5 @@ def parse_horizon(reply: str, max_k: int) -> int | None:
 
 
 def without_thinking(reply: str) -> str:
-    """A reply without what was thought before it; empty where the thinking didn't end."""
+    """A reply without the thoughts before it; empty where the thoughts have no end."""
     return "" if THINK in reply and THOUGHT not in reply else reply.rsplit(THOUGHT, 1)[-1]

@@ -1,6 +1,6 @@
-r"""Every prompt of the project, once.
+r"""Every prompt of the project, each written once.
 
-A *tuned* model (trained by this project) sees the bare state and a label that says what to write::
+A *tuned* model (trained by this project) gets the bare state and a label that names the answer::
 
     Task: put a clean plate in fridge.          \
     Observation: You are in the middle ...       | the state s_t, itp/text/state.py
@@ -10,16 +10,15 @@ A *tuned* model (trained by this project) sees the bare state and a label that s
     Then: You pick up the plate 2 from the ..   /  K pairs of (â, ŝ)
     Action:                                     <- the policy goes on from here
 
-A policy with heads has the line ``<CTRL>`` between state and imagined trajectory.  K_t and V(s_t) are
-read there, so the text up to it is the same whether the policy decides how far to look or acts.
+The prompts of a policy with heads have the line ``<CTRL>`` between state and imagined trajectory.  The heads give K_t
+and V(s_t) there, so the text up to this line is the same for the choice of K and for the action.
 
-An *instruct* model (not trained by us) gets the same text behind an instruction.  Either may be prompted in
-turns of a chat (:mod:`itp.text.prompt_format`): the text is then what the user says, and the label is where the
-model's own turn begins.
+An *instruct* model (not trained by this project) gets the same text behind an instruction.  Both kinds of models may
+have prompts in turns of a chat (:mod:`itp.text.prompt_format`): then the text is the user's turn, and the model's turn
+begins with the label.
 
-Whitespace is code here: a label ends with its colon, what the model writes starts with a space and
-ends with a line break (the stop string), so that tokens never straddle the border between what is
-given and what is generated, whatever the tokenizer.
+White space matters here.  A label ends with its colon; the model's text starts with a space and ends with a line break
+(the stop string).  So no token crosses the border between given and generated text, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CTRL = "<CTRL>"
 """The control token of policies with heads (:mod:`itp.agent.heads`)."""
 
 END = "\n"
-"""What ends an action, a thought, a horizon: every one-line completion."""
+"""The end of every completion of one line: of an action, a thought, a horizon."""
 
 INSTRUCTION = {
     "alfworld": (
@@ -72,8 +71,8 @@ _WORLD = (
 WORLD_INSTRUCTION = {"alfworld": _WORLD.format(kind="household"),
                      "scienceworld": _WORLD.format(kind="science laboratory")}
 FORESIGHT_FORMATS = ("full", "last_obs")
-"""What of an imagined trajectory the policy reads: every step (eq. 3), or the last imagined observation only, as in
-the authors' release."""
+"""The part of an imagined trajectory that the policy reads: every step (eq. 3), or only the last imagined observation,
+as in the authors' release."""
 
 
 def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
@@ -87,7 +86,7 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
 
 
 def proposal_text(action: str) -> str:
-    """An action that might be taken and whose outcome isn't imagined."""
+    """A proposed action without an imagined outcome, as text."""
     return f"\nIf: {indent(action)}"
 
 
@@ -95,16 +94,11 @@ def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED,
                   notes: str = "", max_k: int = 0) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps).
 
-    ``foresight`` is :func:`foresight_text`'s; ``notes`` are finished lines such as
-    ``"\\nReflection: ..."`` that come between it and the label.  ``max_k``: the largest answer to ``Horizon``.
+    ``foresight`` comes from :func:`foresight_text`.  ``notes`` are complete lines such as ``"\\nReflection: ..."``
+    between it and the label.  ``max_k``: the largest answer to ``Horizon``.
     """
     mark = f"\n{CTRL}" if form.control_token else ""
     return f"{_instructed(state, label, form, max_k)}{mark}{foresight}{notes}{form.template.before_reply(label)}"
-
-
-def control_prompt(state: str, form: PromptFormat) -> str:
-    """Up to ``<CTRL>``, where K_t and V(s_t) are read: how :func:`policy_prompt` for a policy with heads begins."""
-    return f"{_instructed(state, 'Action', form, 0)}\n{CTRL}"
 
 
 def _instructed(state: str, label: str, form: PromptFormat, max_k: int) -> str:
@@ -116,7 +110,7 @@ def _instructed(state: str, label: str, form: PromptFormat, max_k: int) -> str:
 
 
 def action_target(action: str) -> str:
-    """What follows ``Action:`` in training."""
+    """The text that follows ``Action:`` in training."""
     return f" {indent(action)}{END}"
 
 
@@ -128,5 +122,5 @@ def world_model_prompt(state: str, action: str, form: PromptFormat = TUNED) -> s
 
 
 def world_model_target(next_state: str) -> str:
-    """What follows ``Observation:`` in training (and then the end-of-sequence token)."""
+    """The text that follows ``Observation:`` in training; the end-of-sequence token comes after it."""
     return f" {indent(next_state)}"

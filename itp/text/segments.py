@@ -1,4 +1,4 @@
-"""A dialogue as the segments of a training sequence: which of its text is given, and which is learned."""
+"""A dialogue as the segments of a training sequence, which are given or learned."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from itp.text.prompts import END
 
 _LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 Segment = tuple[str, bool | str]
-"""Text of a training sequence, and whether it is learned; a string is what is to be learned in its place."""
+"""A text of a training sequence, and whether it is learned; a string is learned in place of the text."""
 
 
 def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
     """The segments of a dialogue of human and gpt turns, one after the other.
 
-    A gpt turn starts with a label (``Action: ...``), which is given and not learned: exactly the label that
-    :func:`itp.text.prompts.policy_prompt` ends with.  A turn with ``weight`` 0 is context only, and its ``correction``
-    is learned in its place.  Joined, the segments are the text of a state that grows, so one sequence teaches all
-    prompts of an episode.
+    A gpt turn starts with a label (``Action: ...``), which is given and not learned, because
+    :func:`itp.text.prompts.policy_prompt` ends with exactly this label.  A turn with ``weight`` 0 is context only; its
+    ``correction`` is learned in its place.  The joined segments are the text of a growing state, so one sequence
+    teaches all prompts of an episode.
     """
     segments: list[Segment] = []
     for turn in conversations:
@@ -35,7 +35,7 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
 
 
 def _split_label(value: str) -> tuple[str, str]:
-    """A gpt turn as its label, which may be empty, and what follows."""
+    """A gpt turn as its label, which may be empty, and the text behind it."""
     label = _LABEL.match(value)
     cut = label.end() if label else 0
     return value[:cut], value[cut:] + END
@@ -44,8 +44,9 @@ def _split_label(value: str) -> tuple[str, str]:
 def dialogue_examples(conversations: Sequence[dict], template: PromptTemplate = PLAIN) -> list[list[Segment]]:
     """Training sequences of a dialogue, each a list of segments.
 
-    Plain text: one for all of it.  In turns of a chat the label stands behind the user's turn, so every learned
-    gpt turn has a sequence of its own: the text so far as one question, as inference asks it.
+    In plain text, one sequence holds the whole dialogue.  In turns of a chat, the label comes behind the user's turn,
+    so every learned gpt turn has a sequence of its own.  Its user's turn is the text so far, as in the prompts of
+    inference.
     """
     segments = dialogue_segments(conversations)
     if template == PLAIN:
@@ -55,8 +56,8 @@ def dialogue_examples(conversations: Sequence[dict], template: PromptTemplate = 
     for i, (text, learned) in enumerate(segments):
         if learned:
             label = segments[i - 1][0] if i and _LABEL.fullmatch(segments[i - 1][0]) else ""
-            asked = before.removesuffix(label).removesuffix(END)
+            state = before.removesuffix(label).removesuffix(END)
             target = learned if isinstance(learned, str) else text
-            examples.append([(f"{template.head}{asked}{template.tail}{label}", False), (target, True)])
+            examples.append([(f"{template.head}{state}{template.tail}{label}", False), (target, True)])
         before += text
     return examples

@@ -1,18 +1,18 @@
-r"""State text: the s_t of the paper, as every program writes and reads it.
+r"""State text: the s_t of the paper, in the form that every program writes and reads.
 
-A state is the task, the first observation and what has been done and seen since::
+A state is the task, the first observation, and all actions and observations since::
 
     Task: put a clean plate in fridge.
     Observation: You are in the middle of a room. ...
     Action: go to countertop 1
     Observation: On the countertop 1, you see a plate 2.
 
-It only ever grows at its end, so that s_{t+1} starts with s_t (what a KV cache can use) and one
-training sequence holds all states of an episode.  When history must be cut (``last``), the oldest
-steps go first and a line says how many; task and first observation always stay.
+It only grows at its end, so s_{t+1} starts with s_t.  A KV cache makes use of this, and one training sequence holds all
+states of an episode.  When history must be cut (``last``), the oldest steps are cut first, and a line tells how many.
+The task and the first observation always stay.
 
-Rendering is exactly invertible: ``parse(render(s)) == s``.  A line break inside a value is written
-as a line break and two spaces, so no value can be mistaken for the start of another.
+Rendering is exactly invertible: ``parse(render(s)) == s``.  A line break inside a value is written as a line break and
+two spaces, so that no part of a value looks like the start of another value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OMITTED = re.compile(r"\[(\d+) earlier steps omitted\]")
 
 @dataclass(frozen=True)
 class State:
-    """s_t.  ``history`` holds (action, observation) pairs, oldest first; ``omitted`` were cut before it."""
+    """s_t.  ``history`` holds (action, observation) pairs, oldest first; ``omitted`` pairs were cut before them."""
 
     task: str
     first: str
@@ -40,7 +40,7 @@ class State:
         return self.history[-1][1] if self.history else self.first
 
     def after(self, action: str, observation: str) -> State:
-        """s_{t+1}: the state after ``action`` was answered by ``observation``."""
+        """s_{t+1}: the state after ``action`` and its answer ``observation``."""
         return replace(self, history=(*self.history, (action, observation)))
 
     def last(self, steps: int) -> State:
@@ -64,7 +64,7 @@ class State:
 
 
 def indent(value: str) -> str:
-    """``value`` as it stands inside a rendered state: later lines are indented."""
+    """``value`` in the form that it has inside a rendered state: its later lines are indented."""
     return value.replace("\n", "\n  ")
 
 
@@ -74,7 +74,7 @@ def dedent(text: str) -> str:
 
 
 def parse(text: str) -> State:
-    """The state that rendered as ``text``.  Raises ValueError naming the line that doesn't fit."""
+    """The state that renders as ``text``.  Raises ValueError with the line that doesn't fit."""
     lines = _join_continuations(text)
     if len(lines) < 2:
         raise ValueError("a state has at least a task and an observation")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import read_json
+from itp.training.examples import TrainingRow
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +33,24 @@ def whole_checkpoints(out_dir: str | Path) -> list[Path]:
     return [folder for _, folder in sorted(found)]
 
 
-def resume_from(out_dir: str, world_size: int) -> Path | None:
-    """The checkpoint to go on from; None where there is none.  UserError where other processes wrote it."""
+def row_lengths(rows: Sequence[TrainingRow]) -> str:
+    """Tells the rows of one run from those of another: the order of an epoch follows from their lengths."""
+    return hashlib.sha256(repr([len(row["input_ids"]) for row in rows]).encode()).hexdigest()[:16]
+
+
+def resume_from(out_dir: str, world_size: int, rows: str) -> Path | None:
+    """The checkpoint to go on from; None where there is none.
+
+    Raises UserError where it was written by another number of processes, or for other ``rows`` (:func:`row_lengths`).
+    """
     checkpoints = whole_checkpoints(out_dir)
     if not checkpoints:
         return None
-    then = read_json(checkpoints[-1] / "complete.json")["world_size"]
+    written = read_json(checkpoints[-1] / "complete.json")
+    if written.get("rows") != rows:
+        raise UserError(f"{checkpoints[-1]} was written by a version of this program that made other rows of the same "
+                        "data, so its epoch can't go on; finish it with that version, or choose another out_dir")
+    then = written["world_size"]
     if then != world_size:
         raise UserError(f"{checkpoints[-1]} was written by {then} processes and this run has {world_size}; "
                         f"start it with {then}, or with another out_dir")

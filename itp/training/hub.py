@@ -41,14 +41,14 @@ def _text(card: ModelCard, base: str, settings: Any, metrics: Mapping[str, Any])
     # Of a hub's model the fingerprint is its name with the revision, of a folder what its files hold.
     fingerprint = model_fingerprint(base)
     source = f"`{Path(base).name}` (weights {fingerprint})" if Path(base).exists() else f"`{fingerprint}`"
-    asked = "plain text" if card.template == PLAIN else "turns of a chat"
+    turns = "plain text" if card.template == PLAIN else "turns of a chat"
     warning = [f"**{card.warning}**", ""] if card.warning else []
     told = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     shown = {name: vars(settings)[name] for name in flags_that(type(settings), lambda about: not about.holds)}
     return "\n".join([
         f"# {Path(settings.out_dir).name}", "",
         f"Fine-tuned from {source} on {_training_data(settings) or 'text'}.",
-        f"`{MODEL_CARD}` says how it is to be asked ({asked}).", "",
+        f"`{MODEL_CARD}` holds its prompt format ({turns}).", "",
         *warning, "## Metrics", "", *(f"- {name}: {value}" for name, value in told.items()), "",
         "## Settings", "", "```json", json.dumps(shown, indent=2), "```", "",
         "## Versions", "", *(f"- {name}: {version}" for name, version in versions().items()), ""])

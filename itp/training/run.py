@@ -3,8 +3,8 @@ r"""The one fine-tuning core: LoRA or full training of a causal LM on text of wh
 The world model (eq. 1 of the paper, loss on s' only) and the base policy π_θ0 (loss on its actions)
 are this program with different examples.  A program hands :func:`finetune` its settings and a list of
 :class:`Example` (:mod:`itp.training.examples`); this module trains (:mod:`itp.training.trainer`), saves, merges,
-and writes ``metrics.json`` last: a folder that has one is finished.  What is learned beyond text is another task
-for the same run (:func:`train`): stage 2 with its heads.
+and writes ``metrics.json`` last: a folder that has one is finished.  Training on more than text, such as the heads
+of stage 2, is another task for the same run (:func:`train`).
 
 ``out_dir`` then holds ``config.json`` (the claim of :func:`itp.run_dir.open_run_dir`), ``checkpoint-N/``,
 ``trainer_state.json``, the tokenizer, with LoRA ``adapter_config.json`` and ``adapter_model.safetensors``,
@@ -32,7 +32,7 @@ from itp.files import read_json, write_json
 from itp.pretrained import load_tokenizer, model_fingerprint
 from itp.run_dir import open_run_dir
 from itp.training import hub
-from itp.training.checkpoints import resume_from, whole_checkpoints
+from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.examples import Encoding, Example, report_counts, split_off_eval
 from itp.training.settings import FinetuneSettings
 from itp.training.task import Measure, Task
@@ -130,7 +130,7 @@ def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     args = training_arguments(settings, dtype, len(train_rows))  # before the model: ZeRO-3 looks there
     set_seed(settings.seed)
     trainer = FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, eval_rows)
-    metrics = trainer.run(resume_from(settings.out_dir, args.world_size))
+    metrics = trainer.run(resume_from(settings.out_dir, args.world_size, row_lengths(train_rows)))
     if settings.lora_r:
         task.save_adapter(trainer)
     else:

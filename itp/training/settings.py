@@ -56,8 +56,8 @@ class FinetuneSettings:
     merge: bool = flag(True, help="also write the complete model to merged_dir", affects_result=False)
     merged_dir: str = flag("", help="where; empty: OUT_DIR/merged_full", affects_result=False, holds="path")
     prompt_form: str = flag("auto", choices=("auto", "plain", "chat"),
-                            help="what is learned is asked for as plain text or in the turns of the tokenizer's chat "
-                                 "template, now and at inference; auto: as the model was trained here, else plain")
+                            help="prompt format: plain text, or the tokenizer's chat template; auto: the format of the "
+                                 "starting model, else plain")
     deepspeed: str = flag("", help="DeepSpeed configuration; start the program with the deepspeed launcher")
     save_every_steps: int = flag(0, at_least=0, help="optimizer steps between checkpoints; 0: one after every epoch",
                                  affects_result=False)

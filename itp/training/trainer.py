@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from itp.errors import UserError
 from itp.files import write_json
-from itp.training.checkpoints import whole_checkpoints
+from itp.training.checkpoints import row_lengths, whole_checkpoints
 from itp.training.examples import TrainingRow
 from itp.training.from_scratch.muon import MuonAdamW
 from itp.training.settings import FinetuneSettings
@@ -121,8 +121,8 @@ class SimilarLengths(Sampler[int]):
 class Guard(TrainerCallback):
     """Nothing non-finite is saved, whole checkpoints are marked, old ones removed, progress is said."""
 
-    def __init__(self, accelerator: Accelerator, save_total_limit: int, bar: bool):
-        self.accelerator, self.save_total_limit, self.bar = accelerator, save_total_limit, bar
+    def __init__(self, accelerator: Accelerator, save_total_limit: int, rows: str, bar: bool):
+        self.accelerator, self.save_total_limit, self.rows, self.bar = accelerator, save_total_limit, rows, bar
         self.skipped = 0
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -154,7 +154,8 @@ class Guard(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*"))
                  if file.is_file() and file.name != "complete.json"}
-        write_json(folder / "complete.json", {"step": state.global_step, "world_size": args.world_size, "sizes": sizes})
+        write_json(folder / "complete.json", {"step": state.global_step, "world_size": args.world_size,
+                                              "rows": self.rows, "sizes": sizes})
         for old in whole_checkpoints(args.output_dir)[:-self.save_total_limit]:
             shutil.rmtree(old)
 
@@ -186,7 +187,8 @@ class FineTuner(Trainer):
         self._step_loss: torch.Tensor | float = 0.0
         self.eval_collator = task.collator(pad_id)
         self.remove_callback(PrinterCallback)
-        self.add_callback(Guard(self.accelerator, task.settings.save_total_limit, bar=not args.disable_tqdm))
+        self.add_callback(Guard(self.accelerator, task.settings.save_total_limit, row_lengths(train_rows),
+                                bar=not args.disable_tqdm))
 
     def _get_train_sampler(self, train_dataset: list[TrainingRow] | None = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -2,7 +2,7 @@ r"""Train the world model M_φ: p_φ(s'|s, a) on transitions, loss on s' only (e
 
 Usually started by ``run_worldmodel_tuning.sh``.  The prompt is the one of
 :func:`itp.text.prompts.world_model_prompt`, the same that inference uses.  Besides the held-out loss,
-``metrics.json`` has the share of held-out transitions whose s' is predicted to the letter (greedy).
+``metrics.json`` has the share of held-out transitions whose s' is predicted exactly (greedy).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def examples_for(settings: WorldModelSettings, tokenizer: PreTrainedTokenizerBas
 
 
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[TrainingRow]) -> dict[str, Any]:
-    """How many of ``rows`` the model completes to the letter, decoding greedily to its stop token."""
+    """How many of ``rows`` the model completes exactly, decoding greedily to its stop token."""
     from itp.lm.base import GenParams
     from itp.lm.engine import Engine, Request
 

@@ -53,7 +53,7 @@ python=$(command -v python3 || command -v python) || fail "no python3 on the PAT
 # The package is found in a checkout that isn't installed, too.
 export PYTHONPATH=$(cd -- "$here/../.." && pwd)${PYTHONPATH:+:$PYTHONPATH}
 checked=$("$python" -m world_model.base_tuning.finetune "${flags[@]}" --check_only true)
-[[ $checked != "already done" ]] || exit 0
+[[ ${checked##*$'\n'} != "already done" ]] || exit 0
 
 command -v deepspeed > /dev/null || fail "no deepspeed on the PATH; pip install deepspeed"
 

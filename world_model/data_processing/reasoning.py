@@ -1,8 +1,8 @@
-"""What a teacher could have said while it played: dialogues that teach a small LM how planning methods ask.
+"""Dialogues that teach a small LM the prompts of the planning methods: thoughts, reflections, yes and no.
 
-The words are the expert's own knowledge (:meth:`itp.envs.alfworld.expert.Expert.thought`): what it looks for or
-has, what it has ruled out, what comes next.  Whether something helps is whether the expert would do it, no more.
-So these are demonstrations of a format with true content, not a record of anybody's reasoning.
+The words come from the expert's knowledge (:meth:`itp.envs.alfworld.expert.Expert.thought`): what it looks for or has,
+what it has ruled out, what comes next.  "It helps" means only that the expert would do it.  The dialogues show the
+format with true content.  They are no record of reasoning.
 """
 
 from __future__ import annotations

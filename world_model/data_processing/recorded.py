@@ -198,8 +198,8 @@ def _opening(text: str, env: str) -> tuple[str, str]:
 
 def _action(said: str) -> str | None:
     """The action of an agent's turn: what follows its last ``Action:``; None where there is none."""
-    labelled = _ACTION.findall(said)
-    return (clean_action(labelled[-1]) or None) if labelled else None
+    labeled = _ACTION.findall(said)
+    return (clean_action(labeled[-1]) or None) if labeled else None
 
 
 def _is_thought(said: str, answer: str) -> bool:

@@ -150,7 +150,7 @@ class _State(pddl_logic.PddlState):
     def apply(self, action: Action) -> list[Proposition]:
         changes = super().apply(action)
         # ALFWorld's templates query only the places of receptacles, which no action changes.
-        if any(fact.name.removeprefix("not_") in self._logic.grammar.asked for fact in changes):
+        if any(fact.name.removeprefix("not_") in self._logic.grammar.queried for fact in changes):
             self._operators_seen.clear()
             self._commands.clear()
         return changes

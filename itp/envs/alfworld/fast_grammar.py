@@ -57,14 +57,14 @@ def game_logic(domain: str, grammar: str) -> pddl_logic.GameLogic:
     if shared is not grammar:
         symbols = _symbols(json.loads(f'"{sentences[0][1]}"'))
         logic.grammar._rules["task"] = [textgen.ProductionRule("task", symbols, condition="")]
-    logic.grammar.asked = logic.grammar.predicates_of(action.template for action in logic.actions.values())
+    logic.grammar.queried = logic.grammar.predicates_of(action.template for action in logic.actions.values())
     return logic
 
 
 class Grammar(textgen.ContextSensitiveGrammar):
     """A grammar that derives by recursion: each symbol gets the context that TextWorld would copy for it."""
 
-    asked: frozenset[str] = frozenset()
+    queried: frozenset[str] = frozenset()
     """Predicates that the commands' templates query."""
 
     def __init__(self) -> None:
@@ -156,10 +156,10 @@ def _mentioned(symbols: Iterable[textgen.Symbol], bound: tuple[Placeholder, ...]
         elif isinstance(symbol, textgen.ListSymbol):
             todo.append(symbol.symbol)
         elif isinstance(symbol, textgen.ConditionalSymbol):
-            asked = _query(symbol.given).placeholders if symbol.given else ()
-            if not set(asked) <= set(bound):
+            queried = _query(symbol.given).placeholders if symbol.given else ()
+            if not set(queried) <= set(bound):
                 return bound
-            names.update(placeholder.name for placeholder in asked)
+            names.update(placeholder.name for placeholder in queried)
             todo.append(symbol.expression)
         elif not isinstance(symbol, textgen.TerminalSymbol):
             return bound

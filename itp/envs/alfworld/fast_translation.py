@@ -14,7 +14,6 @@ import gc
 import hashlib
 import importlib.metadata
 import json
-import os
 import sys
 import zlib
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from fast_downward.translate.pddl.conditions import Atom
 from fast_downward.translate.pddl.f_expression import Assign
 from textworld.logic import Placeholder, Proposition, Variable
 
-from itp.files import write_atomic
+from itp.files import cache_folder, write_atomic
 
 WORLDS_KEPT = 256
 """Translated problems that a process keeps.  Each takes about 1 MB with its propositions."""
@@ -86,12 +85,12 @@ def world(domain: str, problem: str) -> TranslatedWorld:
 
 
 def _cache_file(domain: str, problem: str) -> Path | None:
-    root = os.environ.get("ITP_CACHE", "~/.cache/itp")
-    if root == "off":
+    cache = cache_folder("alfworld")
+    if cache is None:
         return None
     version = importlib.metadata.version("fast_downward_textworld")
     key = hashlib.sha256("\0".join((version, domain, problem)).encode()).hexdigest()
-    return Path(root).expanduser() / "alfworld" / key[:2] / f"{key[2:40]}.world"
+    return cache / key[:2] / f"{key[2:40]}.world"
 
 
 def _revive(plain: dict[str, Any]) -> TranslatedWorld:

@@ -2,7 +2,7 @@
 
     python -m itp.envs.alfworld_games --out data --train 600 --seen 60 --unseen 60 --seed 0
 
-writes the published layout (see :mod:`itp.games`), playable by the unmodified engine and its experts::
+writes the published layout (see :mod:`itp.envs.alfworld.games`), playable by the unmodified engine and its experts::
 
     OUT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-None-<receptacle or lamp>-<scene>/trial_<n>/
         game.tw-pddl    domain, grammar with the task sentence, problem, walkthrough

@@ -19,7 +19,7 @@ from itp.config import flag
 from itp.envs.base import EnvDied
 from itp.envs.scienceworld.env import JvmEngine, find_jar
 from itp.errors import UserError
-from itp.files import read_json, write_json
+from itp.files import cache_folder, read_json, write_json
 from itp.games import Game, resolve_split, spread
 
 log = logging.getLogger(__name__)
@@ -122,13 +122,13 @@ def parse_pairs(text: str, known: dict[str, dict[str, list[int]]]) -> Iterator[t
 def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
     """{task: {split: variations}} from the simulator, which is queried once; later from a file under $ITP_CACHE."""
     jar = Path(find_jar(jar_path))
-    root = os.environ.get("ITP_CACHE", "~/.cache/itp")
     key = hashlib.sha256(jar.read_bytes()).hexdigest()[:16]
-    file = Path(root).expanduser() / "scienceworld" / f"{key}.json"
-    if root != "off" and file.is_file():
+    cache = cache_folder("scienceworld")
+    file = cache / f"{key}.json" if cache else None
+    if file is not None and file.is_file():
         return read_json(file)
     found = _query_splits(str(jar))
-    if root != "off":
+    if file is not None:
         write_json(file, found)
     return found
 

@@ -180,7 +180,7 @@ def build_tokenizer(texts: Iterable[str]):
         normalizers.Replace(Regex(r"(?<=see|ying:) a (?=[a-z]+ \d)"), " "),
     ])
     phrases = "|".join(p.replace(".", r"\.") for p in FIXED_PHRASES)
-    names = sorted({name.lower() for name in _alfworld_names()} - set(MANY), key=len, reverse=True)
+    names = sorted({name.lower() for name in _alfworld_names()} - set(MANY), key=lambda name: (-len(name), name))
     # Numbers that games have; a name with another one is two tokens.
     numbered = rf"(?:(?:{'|'.join(names)}) [1-6]|(?:{'|'.join(MANY)}) (?:[1-9]|[1-4]\d))(?!\d)"
     words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|{numbered}|\w+|\n|[^\w\s]"

@@ -1,14 +1,14 @@
-"""Drills for a small base LM from nothing: is what the task is about in front of me, and what did I just name?
+"""Exercises (drills) that teach a small LM to match the task's object with an object in sight.
 
-That the thing in a list must be the one in the task is a circuit of its own: attention from one word to the same word
-far above.  Whole episodes don't form it in minutes: a policy learned from them takes something wherever it sees many
-things, whatever its task (the probability of ``take`` with and without the thing in sight is the same).  Some ten
-thousand short decisions do, quite suddenly, and episodes keep it.  A drill is a task and a sight, each in the engine's
-own words from the transcripts, of one room; learned is what an expert does there: take the thing, else go on.
+Matching needs attention from a word to the same word far above.  Training on whole episodes doesn't form this
+attention in minutes: such a policy takes something wherever it sees many things (the probability of ``take`` is the
+same with and without the task's object in sight).  About 20,000 short exercises do, and episodes keep it.  An
+exercise is a task and a sight of one room, both in the engine's own words from the transcripts.  Its target is what an
+expert does there: take the object if it is in sight, else go on.
 
-The engine's answer names the thing of the action.  An expert's is nearly always the task's too, so a world model
-learned from experts answers with the task's thing whatever is taken.  Some drills are such answers, about another
-thing.  They come second: together with the first kind from the start, that one doesn't form.
+The engine's answer names the object of the action.  An expert's action is nearly always about the task's object, so a
+world model trained on experts answers with that object whatever is taken.  A second kind of exercise is the answer to
+an action on another object.  It comes second: trained together from the start, the first kind isn't learned.
 """
 
 from __future__ import annotations

@@ -96,7 +96,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A checkpoint of a CPU lacks options that a GPU's Muon has in its groups.
         groups = [own | saved for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)]
-        super().load_state_dict(state_dict | {"param_groups": groups})
+        # Checkpoints of earlier versions have the momentum under another name.
+        state = {number: {"momentum_buffer" if name == "momentum" else name: value for name, value in kept.items()}
+                 for number, kept in state_dict["state"].items()}
+        super().load_state_dict({"param_groups": groups, "state": state})
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

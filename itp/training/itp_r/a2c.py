@@ -1,8 +1,8 @@
 r"""Stage 3 of ITP-R: online A2C on the real environment, the world model frozen (eq. 7 and 8).
 
-A batch is whole episodes played by the current weights: at each step the K-head draws K_t ~ P_θ(K|s_t), policy and
-world model imagine K_t steps, and a_t ~ π_θ(·|s_t, τ̂_t(K_t)) is drawn with a record of how.  One update follows
-(:mod:`itp.training.itp_r.a2c_update`), on the log-probabilities of exactly what was drawn; then the next batch.
+The current weights play a batch of whole episodes.  At each step K_t ~ P_θ(K|s_t) is sampled from the K-head, policy
+and world model imagine K_t steps, and a_t ~ π_θ(·|s_t, τ̂_t(K_t)) is sampled; the traces of both are kept.  One update
+on exactly these samples follows (:mod:`itp.training.itp_r.a2c_update`), then the next batch.
 
 The step limit belongs to the task: a state holds the steps so far, so V_θ can know that time is running out, and an
 episode that is cut there is worth nothing more.  ``--bootstrap_at_limit`` counts V_θ of the state it was cut in.
@@ -232,4 +232,6 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
             settings.wm_model, env=settings.env, device=wm_device, dtype=settings.wm_dtype, barrier=barrier,
             engine=settings.fixed_engine if wm_device == device else settings.engine,
             max_new_tokens=settings.wm_max_new_tokens)
-    return progress, Player(settings, lm, world_model, barrier), learner
+    player = Player(settings, lm, world_model, barrier)
+    policy.card = policy.card.with_format(player.policy.form)  # as it acts; a release's policy has no card
+    return progress, player, learner

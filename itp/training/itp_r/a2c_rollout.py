@@ -17,6 +17,7 @@ from itp.agent.heads import kmax_of
 from itp.agent.world_model import WorldModel
 from itp.distributed import Processes
 from itp.envs.pool import EnvPool
+from itp.errors import PromptTooLong, UserError
 from itp.games import Game
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 
 def episode_games(settings: RlSettings, games: Sequence[Game], first: int, count: int) -> list[Game]:
-    """The games of episodes ``first`` ... of the run: all games in an order drawn anew, again and again.
+    """The games of the ``count`` episodes from number ``first`` of the run on.
 
-    The number of the episode in the id makes its randomness its own.
+    The games are shuffled again for each pass.  The episode number in the id gives each episode its own seed.
     """
     chosen = []
     for number in range(first, first + count):
@@ -78,21 +79,25 @@ class Player:
         episodes = {e.game.game_id: e async for e in run_episodes(
             self.pool, self.method(greedy), games, max_steps=self.settings.max_steps, seed=self.settings.seed,
             concurrency=self.settings.num_envs, barrier=self.barrier)} if games else {}
-        return [episodes[game.game_id] for game in games if episodes[game.game_id].steps]
+        return [episodes[game.game_id] for game in games if episodes[game.game_id].reason != "env_died"]
 
     async def bootstraps(self, episodes: Sequence[Episode]) -> list[float]:
         """What each episode is worth after its last step: V_θ where the limit cut it, if that is wanted, else 0."""
+
         async def value(episode: Episode) -> float:
             if not self.settings.bootstrap_at_limit or episode.reason != "step_limit":
                 return 0.0
             step = episode.steps[-1]
             end = step.state.after(step.decision.action, step.observation)
-            return (await self.policy.read_heads(end)).value
+            try:
+                return (await self.policy.read_heads(end)).value
+            except PromptTooLong:
+                return 0.0  # the policy can't go on from there
 
         return list(await asyncio.gather(*(value(episode) for episode in episodes)))
 
     def forget(self) -> None:
-        """The weights have changed: what was computed with the old ones is void."""
+        """Clear the prefix cache after a weight update."""
         self.lm.engine.reset()
 
     async def close(self) -> None:
@@ -126,8 +131,8 @@ def advantages_of(episode: Episode, bootstrap: float, settings: RlSettings) -> t
 def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
             processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The samples of this process's episodes, and what is to be said about those of all processes."""
-    from itp.training.itp_r.losses import normalized
     from itp.training.itp_r.a2c_update import Sample
+    from itp.training.itp_r.losses import normalized
 
     found = [advantages_of(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
     everyone = processes.gather([a for advantages, _ in found for a in advantages])
@@ -135,6 +140,7 @@ def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalL
     def ids_of(text: str) -> list[int]:
         return [*lm.encode.start, *lm.encode(text)]
 
+    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
     samples: list[list[Sample]] = []
     for episode, (advantages, targets) in zip(episodes, found, strict=True):
         if settings.normalize_advantages:
@@ -146,8 +152,7 @@ def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalL
     own = [value for _, targets in found for value in targets]
     predicted = [step.decision.value for episode in episodes for step in episode.steps]
     targets, values = processes.gather(own), processes.gather(predicted)
-    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
-    return samples, row | {
+    return [steps for steps in samples if steps], row | {
         "advantage_mean": statistics.fmean(everyone), "advantage_std": statistics.pstdev(everyone),
         "value_mean": statistics.fmean(values), "target_mean": statistics.fmean(targets),
         "explained_variance": 1 - statistics.pvariance([t - v for t, v in zip(targets, values, strict=True)])
@@ -158,22 +163,29 @@ def summary(episode: Episode, settings: RlSettings) -> dict[str, Any]:
     """One episode in numbers."""
     steps, usage = episode.steps, episode.usage
     return {"return": sum(rewards_of(episode, settings)), "success": float(episode.success), "steps": len(steps),
-            "k": [step.decision.k for step in steps], "kmax": len(steps[0].decision.k_logprobs) - 1,
+            "k": [step.decision.k for step in steps],
+            "kmax": len(steps[0].decision.k_logprobs) - 1 if steps else 0,
             "invalid": sum(step.invalid for step in steps),
             "shortened": sum(spent.shortened for spent in usage.values()),
-            "policy_tokens": usage["policy"].tokens,
+            "policy_tokens": usage["policy"].tokens if "policy" in usage else 0,
             "wm_tokens": usage["world_model"].tokens if "world_model" in usage else 0}
 
 
 def statistics_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Many episodes in numbers: means over episodes, ``mean_k``, ``k_histogram`` and ``invalid`` over steps."""
+    """Many episodes in numbers: means over episodes, ``mean_k``, ``k_histogram`` and ``invalid`` over steps.
+
+    Raises UserError where no episode has a step.
+    """
     drawn = [k for row in summaries for k in row["k"]]
+    if not drawn:
+        raise UserError("no episode has a step: each ended at once, because the policy's context doesn't hold its "
+                        "first prompt or its environment died (see the warnings above)")
     return {
         "return": statistics.fmean(row["return"] for row in summaries),
         "success": statistics.fmean(row["success"] for row in summaries),
         "episode_steps": statistics.fmean(row["steps"] for row in summaries),
         "mean_k": statistics.fmean(drawn),
-        "k_histogram": [drawn.count(k) for k in range(summaries[0]["kmax"] + 1)],
+        "k_histogram": [drawn.count(k) for k in range(max(row["kmax"] for row in summaries) + 1)],
         "invalid": sum(row["invalid"] for row in summaries) / len(drawn), "env_steps": len(drawn),
         "shortened_prompts": sum(row["shortened"] for row in summaries),
         "policy_tokens": sum(row["policy_tokens"] for row in summaries),

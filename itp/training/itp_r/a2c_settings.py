@@ -10,6 +10,7 @@ from pathlib import Path
 
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import IMAGINED_ACTION_TOKENS
+from itp.agent.prompt_budget import RESERVE
 from itp.config import flag
 from itp.devices import DTYPES
 from itp.envs.registry import EnvFlags
@@ -29,7 +30,7 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags):
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it",
                         affects_result=False, holds="path")
     wm_model: str = flag("", help="world model; not needed with --fixed_k 0", affects_result=False,
-                              holds="path", aliases=("wm_model_path",))
+                         holds="path", aliases=("wm_model_path",))
     alfworld_config: str = flag("", help="alfworld's YAML file; its dataset.data_path stands in for --env_data_root",
                                 affects_result=False, holds="path")
     env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1; empty: from --alfworld_config",
@@ -65,8 +66,8 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags):
     lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
                                   choices=("linear", "constant", "cosine"))
     wd: float = flag(0.0, at_least=0, help="weight decay")
-    adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates a long memory keeps the scale of the "
-                                        "first ones, which teach values only")
+    adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates, a value near 1 keeps the gradient "
+                                        "scale of the first ones, which teach values only")
     lambda_k: float = flag(0.2, at_least=0, help="λ_K: cost of an imagined step")
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")
@@ -119,7 +120,7 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags):
 
     def __post_init__(self) -> None:
         if self.action_max_new_tokens == -1:
-            self.action_max_new_tokens = {"alfworld": 16, "scienceworld": 48}[self.env]
+            self.action_max_new_tokens = RESERVE["action"][self.env]
         if self.imagine_action_max_new_tokens == -1:
             self.imagine_action_max_new_tokens = IMAGINED_ACTION_TOKENS[self.env]
 

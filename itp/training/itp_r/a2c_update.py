@@ -78,7 +78,7 @@ def make_rows(samples: Sequence[Sample], budget: int) -> list[PackedSteps]:
             ids = [*sample.ids, *sample.trace.token_ids[:drawn[-1]]]
         else:
             ids = sample.heads_ids
-        if not rows or len(rows[-1].tree) + len(ids) - rows[-1].tree.known(ids) > budget:
+        if not rows or len(rows[-1].tree) + rows[-1].tree.new(ids, sample.heads_ids) > budget:
             rows.append(PackedSteps())
         row = rows[-1]
         nodes = row.tree.add(ids)

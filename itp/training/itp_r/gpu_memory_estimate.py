@@ -102,7 +102,8 @@ def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
     """Say what each GPU will need.  Raises UserError where that is more than it has; says nothing on a CPU."""
     needs: dict[str, dict[str, int]] = {}
     length = settings.max_seq_len
-    update = max(settings.update_batch_tokens, length)  # a step's prompt and action are never cut
+    # A step is never cut in two: its action's prompt, and that of its heads where they have other history.
+    update = max(settings.update_batch_tokens, length if settings.fixed_k == 0 else 2 * length)
     if devices[0].startswith("cuda"):
         parts = policy_bytes(Shape.of(settings.policy_model), lora_r=settings.lora_r, width=width,
                              update_tokens=update, checkpointing=settings.gradient_checkpointing,
@@ -126,7 +127,7 @@ def check(device: str, parts: Mapping[str, int], free: int, settings: RlSettings
         return
     largest = max(parts, key=lambda name: parts[name])
     tokens, length = settings.update_batch_tokens, settings.max_seq_len
-    shorter = (f"lower --update_batch_tokens ({tokens} now; it changes memory only)" if tokens > length else
+    shorter = (f"lower --update_batch_tokens ({tokens} now; it changes memory only)" if tokens > 2 * length else
                f"lower --max_seq_len ({length} now)")
     advice = {
         "activations of the update": shorter if settings.gradient_checkpointing else "add --gradient_checkpointing",

@@ -67,6 +67,8 @@ def run(settings: LabelSettings) -> None:
             asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
         finished = read_finished(folder / "rows.jsonl")
     kept = [(row, finished[row.index]) for row in rows if row.index in finished]
+    if not kept:
+        raise UserError(f"{settings.expert_jsonl}: no row is left to label; {(unfit or skipped or ['it is empty'])[0]}")
     shown = {"shown": prompt_settings(settings)}
     lines = [json.dumps({**dataclasses.asdict(row.transition), **added, **shown}, ensure_ascii=False)
              for row, added in kept]
@@ -74,7 +76,7 @@ def run(settings: LabelSettings) -> None:
     summary = summarize([added for _, added in kept], len(skipped or ()) + len(unfit))
     write_json(folder / "summary.json", summary)
     print(report(summary))
-    print(f"{len(kept)} labelled rows: {settings.out_labeled_jsonl}")
+    print(f"{len(kept)} labeled rows: {settings.out_labeled_jsonl}")
 
 
 def check(settings: LabelSettings) -> tuple[int, ...]:
@@ -101,11 +103,11 @@ def claim(settings: LabelSettings) -> Path:
     if settings.override:  # first: a run killed in between must not leave old rows under a new configuration
         for name in ("rows.jsonl", TIMING):
             (folder / name).unlink(missing_ok=True)
-    return open_run_dir(folder, settings, facts=facts, override=settings.override, may_grow=("max_seq_len",))
+    return open_run_dir(folder, settings, facts=facts, override=settings.override)
 
 
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
-    """ExpertStep index -> what was added."""
+    """Index of the step -> what was added."""
     return {row["row"]: row["added"] for row in read_appended(path)}
 
 
@@ -135,6 +137,8 @@ async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows:
                 unfit.append(f"{row.where}: {error}")
                 log.warning("left out: %s", unfit[-1])
                 return
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
             file.write(json.dumps({"row": row.index, "added": added}, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()

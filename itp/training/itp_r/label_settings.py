@@ -23,7 +23,7 @@ class LabelSettings(PromptFlags, EngineFlags):
                                   affects_result=False)
     env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
     max_k: int = flag(-1, at_least=0, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 "
-                                       "for ScienceWorld)", aliases=("kmax",))
+                                           "for ScienceWorld)", aliases=("kmax",))
     lambda_k: float = flag(0.2, help="price λ_K of one imagined step, in nats")
     k_candidates: str = flag("", help="the k to try, such as 0,2,5 (empty: all up to kmax); 0 is always tried")
     logprob_norm: str = flag("sum", choices=("sum", "mean"), help="the action's log-probability: of all its tokens, "
@@ -42,8 +42,9 @@ class LabelSettings(PromptFlags, EngineFlags):
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so no label depends on it", affects_result=False)
     max_rows: int = flag(0, at_least=0, help="label so many rows, of episodes chosen at random (0: all)")
-    skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read or don't fit, instead of "
-                                           "stopping at the first", affects_result=False)
+    skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read, instead of stopping at the "
+                                           "first; rows that the model's context doesn't hold are always left out",
+                               affects_result=False)
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)
     wm_device: str = flag("cuda:1", help="device of the world model", affects_result=False)
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)

@@ -81,7 +81,9 @@ class Labeler:
         one batch, cost only what differs: the label and the action.
         """
         futures = [foresight_text(trajectory.steps[:k], self.policy.foresight_format) for k in candidates]
-        pairs = [(self.policy.action_prompt(row.state, foresight=future), target) for future in futures]
+        count = self.policy.budget.count
+        tokens = count(target) if count else 0
+        pairs = [(self.policy.action_prompt(row.state, tokens, foresight=future), target) for future in futures]
         largest = await self.policy.lm.loglikelihood(pairs[-1:])
         answers = [*await self.policy.lm.loglikelihood(pairs[:-1]), *largest]
         totals = {k: answer.total for k, answer in zip(candidates, answers, strict=True)}

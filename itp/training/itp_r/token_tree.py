@@ -54,6 +54,11 @@ class TokenTree:
                 return depth
         return len(ids)
 
+    def new(self, ids: Sequence[int], branch: Sequence[int]) -> int:
+        """How many nodes ``ids`` and then ``branch`` would add, which often is the beginning of ``ids``."""
+        shared = next((i for i, (a, b) in enumerate(zip(ids, branch)) if a != b), min(len(ids), len(branch)))
+        return len(ids) - self.known(ids) + len(branch) - max(self.known(branch), shared)
+
     @property
     def is_chain(self) -> bool:
         """Whether it is one plain sequence."""

@@ -8,15 +8,15 @@ The rows are those of stage 1.  L_π is the mean over the tokens of the expert's
 The prompt is the one of every later stage: state, ``<CTRL>``, where K is learned, the imagined trajectory
 of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no returns.
 
-``--act_on all`` is a departure: L_π also has the trajectories of the other k.  A policy that was never
-trained on imagined steps takes them for real ones, and with nearly all labels 0 eq. 6 doesn't teach it better.
+Departure: ``--act_on all`` also trains L_π on the trajectories of the other k.  A policy without such training treats
+imagined steps as real ones.  Eq. 6 doesn't correct this if nearly all labels are 0.
 
 By default a step is a sequence of its own, as in the paper.  ``--steps_per_sequence`` packs steps of an
 episode into one (:mod:`itp.training.itp_r.token_tree`), which computes their common beginning once: same loss,
 several times cheaper.  An optimizer step then covers as many times more steps of the expert.
 
-``OUT/merged_full`` is a policy with heads (:mod:`itp.agent.heads`); the rest is as in
-:mod:`itp.training.run`, which does the work, and the same command again goes on.
+``OUT/merged_full`` is a policy with heads (:mod:`itp.agent.policy_with_heads`); the rest is as
+in :mod:`itp.training.run`, which does the work, and the same command again goes on.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from itp.training.settings import FinetuneSettings
 class SftSettings(PromptFlags, FinetuneSettings):
     train_jsonl: str = flag(help="labeled steps, as stage 1 (label) writes them", affects_result=False, holds="data")
     policy_model: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub",
-                                  affects_result=False, holds="path", aliases=("policy_model_path",))
+                             affects_result=False, holds="path", aliases=("policy_model_path",))
     model_path: str = ""
     env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
     max_k: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 "
-                                       "for ScienceWorld)", aliases=("kmax",))
+                                           "for ScienceWorld)", aliases=("kmax",))
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
     act_on: str = flag("label", choices=("label", "all"),
                        help="which imagined trajectories of a step the policy learns to act on: the labeled K's "

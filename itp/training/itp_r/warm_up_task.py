@@ -28,7 +28,8 @@ from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, action_target, policy_prompt
 from itp.text.state import State
 from itp.training.examples import Encoding, TrainingRow
-from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.itp_r import token_tree
+from itp.training.itp_r.token_tree import TokenTree
 from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
 from itp.training.settings import trained_card
@@ -65,8 +66,8 @@ class WarmUp(torch.nn.Module):
         loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
         with torch.no_grad():
             missed = torch.zeros(len(k_labels), device=logits.device)
-            labelled = target_step >= 0
-            missed.index_add_(0, target_step[labelled], (logits.argmax(-1) != target_ids)[labelled].float())
+            labeled = target_step >= 0
+            missed.index_add_(0, target_step[labeled], (logits.argmax(-1) != target_ids)[labeled].float())
             sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll, nll.new_tensor(len(k_labels)),
                                 (out.k_logits.argmax(-1) == k_labels).sum(), (missed == 0).sum()])
         return {"loss": loss, "sums": sums}
@@ -153,7 +154,7 @@ class WarmUpTask(TextTask):
         longest = self.settings.max_packed_len or self.settings.max_seq_len
         tree, together = TokenTree(), []
         for step in episode:
-            more = len(step.ids) - tree.known(step.ids)
+            more = tree.new(step.ids, step.heads_prompt)
             if together and (len(together) == most or len(tree) + more > longest):
                 yield together
                 tree, together = TokenTree(), []
@@ -310,7 +311,7 @@ class StepCollator:
         longest = max(map(len, trees))
         width = -(-longest // self.multiple) * self.multiple
         chains = all(tree.is_chain for tree in trees)
-        ids, mask, positions = batch(trees, self.pad_id, width=width, left=self.left, plain=chains)
+        ids, mask, positions = token_tree.batch(trees, self.pad_id, width=width, left=self.left, plain=chains)
         # A causal LM sees nothing on the right, and without a mask its attention is a fused one.
         unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
         first = [width - len(tree) if self.left else 0 for tree in trees]

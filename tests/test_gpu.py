@@ -1,0 +1,161 @@
+"""What only a GPU does: half precision with loss scaling, two devices, ZeRO-3.  Skipped where there is none.
+
+Short runs of tiny models.  They say that a path works and learns, not how well: what is computed is tested on the CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from foresight_eval.runner import evaluate
+from foresight_eval.settings import AlfworldSettings
+from itp.lm.base import GenParams
+from itp.lm.local import LocalLM
+from itp.training.base_policy import BasePolicySettings, read_dialogues
+from itp.training.itp_r import a2c
+from itp.training.run import finetune
+from tests import rl_runs
+from tests.tiny import write_tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+ROOT = Path(__file__).resolve().parents[1]
+ZERO_3 = ROOT / "world_model" / "base_tuning" / "config" / "deepspeed_config_s3.json"
+STATE = ("Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around you, "
+         "you see a cabinet 1, a fridge 1, and a desk 2.")
+PROMPTS = [f"{STATE}\nAction:", f"{STATE}\nAction: look\nObservation: Nothing happens.\nAction:"]
+HALF = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+def dialogues(path: Path) -> str:
+    """What is in sight is taken: sixteen short dialogues."""
+    rows = [{"id": str(i), "conversations": [
+        {"from": "human", "value": f"Task: put a {thing} in fridge\nObservation: In it, you see a {thing}."},
+        {"from": "gpt", "value": f"Action: take {thing} from cabinet 1"}]}
+        for i, thing in enumerate(8 * ["plate 1", "mug 2"])]
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def settings_for(root: Path, **changes) -> BasePolicySettings:
+    common = {"model_path": str(write_tiny_model(root / "base")), "out_dir": str(root / "out"),
+              "train_json": dialogues(root / "dialogues.json"), "epochs": 10.0, "batch_size": 4, "grad_accum": 1,
+              "lr": 1e-2, "logging_steps": 1, "eval_share": 0.2}
+    return BasePolicySettings(**(common | changes))
+
+
+def losses(out: Path) -> list[float]:
+    """Those of a run's steps, in order."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+# ---------------------------------------------------------------- supervised training
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("changes", [{"lora_r": 4}, {"lora_r": 0}, {"lora_r": 0, "optimizer": "muon"}],
+                         ids=["lora", "whole", "muon"])
+def test_fine_tuning_in_half_precision_learns(tmp_path: Path, half: str, changes: dict) -> None:
+    settings = settings_for(tmp_path, **{half: True}, **changes)
+    metrics = finetune(settings, read_dialogues(settings.train_json))
+    found = losses(tmp_path / "out")
+    assert metrics["dtype"] == HALF[half] and all(map(math.isfinite, found))
+    assert found[-1] < 0.7 * found[0] and metrics["eval_loss"] < 0.7 * found[0]
+    weights = load_file(settings.merged_path / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None or shutil.which("deepspeed") is None,
+                    reason="needs deepspeed")
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_zero_3_leaves_whole_weights(tmp_path: Path, lora_r: int) -> None:
+    """Under ZeRO-3 a process holds its share of a weight only; the model that is written has all of each."""
+    settings = settings_for(tmp_path, bf16=True, lora_r=lora_r, deepspeed=str(ZERO_3))
+    flags = [f"--{name}={getattr(settings, name)}" for name in (
+        "model_path", "out_dir", "train_json", "epochs", "batch_size", "grad_accum", "lr", "logging_steps",
+        "eval_share", "bf16", "lora_r", "deepspeed")]
+    run = subprocess.run(
+        ["deepspeed", "--num_gpus", str(torch.cuda.device_count()), "--no_local_rank", "--module",
+         "itp.training.base_policy", *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["world_size"] == torch.cuda.device_count() and metrics["dtype"] == "bfloat16"
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.7 * found[0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", settings.merged_path))
+    assert {name: weight.shape for name, weight in after.items()} == {
+        name: weight.shape for name, weight in before.items()}
+    assert any(not torch.equal(weight.float(), before[name].float()) for name, weight in after.items())
+
+
+# ---------------------------------------------------------------- acting
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_a_model_in_half_precision_answers_as_in_float32(tmp_path: Path, half: str) -> None:
+    folder = str(write_tiny_model(tmp_path / "model"))
+    pairs = [(prompt, " take plate 1 from cabinet 1\n") for prompt in PROMPTS]
+
+    async def ask(device: str, dtype: str) -> tuple[list[int], list[float]]:
+        lm = LocalLM.load(folder, device=device, dtype=dtype)
+        written = await lm.generate(PROMPTS, GenParams(max_new_tokens=8))
+        chosen = await lm.generate(PROMPTS, GenParams(choices=(" look\n", " inventory\n"), temperature=1.0, seed=1))
+        assert all(answer.text in (" look\n", " inventory\n") for answer in chosen)
+        scores = [score.total for score in await lm.loglikelihood(pairs)]
+        await lm.close()
+        return [answer.completion_tokens for answer in written], scores
+
+    tokens, scores = asyncio.run(ask("cuda", half))
+    assert all(0 < n <= 8 for n in tokens)
+    _, expected = asyncio.run(ask("cpu", "fp32"))
+    assert scores == pytest.approx(expected, rel=0.005 if half == "fp16" else 0.02)
+
+
+@pytest.mark.parametrize("devices", [
+    ("cuda:0", "cuda:0"),
+    pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two")),
+], ids=["one", "two"])
+def test_an_evaluation_on_one_device_and_on_two(tmp_path: Path, games_root: Path, devices: tuple[str, str]) -> None:
+    policy, world_model = rl_runs.write_models(tmp_path / "models", games_root)
+    asyncio.run(evaluate(AlfworldSettings(
+        policy_model=str(policy), wm_model=str(world_model), out_dir=str(tmp_path / "out"),
+        env_data_root=str(games_root), split="train", max_steps=3, fixed_k=1, wm_max_new_tokens=4,
+        action_selection="constrained", policy_device=devices[0], wm_device=devices[1], policy_dtype="bf16",
+        wm_dtype="fp16", env_processes=1, concurrency=3)))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["overall"]["n"] == 6
+    peak = json.loads((tmp_path / "out" / "cost.json").read_text())["peak_memory_bytes"]
+    assert all(peak[device] > 0 for device in devices)
+
+
+# ---------------------------------------------------------------- stage 3
+
+
+@pytest.mark.parametrize("changes", [
+    {"bf16": True, "lora_r": 4}, {"bf16": True, "gradient_checkpointing": True},
+    {"fp16": True, "lora_r": 4, "episodes_per_epoch": 24},  # its first updates may be skipped, until the scale fits
+], ids=["lora", "whole", "scaled"])
+def test_a2c_learns_in_half_precision(tmp_path: Path, games_root: Path, changes: dict) -> None:
+    models = rl_runs.write_models(tmp_path / "models", games_root)
+    second = "cuda:1" if torch.cuda.device_count() > 1 else "cuda:0"
+    settings = rl_runs.settings(models, games_root, tmp_path / "out", policy_device="cuda:0", wm_device=second,
+                                max_steps=2, eval_every=0, **changes)
+    a2c.run(settings)
+    rows = rl_runs.metrics(tmp_path / "out")
+    assert len(rows) == settings.total_updates
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "value_mean"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (models[0], tmp_path / "out" / "last"))
+    assert any(not torch.equal(weight.float(), before[name].float()) for name, weight in after.items())
+    assert all(weight.isfinite().all() for weight in after.values())
