@@ -7,6 +7,7 @@ another configuration on the same folder is refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -86,7 +87,16 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
-    return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew)
+    return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",),
+                        redo=functools.partial(forget_shortened, folder))
+
+
+def forget_shortened(folder: Path) -> None:
+    """Remove the results of games with shortened prompts: within a larger budget they are played differently."""
+    for index, record in results.read_episodes(folder).items():
+        if any(usage.get("shortened") for usage in record["meta"]["usage"].values()):
+            log.info("game %d is played again, because a smaller --max_seq_len shortened its prompts", index)
+            (folder / f"{index}.json").unlink()
 
 
 def check_games(folder: Path, games: list[Game]) -> None:

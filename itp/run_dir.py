@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,14 @@ def versions() -> dict[str, str]:
 
 
 def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any] | None = None, override: bool = False,
-                 may_grow: tuple[str, ...] = ()) -> Path:
+                 may_grow: tuple[str, ...] = (), redo: Callable[[], None] | None = None) -> Path:
     """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
 
     A folder that holds results of another configuration is refused, because the two would mix.  Settings that don't
     affect the result (:class:`itp.config.Flag`) may differ.  ``facts``: what else the result depends on, such as
     fingerprints of models.  ``may_grow``: numbers that the run may go on with more of; the record then has the larger
-    one.  ``override`` replaces the record; what else the folder holds is the caller's to remove.  Returns the path.
+    one.  ``redo`` is called before that, to remove what the smaller number has changed.  ``override`` replaces the
+    record; what else the folder holds is the caller's to remove.  Returns the path.
     """
     out_dir = Path(out_dir)
     record = out_dir / "config.json"
@@ -64,6 +65,8 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
             raise UserError(f"{out_dir} holds results of another configuration ({said}); "
                             "choose another output path, or --override to start it anew")
         if grown:
+            if redo is not None:  # before the record: after a kill in between, it is called again
+                redo()
             write_json(record, written | {"config": recorded | grown})
         return out_dir
     out_dir.mkdir(parents=True, exist_ok=True)

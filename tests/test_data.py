@@ -311,10 +311,15 @@ def test_some_numbers_of_a_run_may_grow(tmp_path: Path) -> None:
         budget: int = flag(100, help="tokens (0: without limit)")
 
     def recorded(budget: int) -> int:
-        open_run_dir(tmp_path, Run(budget), may_grow=("budget",))
+        open_run_dir(tmp_path, Run(budget), may_grow=("budget",), redo=redo)
         return read_json(tmp_path / "config.json")["config"]["budget"]
 
-    assert [recorded(100), recorded(150), recorded(0)] == [100, 150, 0]
+    def redo() -> None:
+        before.append(read_json(tmp_path / "config.json")["config"]["budget"])
+
+    before: list[int] = []
+    assert [recorded(100), recorded(150), recorded(150), recorded(0)] == [100, 150, 150, 0]
+    assert before == [100, 150]  # with the old record: a kill in redo() leaves it to the next start
     for less in (100, 150):  # 0 is without limit
         with pytest.raises(UserError, match=f"budget: 0 there, {less} now"):
             recorded(less)

@@ -94,3 +94,59 @@ def test_stage_1_refuses_to_write_nothing(short_model: str, tmp_path: Path) -> N
                                 wm_model=short_model, out_labeled_jsonl=str(tmp_path / "labeled.jsonl"), max_k=1,
                                 wm_max_new_tokens=4, policy_device="cpu", wm_device="cpu"))
     assert not (tmp_path / "labeled.jsonl").exists()
+
+
+# ---------------------------------------------------------------- the remedy, on the same folder
+
+
+def test_labels_of_a_smaller_budget_are_made_again_where_it_cut(tmp_path: Path) -> None:
+    model = str(write_tiny_model(tmp_path / "m"))
+    ModelCard().write(model)
+    short, long = State("put a plate in fridge", "You are in a room."), State("put a mug in desk 2", "You see.")
+    for n in range(1, 9):
+        long = long.after(f"go to cabinet {n}", "You arrive at cabinet 1. The cabinet 1 is closed.")
+    write_transitions(tmp_path / "expert.jsonl", [
+        Transition(name, 0, state.render(), "look", "You see.", expert_action="look")
+        for name, state in (("a", short), ("b", long))])
+
+    def labeled(out: str, max_seq_len: int) -> list[dict]:
+        settings = LabelSettings(expert_jsonl=str(tmp_path / "expert.jsonl"), policy_model=model, wm_model=model,
+                                 out_labeled_jsonl=str(tmp_path / out), max_k=1, wm_max_new_tokens=4,
+                                 max_seq_len=max_seq_len, policy_device="cpu", wm_device="cpu")
+        label.run(settings)
+        return [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+
+    first = labeled("grown.jsonl", 80)
+    assert [row["shortened"] > 0 for row in first] == [False, True]
+    grown, fresh = labeled("grown.jsonl", 800), labeled("fresh.jsonl", 800)
+    for row, other in zip(grown, fresh, strict=True):
+        assert row["imagined"] == other["imagined"] and row["k_label"] == other["k_label"]
+        assert row["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
+    assert first[1]["logprobs"] != pytest.approx(grown[1]["logprobs"], abs=1e-4)
+    assert [row["shortened"] for row in grown] == [0, 0]
+    assert {row["shown"]["max_seq_len"] for row in grown} == {800}
+    with pytest.raises(UserError, match="max_seq_len: 800 there, 80 now"):
+        labeled("grown.jsonl", 80)
+
+
+def test_games_of_a_smaller_budget_are_played_again_where_it_cut(games_root: Path, tmp_path: Path) -> None:
+    model = str(write_tiny_model(tmp_path / "m"))
+    ModelCard().write(model)
+
+    def played(out: str, max_seq_len: int) -> dict:
+        asyncio.run(evaluate(AlfworldSettings(
+            policy_model=model, out_dir=str(tmp_path / out), method="sft", split="train", max_seq_len=max_seq_len,
+            env_data_root=str(games_root), max_steps=4, act_tokens=8, device="cpu", env_processes=1)))
+        return {i: (record["meta"]["usage"]["policy"]["shortened"],
+                    [step["action"] for step in record["foresight_steps"]])
+                for i, record in read_episodes(tmp_path / out).items()}
+
+    small = played("grown", 40)
+    assert any(shortened for shortened, _ in small.values())
+    with pytest.raises(UserError, match="seed: "):  # another run: nothing of this one is removed
+        asyncio.run(evaluate(AlfworldSettings(
+            policy_model=model, out_dir=str(tmp_path / "grown"), method="sft", split="train", max_seq_len=0, seed=5,
+            env_data_root=str(games_root), max_steps=4, act_tokens=8, device="cpu", env_processes=1)))
+    assert len(read_episodes(tmp_path / "grown")) == len(small)
+    grown = played("grown", 0)  # as much as the context holds
+    assert grown == played("fresh", 0) and not any(shortened for shortened, _ in grown.values())

@@ -103,7 +103,18 @@ def claim(settings: LabelSettings) -> Path:
     if settings.override:  # first: a run killed in between must not leave old rows under a new configuration
         for name in ("rows.jsonl", TIMING):
             (folder / name).unlink(missing_ok=True)
-    return open_run_dir(folder, settings, facts=facts, override=settings.override)
+    return open_run_dir(folder, settings, facts=facts, override=settings.override, may_grow=("max_seq_len",),
+                        redo=lambda: forget_shortened(folder / "rows.jsonl"))
+
+
+def forget_shortened(path: Path) -> None:
+    """Remove the rows with shortened prompts: within a larger budget they are labeled from other prompts."""
+    rows = read_appended(path)
+    # Rows of earlier versions don't say whether their prompts were shortened.
+    kept = [row for row in rows if row["added"].get("shortened") == 0]
+    log.info("%d rows are labeled again: a smaller --max_seq_len may have shortened their prompts",
+             len(rows) - len(kept))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
