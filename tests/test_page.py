@@ -124,7 +124,8 @@ def test_filters(opened: Opened) -> None:
     assert opened.texts(".episode .task") == ["put a mug in fridge game_0"]
     where.click("#filters button[type=reset]")
     # A form resets its fields after its event, and only then the page follows.
-    where.wait_for_function("document.querySelectorAll('.episode').length == 14")
+    where.locator(".episode").nth(13).wait_for(state="attached")
+    assert len(opened.methods()) == 14
     where.fill("#by-text", "GAME_3 mug")
     assert opened.methods() == ["sft", "itp"]
     where.fill("#by-text", "no such game")
