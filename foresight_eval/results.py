@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
-from itp.config import canonical_names, flags_that
+from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.files import read_json, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
@@ -39,8 +39,11 @@ def bucket(task_type: str) -> str:
     return "Look" if task_type.startswith("look") else "Pick"
 
 
-def write_episode(folder: Path, index: int, episode: Episode) -> None:
-    write_json(folder / f"{index}.json", episode_record(index, episode))
+def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
+    """Write the file of a finished game; returns what it holds."""
+    record = episode_record(index, episode)
+    write_json(folder / f"{index}.json", record)
+    return record
 
 
 def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
@@ -131,8 +134,7 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
 
     The summary's cost is that of ``cost.json``.
     """
-    own_name = canonical_names(AlfworldSettings) | canonical_names(SciworldSettings)
-    configs = [{own_name.get(name, name): value for name, value in read_json(folder / "config.json")["config"].items()}
+    configs = [by_own_names(read_json(folder / "config.json")["config"], AlfworldSettings, SciworldSettings)
                for folder in folders]
     return [Result(name, config, read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
                    read_episodes(folder))

@@ -162,9 +162,9 @@ class Recorder:
             self.lost.append(episode.game.game_id)
             return
         i = self._index[episode.game.game_id]
-        results.write_episode(self.folder, i, episode)
+        record = results.write_episode(self.folder, i, episode)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as log_file:
-            log_file.write(log_line(i, results.episode_record(i, episode)["meta"]) + "\n")
+            log_file.write(log_line(i, record["meta"]) + "\n")
         self.episodes, self.steps = self.episodes + 1, self.steps + len(episode.steps)
 
 

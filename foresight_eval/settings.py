@@ -15,7 +15,8 @@ from itp.envs.scienceworld.games import ScienceworldFlags, list_games
 from itp.games import Game
 from itp.lm.memory_budget import EngineFlags
 from itp.lm.server import PolicyServerFlags, WorldModelServerFlags
-from itp.methods.settings import METHODS, MethodSettings
+from itp.methods.registry import METHODS
+from itp.methods.settings import MethodSettings
 from itp.model_card import PromptFlags
 from itp.text.prompt_format import STYLES
 
@@ -56,7 +57,7 @@ class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSer
     rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
     concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)
     env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
-    method: str = flag("foresight", help="how to act", choices=METHODS)
+    method: str = flag("foresight", help="how to act", choices=tuple(METHODS))
     seed: int = flag(123, help="seed of everything random")
     device: str = flag("cuda", help="device of both models, where they have none of their own", affects_result=False)
     disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,14 @@ def _scores(metas: list[dict[str, Any]]) -> dict[str, Any]:
             "best_score": mean([meta["best_score"] for meta in metas])}
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """``summary.json`` of a result folder: success by task type with intervals, k, invalid actions, cost."""
-    records = read_episodes(folder)
-    metas = [record["meta"] for record in records.values()]
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``summary.json`` of some episodes: success by task type with intervals, k, invalid actions, cost."""
+    metas = [record["meta"] for record in records]
     counts = Counter(bucket(meta["task_type"]) for meta in metas)
     successes = Counter(bucket(meta["task_type"]) for meta in metas if meta["success"])
     n, won, columns = len(metas), sum(successes.values()), buckets_of(metas)
     scored = [meta for meta in metas if "best_score" in meta]
-    steps = [step for record in records.values() for step in record["foresight_steps"]]
+    steps = [step for record in records for step in record["foresight_steps"]]
     return {
         "buckets": columns,
         "counts": {b: counts[b] for b in columns},
@@ -55,16 +55,17 @@ def summarize(folder: Path) -> dict[str, Any]:
         "shortened_prompts": sum(usage.get("shortened", 0) for meta in metas for usage in meta["usage"].values()),
         "mean_k": mean([step["k"] for step in steps]),
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
-        "cost": summarize_cost(list(records.values())),
+        "cost": summarize_cost(records),
         "restarts": sum(meta["restarts"] for meta in metas),
     }
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first."""
-    summary = summarize(folder)
+    records = read_episodes(folder)
+    summary = summarize(list(records.values()))
     write_json(folder / "summary.json", summary)
-    write_json(folder / "cost.json", measured_cost(folder, list(read_episodes(folder).values())))
+    write_json(folder / "cost.json", measured_cost(folder, list(records.values())))
     rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -74,7 +75,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         scores = [summary["scores"][b]["score"] for b in summary["buckets"]] + [summary["overall_score"]["score"]]
         writer.writerow([f"{score:.2f}" for score in scores])
     write_atomic(folder / "summary.csv", table.getvalue())
-    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, r in read_episodes(folder).items()))
+    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, r in records.items()))
     return summary
 
 

@@ -107,6 +107,12 @@ def canonical_names(settings: type) -> dict[str, str]:
             for name in (field.name, *field.metadata["flag"].aliases)}
 
 
+def by_own_names(recorded: Mapping[str, Any], *settings: type) -> dict[str, Any]:
+    """A record's values by the flags' own names.  Names that are no flag's of ``settings`` stay as they are."""
+    own_name = {name: own for each in settings for name, own in canonical_names(each).items()}
+    return {own_name.get(name, name): value for name, value in recorded.items()}
+
+
 def from_args(settings: type[T], args: argparse.Namespace) -> T:
     """The settings that parsed ``args`` ask for.  Unknown keys of the YAML file and values out of bounds are errors."""
     fields = {f.name for f in flag_fields(settings)}

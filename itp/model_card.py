@@ -78,11 +78,6 @@ class ModelCard:
         """The same card for prompts in ``form``."""
         return dataclasses.replace(self, style=form.style, template=form.template, control_token=form.control_token)
 
-    @property
-    def prompt_settings(self) -> dict[str, Any]:
-        """Those of the PromptFlags that are on record."""
-        return {name: value for name in AS_TRAINED if (value := getattr(self, name)) is not None}
-
 
 def card_digest(path: str | Path) -> str:
     """Tells cards apart, whatever their folders are called; empty where there is none."""
@@ -139,8 +134,8 @@ AS_TRAINED = {"foresight_format": "auto", "history_keep_steps": -1, "max_seq_len
 NOTHING_ON_RECORD = {"foresight_format": "full", "history_keep_steps": 0, "max_seq_len": 0}
 """What holds for a policy of which nothing is on record: all of the history, in as many tokens as its context holds."""
 
-RELEASE_BUDGET = 1536
-"""Tokens of a prompt in the three stages, where nothing else is on record; the authors' release has no other."""
+AS_RELEASED = NOTHING_ON_RECORD | {"max_seq_len": 1536}
+"""The same in the three stages, which have the token budget of the authors' release."""
 
 
 @dataclass
@@ -162,21 +157,31 @@ def prompt_settings(settings: PromptFlags) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in AS_TRAINED}
 
 
-def resolve(settings: S, recorded: Mapping[str, Any], whose: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
-    """Fill unset PromptFlags from ``recorded``, or from ``unknown`` where the record has no value.
+def recorded_settings(path: str | Path) -> dict[str, Any]:
+    """Those of the PromptFlags that the card of the model at ``path`` records."""
+    card = ModelCard.read(path)
+    return {} if card is None else {name: value for name in AS_TRAINED if (value := getattr(card, name)) is not None}
+
+
+def fill_in(given: Mapping[str, Any], recorded: Mapping[str, Any], whose: str,
+            unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> dict[str, Any]:
+    """The PromptFlags ``given``, the unset ones from ``recorded``, or from ``unknown`` where the record has no value.
 
     Raises UserError if a flag contradicts the record.  A different ``max_seq_len`` is allowed.  ``whose`` names the
     record in the error.
     """
-    given = prompt_settings(settings)
     for name in ("foresight_format", "history_keep_steps"):
         if given[name] != AS_TRAINED[name] and recorded.get(name, given[name]) != given[name]:
             raise UserError(f"--{name} {given[name]}, but {whose} was made with {recorded[name]}; leave the flag out")
-    open_ones = [name for name, value in given.items() if value == AS_TRAINED[name]]
-    return dataclasses.replace(settings, **{name: recorded.get(name, unknown[name]) for name in open_ones})
+    return {name: recorded.get(name, unknown[name]) if value == AS_TRAINED[name] else value
+            for name, value in given.items()}
+
+
+def resolve(settings: S, recorded: Mapping[str, Any], whose: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
+    """``settings`` with their PromptFlags filled in (:func:`fill_in`)."""
+    return dataclasses.replace(settings, **fill_in(prompt_settings(settings), recorded, whose, unknown))
 
 
 def resolve_by_card(settings: S, path: str, unknown: Mapping[str, Any] = NOTHING_ON_RECORD) -> S:
     """:func:`resolve` by the card of the policy at ``path``."""
-    card = ModelCard.read(path)
-    return resolve(settings, card.prompt_settings if card else {}, path, unknown)
+    return resolve(settings, recorded_settings(path), path, unknown)

@@ -23,7 +23,7 @@ from itp.lm.openai import OpenAILM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import Server
 from itp.lm.tokenize import Encoder
-from itp.model_card import AS_TRAINED, NOTHING_ON_RECORD, ModelCard, format_for
+from itp.model_card import AS_TRAINED, fill_in, format_for, recorded_settings
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 
@@ -49,8 +49,8 @@ def load_policy(path: str, *, env: str = "alfworld", lm: LM | None = None, serve
     tokenizer = _tokenizer_for_template(lm, server, path, style, chat)
     form = format_for(path, tokenizer, env=env, style=style, chat=chat, thinking=thinking)
     form = replace(form, control_token=has_heads(path))
-    prompt = _prompt_settings(path, foresight_format=foresight_format, history_keep_steps=history_keep_steps,
-                              max_seq_len=max_seq_len)
+    prompt = fill_in({"foresight_format": foresight_format, "history_keep_steps": history_keep_steps,
+                      "max_seq_len": max_seq_len}, recorded_settings(path), path)
     behavior = {"action_tokens": RESERVE["action"][env], "imagined_action_tokens": IMAGINED_ACTION_TOKENS[env],
                 "score_answers": isinstance(lm, OpenAILM), **behavior}
     return Policy(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "action"),
@@ -73,7 +73,7 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))
     tokenizer = _tokenizer_for_template(lm, server, path, style, chat)
     form = format_for(path, tokenizer, role="world_model", env=env, style=style, chat=chat)
-    prompt = _prompt_settings(path)
+    prompt = fill_in(AS_TRAINED, recorded_settings(path), path)
     return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
                       history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
                       limit_flag=limit_flag)
@@ -94,13 +94,6 @@ def _tokenizer_for_template(lm: LM, server: Server | None, path: str, style: str
     if server is not None:
         return server.tokenizer(path, style) if chat else None
     return lm.tokenizer
-
-
-def _prompt_settings(path: str, **given: Any) -> dict[str, Any]:
-    """The three PromptFlags: as ``given``, else as the card at ``path`` says, else everything."""
-    card = ModelCard.read(path)
-    recorded = NOTHING_ON_RECORD | (card.prompt_settings if card else {})
-    return recorded | {name: value for name, value in given.items() if value != AS_TRAINED[name]}
 
 
 def _budget(lm: LM, path: str, form: PromptFormat, max_seq_len: int, answer: str) -> PromptBudget:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from itp.config import canonical_names, flag_fields, flags_that
+from itp.config import by_own_names, flag_fields, flags_that
 from itp.errors import UserError
 from itp.files import read_json, write_json
 
@@ -50,13 +50,12 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     """
     out_dir = Path(out_dir)
     record = out_dir / "config.json"
-    names = canonical_names(type(settings))
     # Of settings that aren't flags nothing is recorded: the program sets them itself.
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
         written = read_json(record)
-        recorded = {names.get(name, name): value for name, value in written["config"].items()}
+        recorded = by_own_names(written["config"], type(settings))
         grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()
         differing = [name for name in sorted(compared) if not _same(recorded.get(name), wanted[name])]

@@ -21,7 +21,8 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
-from itp.methods.settings import METHODS, WRITE_THOUGHTS
+from itp.methods.registry import METHODS
+from itp.methods.settings import WRITE_THOUGHTS
 from itp.rollout import run_episodes
 from itp.text.prompts import NO, YES
 from tests.test_evaluation import timeless

@@ -181,7 +181,7 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
                                for method in methods]
     splits = {run.part: run.settings.split for run in planned("configs/experiments/table1.yaml")}
     assert splits == {"alfworld": "unseen", "scienceworld-seen": "dev", "scienceworld-unseen": "test"}
-    from itp.methods.settings import METHODS
+    from itp.methods.registry import METHODS
     assert {run.settings.method for run in planned("configs/experiments/methods.yaml")} == set(METHODS)
 
 

@@ -29,7 +29,8 @@ from itp.games import Game
 from itp.lm.engine import Engine
 from itp.methods.base import View
 from itp.methods.registry import build
-from itp.methods.settings import METHODS, NEED_WORLD_MODEL, MethodSettings
+from itp.methods.registry import METHODS
+from itp.methods.settings import NEED_WORLD_MODEL, MethodSettings
 from itp.model_card import ModelCard, format_for
 from itp.pretrained import TRUST_REMOTE_CODE, load_causal_lm, load_tokenizer
 from itp.text.parsing import without_thinking

@@ -266,6 +266,8 @@ def test_what_was_measured_is_kept_until_models_or_data_change(tmp_path: Path) -
     assert read_measured(str(out), identify(settings)) == {}
     out.write_text(json.dumps(identify(settings) | {"models": measured}))
     assert read_measured(str(out), identify(settings)) == measured
+    out.write_text(out.read_text().replace("wm_max_new_tokens", "foresight_tokens"))  # as older records name it
+    assert read_measured(str(out), identify(settings)) == measured
     assert read_measured(str(out), identify(dataclasses.replace(settings, max_depth=1))) == {}
     rows.write_text("{} \n")
     assert read_measured(str(out), identify(settings)) == {}

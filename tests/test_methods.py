@@ -12,11 +12,10 @@ from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import GenParams, Usage, asking, metered
-from itp.methods import registry
 from itp.methods.base import Decision, Method, View
 from itp.methods.implement import FAILED, RECENT, what_it_knows
-from itp.methods.registry import build
-from itp.methods.settings import METHODS, NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
+from itp.methods.registry import METHODS, build
+from itp.methods.settings import NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
 from itp.text.prompts import foresight_text, policy_prompt, proposal_text
 from itp.text.state import State, parse
 from tests.toy import ACTIONS, ToyLM, p_yes
@@ -180,7 +179,3 @@ def test_requests_at_the_same_time_wait_together() -> None:
     usage = asyncio.run(work())["policy"]
     assert usage == Usage(calls=7, prompt_tokens=63, completion_tokens=28)
     assert 0.4 <= usage.seconds < 0.8
-
-
-def test_every_method_has_its_class() -> None:
-    assert sorted(each.name for each in registry.CLASSES) == sorted(METHODS)

@@ -26,7 +26,7 @@ from itp.lm.base import Usage, metered
 from itp.lm.engine import Engine
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
-from itp.model_card import NOTHING_ON_RECORD, ModelCard, prompt_settings, resolve, resolve_by_card
+from itp.model_card import NOTHING_ON_RECORD, ModelCard, prompt_settings, recorded_settings, resolve, resolve_by_card
 from itp.models import load_policy, load_world_model
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptTemplate
@@ -123,7 +123,7 @@ def test_nothing_but_the_factories_constructs_a_policy_or_a_world_model() -> Non
 
 def test_every_stage_and_evaluation_show_the_same(warm_up: SftSettings) -> None:
     policy = str(warm_up.merged_path)
-    assert ModelCard.read(policy).prompt_settings == SHOWN | {"max_seq_len": 400}
+    assert recorded_settings(policy) == SHOWN | {"max_seq_len": 400}
     rl = checked(RlSettings(policy_model=policy, out_dir="", fixed_k=0, report_to="none"))
     plan = make_plan(AlfworldSettings(policy_model=policy, out_dir="", method="sft"))
     assert prompt_settings(rl) == prompt_settings(plan.settings) == SHOWN | {"max_seq_len": 400}

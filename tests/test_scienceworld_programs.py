@@ -74,7 +74,7 @@ def test_the_report_counts_scores_by_task(tmp_path: Path) -> None:
         write_json(tmp_path / f"{index}.json", {"foresight_steps": [], "meta": {
             "task_type": task, "score": score, "success": success, "best_score": best, "steps": 1, "usage": {},
             "unparsed_actions": 0, "restarts": 0, "terminate_reason": "success" if success else "step_limit"}})
-    summary = summarize(tmp_path)
+    summary = summarize(list(read_episodes(tmp_path).values()))
     assert summary["buckets"] == ["boil", "melt"] and summary["rates"] == {"boil": 0.5, "melt": 0.0}
     assert summary["scores"]["boil"]["score"] == 50 and summary["scores"]["boil"]["best_score"] == 65
     assert summary["overall_score"]["score"] == 55 and summary["endings"] == {"step_limit": 3, "success": 1}

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from itp.agent.world_model import WorldModel
-from itp.config import flag, parse_settings
+from itp.config import by_own_names, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
@@ -194,8 +194,7 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
     """All figures of one world model: one_step and by_depth by source, and consistency where it is asked for."""
     barrier = BatchBarrier()
     world_model = load_world_model(model, env=settings.env, device=settings.device, dtype=settings.dtype,
-                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens,
-                                   limit_flag="--wm_max_new_tokens")
+                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens)
     figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
     for source, transitions in sources.items():
         rows = _sample(settings, "rows", transitions, settings.max_rows)
@@ -251,6 +250,7 @@ def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     if not out_json or not Path(out_json).is_file():
         return {}
     found = read_json(out_json)
+    found["config"] = by_own_names(found.get("config", {}), FidelitySettings)
     return found["models"] if all(found.get(key) == value for key, value in identity.items()) else {}
 
 

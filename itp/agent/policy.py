@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ class Policy:
             choice, = await self.sample(state, admissible, 1, seed, foresight=foresight, notes=notes, trace=trace)
             return choice
         targets = self._targets(state, admissible)
-        prompt = self.action_prompt(state, self._longest(targets), foresight=foresight, notes=notes)
+        prompt = self.action_prompt(state, self.budget.longest(targets), foresight=foresight, notes=notes)
         scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
         best = max(range(len(scores)), key=scores.__getitem__)
         action = list(targets.values())[best]
@@ -114,7 +114,7 @@ class Policy:
             return [self._written(reply, prompt) for reply in await self._write(
                 prompt, tokens, seed, (prompts.END,), n=n, temperature=temperature, trace=trace)]
         targets = self._targets(state, admissible)
-        prompt = self.action_prompt(state, self._longest(targets), foresight=foresight, notes=notes)
+        prompt = self.action_prompt(state, self.budget.longest(targets), foresight=foresight, notes=notes)
         temperature = self.temperature if temperature is None else temperature
         params = GenParams(temperature=temperature, seed=seed, choices=tuple(targets), trace=trace)
         replies = await self.lm.generate([prompt] * n, params)
@@ -211,10 +211,6 @@ class Policy:
             raise UserError(f"--action_selection {self.selection}: the environment lists no admissible action "
                             f"after {state.observation!r}; use --action_selection generate")
         return {prompts.action_target(a): a for a in admissible}
-
-    def _longest(self, targets: Iterable[str]) -> int:
-        """Tokens of the longest of ``targets``; 0 where nobody can count them."""
-        return max(map(self.budget.count, targets)) if self.budget.count else 0
 
     def _written(self, reply: Generation, prompt: str) -> Choice:
         action = clean_action(reply.text) if self.form.style == "tuned" else parse_action(reply.text)

@@ -10,7 +10,7 @@ it; beyond the context the LM raises :class:`itp.errors.PromptTooLong`, which en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from itp.lm.base import count_shortened
@@ -37,6 +37,12 @@ class PromptBudget:
     context: int = 0
     count: Callable[[str], int] | None = None
     role: str = "policy"
+
+    def longest(self, answers: Iterable[str]) -> int:
+        """The tokens of the longest of ``answers``; 0 where nothing is counted."""
+        if self.count is None:
+            return 0
+        return max(map(self.count, answers)) - self.count("")  # without what stands before a text
 
     def limit(self, new_tokens: int) -> int | None:
         """Tokens of a prompt with an answer of ``new_tokens`` at most; None: no limit."""

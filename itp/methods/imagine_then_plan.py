@@ -35,8 +35,6 @@ class Horizon:
 
 class ImagineThenPlan(PolicyMethod):
     name = "foresight"
-    record_sampling = False
-    """Decisions say how their action was sampled, so that its probability can be computed again."""
 
     @property
     def reflects(self) -> bool:
@@ -51,7 +49,7 @@ class ImagineThenPlan(PolicyMethod):
             reflection = await self.policy.reflect(view.state, foresight, derive_seed(view.seed, "reflect"))
         choice = await self.policy.act(
             view.state, view.observation.admissible, derive_seed(view.seed, "act"), foresight=foresight,
-            notes=f"\nReflection: {reflection}" if reflection else "", trace=self.record_sampling)
+            notes=f"\nReflection: {reflection}" if reflection else "", trace=self.settings.record_sampling)
         heads = horizon.heads
         return decide(choice, k=horizon.k, imagined=imagined, k_raw=horizon.reply, reflection=reflection,
                       k_logprobs=heads.k_logprobs if heads else (), value=heads.value if heads else None,

@@ -20,10 +20,10 @@ from itp.methods.rap import Rap
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 
-CLASSES: tuple[type[PolicyMethod], ...] = (
-    Cot, ImagineThenPlan, Implement, KCandidates, Mcts, Mpc, MultiAttempt, Rafa, Rap, React, SelfRefine, Sft, Tot)
+METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
+    ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Sft, React, Cot, SelfRefine, MultiAttempt, KCandidates)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | None, settings: MethodSettings) -> PolicyMethod:
     """The method called ``name``.  ``world_model``: None where it imagines nothing."""
-    return {each.name: each for each in CLASSES}[name](policy, world_model, settings)
+    return METHODS[name](policy, world_model, settings)

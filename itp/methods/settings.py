@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-METHODS = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "sft", "react", "cot", "self_refine",
-           "multi_attempt", "k_candidates")
-
 NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
 """They ask the policy whether something helps."""
@@ -32,12 +29,14 @@ class MethodSettings:
     """The methods' part of a command line.
 
     ``max_k`` is K_max, ``min_k`` the least K.  ``value_of_state``: V_θ(s_t) is read at every step, also where the
-    K-head doesn't choose K (stage 3 learns from it).
+    K-head doesn't choose K.  ``record_sampling``: decisions say how their action was sampled, so that its probability
+    can be computed again.  Stage 3 needs both.
     """
 
     max_k: int = 2
     min_k: int = 0
     value_of_state: bool = False
+    record_sampling: bool = False
     fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
     k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
                                       "a K-head, else prompt", choices=K_POLICIES)

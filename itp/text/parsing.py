@@ -18,9 +18,9 @@ def parse_action(reply: str) -> str | None:
 
     A reply of one line without this label is the action itself.  Any other reply gives None.
     """
-    labelled = _ACTION_LINE.findall(reply)
-    if labelled:
-        return clean_action(labelled[-1]) or None
+    labeled = _ACTION_LINE.findall(reply)
+    if labeled:
+        return clean_action(labeled[-1]) or None
     lines = [line for line in reply.splitlines() if line.strip()]
     return clean_action(lines[0]) or None if len(lines) == 1 else None
 

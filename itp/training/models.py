@@ -17,7 +17,7 @@ from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.model_card import ModelCard
 from itp.pretrained import not_loaded, remote_code
-from itp.training.settings import FinetuneSettings
+from itp.training.settings import FinetuneSettings, UpdateFlags
 
 if TYPE_CHECKING:
     from itp.agent.policy_with_heads import PolicyWithHeads
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def choose_dtype(settings: FinetuneSettings) -> torch.dtype:
+def choose_dtype(settings: UpdateFlags) -> torch.dtype:
     """What to compute in.  Half precision needs CUDA: float16 has no loss scaling elsewhere, and without its own
     instructions a CPU takes several times as long in bfloat16 as in float32.
     """
@@ -71,14 +71,13 @@ def _freeze(model: PreTrainedModel, names: Sequence[str]) -> None:
             module.requires_grad_(False)
 
 
-def lora_config(settings: FinetuneSettings, model: PreTrainedModel) -> peft.LoraConfig:
-    """LoRA as the settings say.  Raises UserError for a target that ``model`` doesn't have."""
-    targets = settings.lora_targets
+def lora_config(settings: UpdateFlags, model: PreTrainedModel, targets: str = "all-linear") -> peft.LoraConfig:
+    """LoRA in the modules ``targets`` of ``model``.  Raises UserError for one that it doesn't have."""
     if targets != "all-linear":
         there = {name.rpartition(".")[2] for name, module in model.named_modules()
                  if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()}
         if unknown := sorted({*targets.split(",")} - there):
-            raise UserError(f"--lora_targets {','.join(unknown)}: {settings.model_path} has no such linear layers; "
+            raise UserError(f"--lora_targets {','.join(unknown)}: {model.name_or_path} has no such linear layers; "
                             f"it has {', '.join(sorted(there))}")
     return peft.LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,

@@ -22,7 +22,18 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 @dataclass
-class FinetuneSettings:
+class UpdateFlags:
+    """Which weights are trained, and in which precision: for supervised fine-tuning and for RL."""
+
+    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
+    lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
+    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in training only")
+    fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
+    bf16: bool = flag(False, help="train in bfloat16 (needs a GPU, else float32)")
+
+
+@dataclass
+class FinetuneSettings(UpdateFlags):
     model_path: str = flag(help="model to start from: a folder, or a name on the Hugging Face hub",
                            affects_result=False, holds="path")
     out_dir: str = flag(help="folder for checkpoints, adapter, metrics; the same command again resumes in it",
@@ -40,16 +51,11 @@ class FinetuneSettings:
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm")
     max_seq_len: int = flag(1536, at_least=1,
                             help="tokens per example; longer ones lose context on the left, never the target")
-    fp16: bool = flag(False, help="train in float16 with loss scaling (needs a GPU, else float32)")
-    bf16: bool = flag(False, help="train in bfloat16 (needs a GPU, else float32)")
     gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
     attn_implementation: str = flag("sdpa", choices=ATTENTION,
                                     help="how attention is computed, which changes time and memory only; "
                                          "flash_attention_2 needs CUDA, the package flash_attn, and bf16 or fp16",
                                     affects_result=False)
-    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
-    lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
-    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA")
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
     frozen: str = flag("", help="with --lora_r 0: modules that stay as they are, separated by commas (embed_tokens)")
     q_lora: bool = flag(False, help="keep the frozen base model in 4 bits, NF4 (needs bitsandbytes)")
@@ -95,8 +101,7 @@ def check_settings(settings: FinetuneSettings) -> None:
 
 def check_options(settings: FinetuneSettings) -> None:
     """The same for all but the model, which may have to be made first."""
-    if settings.fp16 and settings.bf16:
-        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    check_precision(settings)
     if settings.attn_implementation == "flash_attention_2":
         _check_flash_attention(settings)
     if settings.deepspeed and not Path(settings.deepspeed).is_file():
@@ -112,6 +117,12 @@ def check_options(settings: FinetuneSettings) -> None:
     check_tracker(settings.report_to)
     if settings.push_to_hub and not settings.merge and settings.lora_r:
         raise UserError("--push_to_hub uploads the merged model, which --merge false leaves out; drop one of them")
+
+
+def check_precision(settings: UpdateFlags) -> None:
+    """Raises UserError for two precisions."""
+    if settings.fp16 and settings.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
 
 
 def check_tracker(name: str) -> None:

@@ -34,7 +34,9 @@ class TextTask:
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
         model = load_base(self.settings, dtype)
-        return peft.get_peft_model(model, lora_config(self.settings, model)) if self.settings.lora_r else model
+        if not self.settings.lora_r:
+            return model
+        return peft.get_peft_model(model, lora_config(self.settings, model, self.settings.lora_targets))
 
     def collator(self, pad_id: int, multiple: int = 1) -> Collator:
         return Collator(pad_id, multiple)

@@ -69,10 +69,9 @@ class Player:
         settings, policy = self.settings, self.policy
         if not greedy and settings.action_do_sample:
             policy = dataclasses.replace(policy, temperature=settings.action_temperature, top_p=settings.action_top_p)
-        method = ImagineThenPlan(policy, self.world_model, MethodSettings(
-            max_k=self.kmax, fixed_k=settings.fixed_k, k_policy="head", k_sample=not greedy, value_of_state=True))
-        method.record_sampling = True
-        return method
+        return ImagineThenPlan(policy, self.world_model, MethodSettings(
+            max_k=self.kmax, fixed_k=settings.fixed_k, k_policy="head", k_sample=not greedy, value_of_state=True,
+            record_sampling=True))
 
     async def play(self, games: Sequence[Game], *, greedy: bool = False) -> list[Episode]:
         """One episode of each game, in their order; those lost with their environment's process are left out."""

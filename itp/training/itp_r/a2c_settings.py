@@ -16,15 +16,15 @@ from itp.devices import DTYPES
 from itp.envs.registry import EnvFlags
 from itp.errors import UserError
 from itp.lm.memory_budget import EngineFlags
-from itp.model_card import NOTHING_ON_RECORD, RELEASE_BUDGET, PromptFlags, resolve_by_card
+from itp.model_card import AS_RELEASED, PromptFlags, resolve_by_card
 from itp.pretrained import MASKED_ATTENTION, check_model_path
-from itp.training.settings import TRACKERS, check_tracker
+from itp.training.settings import TRACKERS, UpdateFlags, check_precision, check_tracker
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class RlSettings(PromptFlags, EnvFlags, EngineFlags):
+class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     policy_model: str = flag(help="policy with heads, as sft leaves it", affects_result=False, holds="path",
                              aliases=("policy_model_path",))
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it",
@@ -93,11 +93,6 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags):
                                   "alone, so nothing depends on it", affects_result=False)
     logprob_norm: str = flag("sum", help="an action's log-probability: sum or mean over its tokens",
                              choices=("sum", "mean"))
-    lora_r: int = flag(8, at_least=0, help="rank of LoRA; 0 trains every weight")
-    lora_alpha: int = flag(16, help="LoRA's scale is lora_alpha / lora_r")
-    lora_dropout: float = flag(0.05, at_least=0, below=1, help="dropout in front of LoRA, in updates only")
-    fp16: bool = flag(False, help="update in float16 with loss scaling (needs a GPU, else float32)")
-    bf16: bool = flag(False, help="update in bfloat16 (needs a GPU, else float32)")
     attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
                                     help="how the policy computes attention, acting and learning; changes time and "
                                          "memory only (their masks are none that flash_attention_2 knows)",
@@ -137,17 +132,13 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags):
         return math.ceil(self.total_episodes / self.batch_episodes)
 
 
-NOT_ON_RECORD = NOTHING_ON_RECORD | {"max_seq_len": RELEASE_BUDGET, "history_keep_steps": 6}
-"""The prompts of a policy of which nothing is on record: as in the authors' release."""
-
-
 def checked(settings: RlSettings) -> RlSettings:
     """``settings`` with what they leave open filled in from the policy.
 
     Raises UserError for what can't work, before anything slow is started.
     """
     check(settings)
-    settings = resolve_by_card(settings, settings.policy_model, NOT_ON_RECORD)
+    settings = resolve_by_card(settings, settings.policy_model, AS_RELEASED | {"history_keep_steps": 6})
     _warn_of_short_budget(settings)
     return settings
 
@@ -168,8 +159,7 @@ def check(settings: RlSettings) -> None:
         raise UserError("--wm_model is missing: the world model to imagine with (only --fixed_k 0 needs none)")
     if settings.wm_model:
         check_model_path(settings.wm_model)
-    if settings.fp16 and settings.bf16:
-        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    check_precision(settings)
     check_tracker(settings.report_to)
     if settings.minibatches > settings.batch_episodes:
         raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "

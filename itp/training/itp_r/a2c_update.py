@@ -23,9 +23,9 @@ from itp.lm.base import Trace
 from itp.text.prompts import CTRL
 from itp.training.itp_r.losses import a2c_loss, k_entropy, token_logprobs
 from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.models import lora_config
 
 if TYPE_CHECKING:
-    import peft
     from transformers import PreTrainedTokenizerBase
 
     from itp.agent.policy_with_heads import PolicyWithHeads
@@ -117,7 +117,7 @@ class Learner:
         self.settings, self.processes, self.tokenizer = settings, processes, tokenizer
         self.lora = settings.lora_r > 0
         if self.lora:
-            policy.add_lora(_lora(settings), tokenizer.convert_tokens_to_ids(CTRL))
+            policy.add_lora(lora_config(settings, policy.causal_lm), tokenizer.convert_tokens_to_ids(CTRL))
         if settings.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = policy
@@ -320,10 +320,3 @@ class Reading:
     k_logprobs: torch.Tensor
     entropies: torch.Tensor
     values: torch.Tensor
-
-
-def _lora(settings: RlSettings) -> peft.LoraConfig:
-    import peft
-
-    return peft.LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-                           target_modules="all-linear", task_type="CAUSAL_LM")

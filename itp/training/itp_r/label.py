@@ -36,7 +36,7 @@ from itp.agent.heads import has_heads, kmax_of
 from itp.errors import PromptTooLong, UserError
 from itp.files import read_appended, write_atomic, write_json
 from itp.lm.scheduler import BatchBarrier
-from itp.model_card import NOTHING_ON_RECORD, RELEASE_BUDGET, prompt_settings, resolve_by_card
+from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar
@@ -51,8 +51,7 @@ log = logging.getLogger(__name__)
 def run(settings: LabelSettings) -> None:
     """Label what is missing, write the output, print the distribution of labels."""
     candidates = check(settings)
-    unknown = NOTHING_ON_RECORD | {"max_seq_len": RELEASE_BUDGET}
-    settings = resolve_by_card(settings, settings.policy_model, unknown)
+    settings = resolve_by_card(settings, settings.policy_model, AS_RELEASED)
     skipped: list[str] | None = [] if settings.skip_bad_rows else None
     rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings.max_rows, settings.seed)
     for message in skipped or ():

@@ -81,8 +81,7 @@ class Labeler:
         one batch, cost only what differs: the label and the action.
         """
         futures = [foresight_text(trajectory.steps[:k], self.policy.foresight_format) for k in candidates]
-        count = self.policy.budget.count
-        tokens = count(target) if count else 0
+        tokens = self.policy.budget.longest([target])
         pairs = [(self.policy.action_prompt(row.state, tokens, foresight=future), target) for future in futures]
         largest = await self.policy.lm.loglikelihood(pairs[-1:])
         answers = [*await self.policy.lm.loglikelihood(pairs[:-1]), *largest]

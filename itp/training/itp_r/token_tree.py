@@ -56,7 +56,8 @@ class TokenTree:
 
     def new(self, ids: Sequence[int], branch: Sequence[int]) -> int:
         """How many nodes ``ids`` and then ``branch`` would add, which often is the beginning of ``ids``."""
-        shared = next((i for i, (a, b) in enumerate(zip(ids, branch)) if a != b), min(len(ids), len(branch)))
+        shared = next((i for i, (a, b) in enumerate(zip(ids, branch, strict=False)) if a != b),
+                      min(len(ids), len(branch)))
         return len(ids) - self.known(ids) + len(branch) - max(self.known(branch), shared)
 
     @property

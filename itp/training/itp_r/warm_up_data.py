@@ -10,7 +10,7 @@ from itp.config import flag
 from itp.errors import UserError
 from itp.files import read_rows
 from itp.games import ENVIRONMENTS, K_MAX
-from itp.model_card import NOTHING_ON_RECORD, RELEASE_BUDGET, PromptFlags, prompt_settings, resolve
+from itp.model_card import AS_RELEASED, PromptFlags, prompt_settings, resolve
 from itp.text.prompts import foresight_text
 from itp.text.state import State, parse
 from itp.training.settings import FinetuneSettings
@@ -63,7 +63,7 @@ def as_labeled(settings: SftSettings) -> SftSettings:
     path = settings.train_jsonl
     _, first = next(read_rows(path), ("", None))
     recorded = first.get("shown", {}) if isinstance(first, dict) else {}
-    return resolve(settings, recorded, path, NOTHING_ON_RECORD | {"max_seq_len": RELEASE_BUDGET})
+    return resolve(settings, recorded, path, AS_RELEASED)
 
 
 def read_labeled(settings: SftSettings) -> list[LabeledStep]:

@@ -27,7 +27,7 @@ from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, action_target, policy_prompt
 from itp.text.state import State
-from itp.training.examples import Encoding, TrainingRow
+from itp.training.examples import COUNTS, Encoding, TrainingRow
 from itp.training.itp_r import token_tree
 from itp.training.itp_r.token_tree import TokenTree
 from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
@@ -105,8 +105,7 @@ class WarmUpTask(TextTask):
         """Sequences of one or several steps of an episode."""
         tokenizer = copy.deepcopy(tokenizer)  # the model's own gets the token together with the model
         add_control_to_tokenizer(tokenizer)
-        encoding = Encoding([], [], dict.fromkeys(("examples", "cut", "lost_tokens", "lost_supervised", "too_long",
-                                                   "unsupervised"), 0))
+        encoding = Encoding([], [], dict.fromkeys(COUNTS, 0))
         encoded = self._tokens(tokenizer, encoding.counts)
         for episode_id, episode in itertools.groupby(encoded, key=lambda e: e.step.episode_id):
             for steps in self._packed(list(episode)):
@@ -184,7 +183,8 @@ class WarmUpTask(TextTask):
             if is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
                 raise UserError("--lora_r trains the row of <CTRL> with peft, which under ZeRO-3 needs a GPU; use a "
                                 "stage 2 configuration, or --lora_r 0")
-            policy.add_lora(lora_config(self.settings, policy.causal_lm), tokenizer.convert_tokens_to_ids(CTRL))
+            policy.add_lora(lora_config(self.settings, policy.causal_lm, self.settings.lora_targets),
+                            tokenizer.convert_tokens_to_ids(CTRL))
         module = WarmUp(policy, self.settings.beta_k)
         if options:
             module.hf_device_map = model.hf_device_map  # so that the Trainer leaves the layers where they are
