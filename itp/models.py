@@ -108,4 +108,5 @@ def _budget(lm: LM, path: str, form: PromptFormat, max_seq_len: int, answer: str
                         tokens)
     if tokenizer is None:
         return PromptBudget(role=lm.role)
-    return PromptBudget(tokens, context, Encoder(tokenizer).count, lm.role)
+    encoder = lm.encode if isinstance(lm, LocalLM) else Encoder(tokenizer)  # its texts are tokenized once
+    return PromptBudget(tokens, context, encoder.count, lm.role)

@@ -233,9 +233,9 @@ def test_a_killed_jvm_costs_an_evaluation_no_game(tmp_path: Path, monkeypatch: p
         saboteurs.append(Saboteur(build(*args), pools))
         return saboteurs[0]
 
-    def write_episode(folder: Path, index: int, episode: Episode) -> None:
+    def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
         written.append((index, episode.restarts, len(episode.steps)))
-        write(folder, index, episode)
+        return write(folder, index, episode)
 
     build, write = plan.build, results.write_episode
     monkeypatch.setattr(runner, "EnvPool", Remembered)
