@@ -8,13 +8,12 @@ record in ``timing.jsonl``, one line for every time that the program ran (a kill
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
+from itp.devices import peak_memory
 from itp.files import read_rows
 from itp.run_dir import TIMING
 
@@ -71,12 +70,3 @@ def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, p
                "peak_memory_bytes": peak_memory()}
     with open(folder / TIMING, "a", encoding="utf-8") as file:
         file.write(json.dumps(session) + "\n")
-
-
-def peak_memory() -> dict[str, int]:
-    """The most bytes that this process had at a time: resident on the host, allocated by torch on each GPU."""
-    import torch
-
-    kilo = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
-    return peak | {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())}

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from itp.devices import peak_memory
 from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import read_json, write_json
@@ -131,6 +132,7 @@ def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     set_seed(settings.seed)
     trainer = FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, eval_rows)
     metrics = trainer.run(resume_from(settings.out_dir, args.world_size, row_lengths(train_rows)))
+    metrics["peak_memory_bytes"] = peak_memory()
     if settings.lora_r:
         task.save_adapter(trainer)
     else:
