@@ -54,7 +54,7 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
-        written = read_object(record, {"config": dict})
+        written = read_object(record, {"config": dict}, "it isn't the record of a run; choose another output path")
         recorded = by_own_names(written["config"], type(settings))
         grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()

@@ -67,7 +67,8 @@ def main() -> None:
     settings = from_args(ReportSettings, args)
     for folder in args.folders:
         config = folder / "config.json"  # before anything is written: models and games have one, too
-        if not config.exists() or "method" not in read_object(config, {"config": dict})["config"]:
+        recorded = read_object(config).get("config") if config.exists() else None
+        if not isinstance(recorded, dict) or "method" not in recorded:
             raise UserError(f"{folder}: not a result folder (no config.json of an evaluation); give what --out_dir "
                             "named")
         write_summary(folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.prompts import END
-from itp.text.turns import is_learned
+from itp.text.turns import has_loss, is_learned
 
 _LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 Segment = tuple[str, bool | str]
@@ -27,7 +27,7 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
         if turn["from"] == "gpt":
             label, text = _split_label(turn["value"])
             learned: bool | str = is_learned(turn)
-            if turn.get("correction") is not None:
+            if has_loss(turn) and turn.get("correction") is not None:
                 learned = _split_label(turn["correction"])[1]
             segments += [(label, False)] * bool(label) + [(text, learned)]
         else:

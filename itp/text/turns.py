@@ -66,15 +66,15 @@ def _turn(turn: Any, who: str, what: str, number: int) -> Turn:
             raise NotADialogue(f"a turn whose {name!r} is neither a number nor true, false or null", number)
     if not all(is_text(text) for text in (turn[what], correction or "")):
         raise NotADialogue("a turn that isn't valid Unicode text", number)
-    return Turn(SPEAKERS[turn[who]], turn[what], is_learned(turn), correction if _has_loss(turn) else None)
+    return Turn(SPEAKERS[turn[who]], turn[what], is_learned(turn), correction if has_loss(turn) else None)
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
     """Whether the text of a gpt turn is to be learned."""
-    return _has_loss(turn) and turn.get("weight", 1) != 0
+    return has_loss(turn) and turn.get("weight", 1) != 0
 
 
-def _has_loss(turn: Mapping[str, Any]) -> bool:
+def has_loss(turn: Mapping[str, Any]) -> bool:
     """False for a turn of which nothing is to be learned, not even its correction."""
     return bool(turn.get("loss", True))
 

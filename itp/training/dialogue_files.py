@@ -23,12 +23,12 @@ def read_dialogue_file(path: str) -> Iterator[tuple[str, dict[str, Any], list[Tu
         except NotADialogue as error:
             raise UserError(f"{where}: not a dialogue ({error.located}); a row needs 'conversations' (from, value) or "
                             "'messages' (role, content)") from error
+        if not any(turn.who == "gpt" and (turn.learned or turn.correction is not None) for turn in turns):
+            raise UserError(f"{where}: no turn of gpt (assistant) to learn from; remove the row")
         try:
             check_form(turns)
         except ValueError as error:
             raise UserError(f"{where}: not in the form of this project's prompts ({error}); convert the file first: "
                             f"python -m world_model.data_processing.convert --input {path} --out_dir DIR, "
                             "and give DIR/dialogues.json") from error
-        if not any(turn.who == "gpt" and (turn.learned or turn.correction is not None) for turn in turns):
-            raise UserError(f"{where}: no turn of gpt (assistant) to learn from; remove the row")
         yield where, row, turns

@@ -15,8 +15,10 @@ _WORDS = ("Guidelines?", "Hints?", "Tips?", "Notes?", "Instructions?", "Reminder
 _PHRASES = (r"(?:available|admissible|valid|possible|allowed|previous|past|next) (?:actions?|commands?)",
             r"(?:action|command) (?:history|format|list)", r"(?:task|state|world|action) knowledge",
             r"(?:output|response|answer) format", r"current (?:progress|status)")
+_HELP = r"Available commands:\n  look: "
+"""The beginning of ALFWorld's answer to `help`, which is the environment's."""
 _NOT_ENVIRONMENT = re.compile(
-    rf"(?:^|(?<=\s))[*_<\[(]*(?:#+ |(?:{'|'.join(_WORDS)}):|(?i:{'|'.join(p.replace(' ', '[ _]') for p in _PHRASES)})"
+    rf"(?:^|(?<=\s))(?!{_HELP})[*_<\[(]*(?:#+ |(?:{'|'.join(_WORDS)}):|(?i:{'|'.join(p.replace(' ', '[ _]') for p in _PHRASES)})"
     r"[*_>\])]*:|(?=[A-Z _-]{4,}:)[A-Z]+(?:[ _-][A-Z]+)*:)")
 """The beginning of text that isn't the environment's: a heading, a label from the lists, or any label in capitals."""
 _OBSERVATION_LINE = re.compile(r"^[ \t]*Observation:", re.MULTILINE)

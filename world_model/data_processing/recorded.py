@@ -27,7 +27,7 @@ from itp.text.turns import read_turns as turns_of
 from world_model.data_processing.foreign_text import RepeatedTask, observation_in, without_label, without_tail
 
 _SCIENCE_TASK = "Your task is to "
-_SCIENCE_FIRST = re.compile(r"This (?:room|outside location) is called")
+FIRST_OBSERVATION = re.compile(r"This (?:room|outside location) is called")
 """The beginning of ScienceWorld's first observation; a test compares with the simulator."""
 _ACTION = re.compile(r"(?:^|[ \t])Action:[ \t]*\n?(.*)$", re.MULTILINE | re.IGNORECASE)  # AgentGym breaks the line
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
@@ -157,7 +157,7 @@ def _start(turns: Sequence[Turn], env: str) -> int:
               and not (i and _is_task_command(_action(turns[i - 1].text), env))]
     if not posing:
         raise Unreadable("no human turn that poses a task")
-    opening = OPENING if env == "alfworld" else _SCIENCE_FIRST.pattern
+    opening = OPENING if env == "alfworld" else FIRST_OBSERVATION.pattern
     start = posing[-1]
     for earlier in reversed(posing[:-1]):
         # With an opening of its own, and turns without a task before it, it is another episode with the same task.
@@ -181,7 +181,7 @@ def _posed(text: str, env: str) -> str | None:
     if env == "alfworld":
         return without_tail(task).removesuffix(".")
     # As the environment gives it, without double spaces.
-    return _SCIENCE_TASK + " ".join(without_tail(_SCIENCE_FIRST.split(task)[0]).split())
+    return _SCIENCE_TASK + " ".join(without_tail(FIRST_OBSERVATION.split(task)[0]).split())
 
 
 def _opening(text: str, env: str) -> tuple[str, str, bool]:
@@ -200,7 +200,7 @@ def _opening(text: str, env: str) -> tuple[str, str, bool]:
         more = first != around or behind.strip().removesuffix(".") != task
     else:
         behind = text[text.rfind(_SCIENCE_TASK):]
-        seen = _SCIENCE_FIRST.search(behind)
+        seen = FIRST_OBSERVATION.search(behind)
         before, around = (behind[:seen.start()], behind[seen.start():].strip()) if seen else (behind, "")
         first = without_tail(around)
         before = " ".join(before.split()).removesuffix("Observation:").strip()
