@@ -135,11 +135,14 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
 
     The summary's cost is that of ``cost.json``.
     """
-    configs = [by_own_names(read_object(folder / "config.json", {"config": dict})["config"], AlfworldSettings, SciworldSettings)
-               for folder in folders]
-    return [Result(name, config, read_object(folder / "summary.json") | {"cost": read_object(folder / "cost.json")},
-                   read_episodes(folder))
+    records = [read_object(folder / "config.json", {"config": dict}) for folder in folders]
+    configs = [by_own_names(record["config"], AlfworldSettings, SciworldSettings) for record in records]
+    return [Result(name, config, _summary(folder), read_episodes(folder))
             for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "summary.json") | {"cost": read_object(folder / "cost.json")}
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:

@@ -145,7 +145,8 @@ def read_file(path: Path) -> Any:
     try:
         return read_yaml(path)
     except UserError as error:
-        raise UserError(f"{error}; the experiments of the project are configs/experiments/*.yaml") from error
+        raise UserError(f"{path}: not an experiment ({error}); those of the project are "
+                        "configs/experiments/*.yaml") from error
 
 
 def check_table(shown: Any, runs: Mapping[str, Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that a program reads: a byte order mark, and what is cut short or ill-formed, which is one line with a remedy."""
+"""Files that programs read: with a byte order mark, or cut short or ill-formed, which is one line with a remedy."""
 
 from __future__ import annotations
 

@@ -251,8 +251,10 @@ def test_full_fine_tuning_learns_and_leaves_a_plain_model(model_path, tmp_path):
 
 def dialogues(path: Path, count: int = 40) -> Path:
     rows = [{"id": str(i), "conversations": [
-        {"from": "human", "value": f"Task: {'abcdefgh'[i % 8]}\nObservation: see"}, {"from": "gpt", "value": "Action: go to 1"},
-        {"from": "human", "value": "Observation: see " + "b " * (i % 5)}, {"from": "gpt", "value": f"Action: go to {1 + i % 3}"}]}
+        {"from": "human", "value": f"Task: {'abcdefgh'[i % 8]}\nObservation: see"},
+        {"from": "gpt", "value": "Action: go to 1"},
+        {"from": "human", "value": "Observation: see " + "b " * (i % 5)},
+        {"from": "gpt", "value": f"Action: go to {1 + i % 3}"}]}
         for i in range(count)]
     path.write_text(json.dumps(rows))
     return path
@@ -430,13 +432,15 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     row = {"id": 7, "conversations": [
         {"from": "human", "value": STATE},
         {"from": "gpt", "value": "Action: go to 1", "weight": 0, "correction": "Action: go to 2"},
-        {"from": "human", "value": "Observation: c"}, {"from": "gpt", "value": "Action: b", "weight": 0, "correction": "Action: d"}]}
+        {"from": "human", "value": "Observation: c"},
+        {"from": "gpt", "value": "Action: b", "weight": 0, "correction": "Action: d"}]}
     path = tmp_path / "d.json"
     path.write_text(json.dumps([row]))
     example, = base_policy.read_dialogues(str(path))
     encoded = encode([example], make_tokenizer(), 100).rows[0]
     said = " ".join(WORDS[i] for i in encoded["input_ids"])
-    assert said == "Task : a \n Observation : b \n Action : go to 1 \n Observation : c \n Action : b \n <eos>"  # the episode as it was
+    # The episode as it was.
+    assert said == "Task : a \n Observation : b \n Action : go to 1 \n Observation : c \n Action : b \n <eos>"
     pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
     learned = [(WORDS[token], WORDS[label]) for token, label in pairs if label >= 0]
     assert learned == [("go", "go"), ("to", "to"), ("1", "2"), ("b", "d"), ("<eos>", "<eos>")]
@@ -450,9 +454,11 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     ({"conversations": [{"from": "human"}]}, "turn 0"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 0"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of gpt"),
-    ({"conversations": [{"from": "gpt", "value": "Action: x", "weight": 0, "correction": 1}]}, "turn 0: a turn whose 'correction' isn't a text"),
+    ({"conversations": [{"from": "gpt", "value": "Action: x", "weight": 0, "correction": 1}]},
+     "turn 0: a turn whose 'correction' isn't a text"),
     ({"conversations": [{"from": ["gpt"], "value": "Action: x"}]}, "turn 0: a turn whose 'from' isn't one of"),
-    ({"conversations": [{"from": "gpt", "value": "Action: x", "loss": "no"}]}, "turn 0: a turn whose 'loss' is neither"),
+    ({"conversations": [{"from": "gpt", "value": "Action: x", "loss": "no"}]},
+     "turn 0: a turn whose 'loss' is neither"),
 ])
 def test_rows_that_are_no_dialogue_are_named(tmp_path, row, said):
     path = tmp_path / "d.jsonl"

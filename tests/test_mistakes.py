@@ -73,7 +73,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Path:
     (desk / "typo.yaml").write_text("max_game: 5\n")
     (desk / "broken.json").write_text("[{\n")
     (desk / "latin.yaml").write_bytes("method: caf\u00e9".encode("latin-1"))
-    raw = [("human", "Interact with a household."), ("gpt", "OK"), ("human", "You see a desk 1.\nYour task is to: look."),
+    raw = [("human", "Interact with a household."), ("gpt", "OK"),
+           ("human", "You see a desk 1.\nYour task is to: look."),
            ("gpt", "Thought: Well.\nAction: look")]
     write_json(desk / "raw.json", [{"id": "e", "conversations": [{"from": who, "value": text} for who, text in raw]}])
     row = {"episode_id": "e", "step": 0, "state": State("a task", "You are in a room.").render(), "action": "look",

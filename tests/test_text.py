@@ -183,8 +183,8 @@ def test_dialogues_of_every_kind_are_in_the_form_that_training_asks_for() -> Non
     unanswered = {"conversations": whole["conversations"][:-1]}
     lines = [dataclasses.replace(t, action="two\nlines", expert_action="two\nlines") for t in rows[:1]]
     for dialogue in (whole, unanswered, episode_dialogue(lines), foresight_dialogue(rows, 2, 2),
-                     horizon_dialogue(rows, 3, 5), thought_dialogue(rows, 1, "A mug."), judge_dialogue(rows, 2, tried, True),
-                     judge_dialogue(rows, 0, proposal_text("look"), False),
+                     horizon_dialogue(rows, 3, 5), thought_dialogue(rows, 1, "A mug."),
+                     judge_dialogue(rows, 2, tried, True), judge_dialogue(rows, 0, proposal_text("look"), False),
                      reflection_dialogue(rows, 2, foresight_text([("look", "x\ny")], "last_obs"), "It helps.")):
         check_form(read_turns(dialogue))
 

@@ -19,8 +19,8 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
 
     A gpt turn starts with a label (``Action: ...``), which is given and not learned, because
     :func:`itp.text.prompts.policy_prompt` ends with exactly this label.  A turn that isn't to be learned
-    (:func:`itp.text.turns.is_learned`) is context only; its ``correction`` is learned in its place.  The joined segments are the text of a growing state, so one sequence
-    teaches all prompts of an episode.
+    (:mod:`itp.text.turns`) is context only; its ``correction`` is learned in its place.  The joined segments are the
+    text of a growing state, so one sequence teaches all prompts of an episode.
     """
     segments: list[Segment] = []
     for turn in conversations:

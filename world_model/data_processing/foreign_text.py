@@ -17,9 +17,9 @@ _PHRASES = (r"(?:available|admissible|valid|possible|allowed|previous|past|next)
             r"(?:output|response|answer) format", r"current (?:progress|status)")
 _HELP = r"Available commands:\n  look: "
 """The beginning of ALFWorld's answer to `help`, which is the environment's."""
-_NOT_ENVIRONMENT = re.compile(
-    rf"(?:^|(?<=\s))(?!{_HELP})[*_<\[(]*(?:#+ |(?:{'|'.join(_WORDS)}):|(?i:{'|'.join(p.replace(' ', '[ _]') for p in _PHRASES)})"
-    r"[*_>\])]*:|(?=[A-Z _-]{4,}:)[A-Z]+(?:[ _-][A-Z]+)*:)")
+_MARKED = "|".join(("|".join(_WORDS), rf"(?i:{'|'.join(_PHRASES).replace(' ', '[ _]')})",
+                    r"(?=[A-Z _-]{4,}\W)[A-Z]+(?:[ _-][A-Z]+)*"))
+_NOT_ENVIRONMENT = re.compile(rf"(?:^|(?<=\s))(?!{_HELP})[*_<\[(]*(?:#+ |(?:{_MARKED})[*_>\])]*:)")
 """The beginning of text that isn't the environment's: a heading, a label from the lists, or any label in capitals."""
 _OBSERVATION_LINE = re.compile(r"^[ \t]*Observation:", re.MULTILINE)
 _OBSERVATION = re.compile(r"(?:^|(?<=\s))Observation:")

@@ -7,7 +7,8 @@ Three formats are the same conversation under different names::
     {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}          chat
 
 An opening that only instructs (answered by ``OK``) is left out, and so are example episodes before the
-task, as turns or inside the opening.  What an agent thought isn't kept: the state text of this project
+task, as turns or inside the opening, and text that isn't the environment's
+(:mod:`world_model.data_processing.foreign_text`).  What an agent thought isn't kept: the state text of this project
 (:mod:`itp.text.state`) holds actions and observations.  A row that can't be read raises ``Unreadable``.
 """
 

@@ -37,6 +37,7 @@ STEP_LIMITS = {
     "identify-life-stages-1": 30, "identify-life-stages-2": 30,
 }
 """The step limit of an episode for each of the usual protocol's 24 tasks."""
+MADE_AGAIN = "delete it, and it is made again"
 OTHER_STEP_LIMIT = 100
 """The package's own step limit, for the six tasks that the protocol leaves out."""
 
@@ -147,7 +148,7 @@ def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
     cache = cache_folder("scienceworld")
     file = cache / f"{key}.json" if cache else None
     if file is not None and file.is_file():
-        return _checked_splits(read_object(file, advice="delete it, and it is made again"), file)
+        return _checked_splits(read_object(file, advice=MADE_AGAIN), file)
     found = _query_splits(str(jar))
     if file is not None:
         write_json(file, found)
@@ -157,7 +158,7 @@ def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
 def _checked_splits(found: dict[str, Any], file: Path) -> dict[str, dict[str, list[int]]]:
     for task, lists in found.items():
         if not isinstance(lists, dict) or not all(isinstance(lists.get(split), list) for split in SPLITS):
-            raise UserError(f"{file}: not the variations of the tasks by split ({task!r}); delete it, and it is made again")
+            raise UserError(f"{file}: not the variations of the tasks by split ({task!r}); {MADE_AGAIN}")
     return found
 
 
