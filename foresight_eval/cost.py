@@ -14,7 +14,7 @@ from typing import Any
 
 from foresight_eval.statistics import percentile
 from itp.devices import peak_memory
-from itp.files import read_rows
+from itp.files import read_records
 from itp.run_dir import TIMING
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
@@ -42,7 +42,8 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
         cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
-    sessions = [row for _, row in read_rows(folder / TIMING)] if (folder / TIMING).exists() else []
+    fields = {"seconds": (int, float), "processes": int, "episodes": int, "peak_memory_bytes": dict}
+    sessions = read_records(folder / TIMING, fields) if (folder / TIMING).exists() else []
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None

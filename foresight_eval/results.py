@@ -15,7 +15,7 @@ from typing import Any
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
-from itp.files import read_json, short_names, write_json
+from itp.files import read_object, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
 from itp.text.state import ACTION, OBSERVATION, State
@@ -49,7 +49,8 @@ def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
 def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
     """All finished games of a result folder, by index."""
     files = sorted((f for f in folder.glob("*.json") if f.stem.isdigit()), key=lambda f: int(f.stem))
-    return {int(f.stem): read_json(f) for f in files}
+    fields = {"meta": dict, "foresight_steps": list}
+    return {int(f.stem): read_object(f, fields, "delete it, and the same command plays this game again") for f in files}
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,14 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
 
     The summary's cost is that of ``cost.json``.
     """
-    configs = [by_own_names(read_json(folder / "config.json")["config"], AlfworldSettings, SciworldSettings)
-               for folder in folders]
-    return [Result(name, config, read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
-                   read_episodes(folder))
+    records = [read_object(folder / "config.json", {"config": dict}) for folder in folders]
+    configs = [by_own_names(record["config"], AlfworldSettings, SciworldSettings) for record in records]
+    return [Result(name, config, _summary(folder), read_episodes(folder))
             for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "summary.json") | {"cost": read_object(folder / "cost.json")}
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from itp.config import by_own_names, flag_fields, flags_that
 from itp.errors import UserError
-from itp.files import read_json, write_json
+from itp.files import read_object, write_json
 
 
 def versions() -> dict[str, str]:
@@ -54,7 +54,7 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
-        written = read_json(record)
+        written = read_object(record, {"config": dict}, "it isn't the record of a run; choose another output path")
         recorded = by_own_names(written["config"], type(settings))
         grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()

@@ -44,7 +44,7 @@ from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
 from itp.errors import UserError
-from itp.files import read_json, short_names, write_json
+from itp.files import read_object, short_names, write_json
 from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
 from itp.lm.scheduler import BatchBarrier
@@ -249,8 +249,8 @@ def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Figures by world model that this very measurement has left; none where it is to be made."""
     if not out_json or not Path(out_json).is_file():
         return {}
-    found = read_json(out_json)
-    found["config"] = by_own_names(found.get("config", {}), FidelitySettings)
+    found = read_object(out_json, {"config": dict, "models": dict}, "choose another --out_json")
+    found["config"] = by_own_names(found["config"], FidelitySettings)
     return found["models"] if all(found.get(key) == value for key, value in identity.items()) else {}
 
 

@@ -22,7 +22,9 @@ from foresight_eval.results import Result, read_results
 from foresight_eval.summary import write_summary
 from itp.config import add_flags, flag, from_args
 from itp.errors import UserError
-from itp.files import read_json, write_atomic
+from itp.files import read_object, write_atomic
+
+FIDELITY_FILE = "--fidelity takes files of world_model.fidelity --out_json"
 
 
 @dataclass
@@ -65,7 +67,8 @@ def main() -> None:
     settings = from_args(ReportSettings, args)
     for folder in args.folders:
         config = folder / "config.json"  # before anything is written: models and games have one, too
-        if not config.exists() or "method" not in read_json(config).get("config", {}):
+        recorded = read_object(config).get("config") if config.exists() else None
+        if not isinstance(recorded, dict) or "method" not in recorded:
             raise UserError(f"{folder}: not a result folder (no config.json of an evaluation); give what --out_dir "
                             "named")
         write_summary(folder)
@@ -76,7 +79,7 @@ def main() -> None:
         compared = tables.comparison(results, baseline)
         print(f"\n{compared.title}\n{tables.terminal(compared)}")
     if settings.out_dir:
-        fidelity = [read_json(path) for path in settings.fidelity.split(",") if path]
+        fidelity = [read_object(path, {"models": dict}, FIDELITY_FILE) for path in settings.fidelity.split(",") if path]
         write_report(results, baseline, fidelity, Path(settings.out_dir))
         print(f"\nreport: {Path(settings.out_dir) / 'index.html'}")
 

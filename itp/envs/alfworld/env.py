@@ -15,7 +15,6 @@ The engine isn't thread-safe.  Several ``AlfworldEnv`` in one process are fine: 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import sys
 from collections import defaultdict
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from itp.envs.base import Observation, StepResult
 from itp.errors import UserError
+from itp.files import read_object
 from itp.games import Game
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import GREETING, MOVE, NOTHING_HAPPENS, PUT, TASK, move, put
@@ -84,10 +84,10 @@ class AlfworldEnv:
             version = (str(path), path.stat().st_mtime_ns)
             if version == self._loaded:
                 return
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise UserError(f"{path}: not a readable game file ({error}); download or make it again") from error
-        missing = [name for name in GAME_FIELDS if not isinstance(data, dict) or name not in data]
+        data = read_object(path, advice="not a readable game file; download or make it again")
+        missing = [name for name in GAME_FIELDS if name not in data]
         if missing:
             raise UserError(f"{path}: the game file has no {', '.join(missing)}; download or make it again")
         from fast_downward.translate.pddl_parser.lisp_parser import ParseError

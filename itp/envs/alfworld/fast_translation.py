@@ -14,6 +14,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import logging
 import sys
 import zlib
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from textworld.logic import Placeholder, Proposition, Variable
 
 from itp.files import cache_folder, write_atomic
 
+log = logging.getLogger(__name__)
 WORLDS_KEPT = 256
 """Translated problems that a process keeps.  Each takes about 1 MB with its propositions."""
 
@@ -68,8 +70,8 @@ class TranslatedWorld:
 def world(domain: str, problem: str) -> TranslatedWorld:
     """The translation of a problem, from the cache file if there is one."""
     file = _cache_file(domain, problem)
-    if file is not None and file.exists():
-        return _revive(json.loads(zlib.decompress(base64.b85decode(file.read_text()))))
+    if file is not None and (kept := _kept(file)) is not None:
+        return _revive(kept)
     task, sas = translate(domain, problem, optimize=False)
     name2type = {o.name: o.type_name for o in task.objects}
     plain = {
@@ -82,6 +84,17 @@ def world(domain: str, problem: str) -> TranslatedWorld:
     if file is not None:
         write_atomic(file, base64.b85encode(zlib.compress(json.dumps(plain).encode(), 1)).decode())
     return _revive(plain)
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What a cache file holds; None where there is none, or one that was damaged and is to be made again."""
+    try:
+        return json.loads(zlib.decompress(base64.b85decode(file.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return None
+    except (ValueError, zlib.error):
+        log.warning("%s: damaged; the world is translated again", file)
+        return None
 
 
 def _cache_file(domain: str, problem: str) -> Path | None:

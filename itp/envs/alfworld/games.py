@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from itp.errors import UserError
+from itp.files import checked_object, read_object
 from itp.games import Game, resolve_split
+
+MAKE_AGAIN = "download or make the game again"
 
 ALFWORLD_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
 """The number of playable games in each split of the published set."""
@@ -53,7 +55,7 @@ def list_games(split: str, root: str | Path, only_ids: Sequence[int] = ()) -> li
 
 def with_alternative_goals(game: Game, n: int) -> list[Game]:
     """``game`` and up to ``n`` - 1 other goals in its world.  Only generated games name such goals (traj_data.json)."""
-    others = _traj_data(game.path).get("other_missions", [])[:n - 1]
+    others = _other_missions(game)[:n - 1]
     return [game, *(dataclasses.replace(game, game_id=f"{game.game_id}@{i}", task_type=goal["task_type"], goal=i)
                     for i, goal in enumerate(others, start=1))]
 
@@ -72,23 +74,29 @@ def golden_steps(game: Game) -> int | None:
     """The length of the solution in the game file (alfworld's ``walkthrough``); None where there is none."""
     if game.env != "alfworld" or game.goal:
         return None
-    return len(json.loads(Path(game.path).read_text(encoding="utf-8")).get("walkthrough", ())) or None
+    return len(read_object(game.path, advice=MAKE_AGAIN).get("walkthrough", ())) or None
 
 
 def _posed_goal(game: Game) -> dict[str, Any]:
-    data = _traj_data(game.path)
-    return data["other_missions"][game.goal - 1] if game.goal else data
+    if not game.goal:
+        return _traj_data(game.path)
+    others = _other_missions(game)
+    if len(others) < game.goal:
+        raise UserError(f"{game.path}: traj_data.json beside it has no goal {game.goal}; {MAKE_AGAIN}")
+    return others[game.goal - 1]
+
+
+def _other_missions(game: Game) -> list[dict[str, Any]]:
+    where, others = f"{Path(game.path).with_name('traj_data.json')}", _traj_data(game.path).get("other_missions", [])
+    if not isinstance(others, list):
+        raise UserError(f"{where}: 'other_missions' isn't a list; {MAKE_AGAIN}")
+    fields = {"task_type": str, "pddl_params": dict, "task_desc": str}
+    return [checked_object(goal, f"{where}: goal {i}", fields, MAKE_AGAIN) for i, goal in enumerate(others, start=1)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _traj_data(game_path: str) -> dict[str, Any]:
-    path = Path(game_path).with_name("traj_data.json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data["pddl_params"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path}: no readable pddl_params ({error}); download or make the game again") from error
-    return data
+    return read_object(Path(game_path).with_name("traj_data.json"), {"pddl_params": dict}, MAKE_AGAIN)
 
 
 def _list_alfworld(split: str, root: Path) -> list[Game]:
@@ -119,6 +127,6 @@ def _task_type(trial: Path) -> str:
 
 def _is_solvable(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("solvable"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable game file ({error}); download or make it again") from error
+        return bool(read_object(path, advice=MAKE_AGAIN).get("solvable"))
+    except UserError as error:
+        raise UserError(f"{path}: not a readable game file ({error})") from error
