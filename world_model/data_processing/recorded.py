@@ -22,12 +22,11 @@ from typing import Any
 from itp.envs.alfworld.env import split_intro
 from itp.errors import UserError
 from itp.text.alfworld_phrases import GREETING, OPENING, TASK, put_as_move, said_put_as_move
-from itp.text.parsing import clean_action
+from itp.text.parsing import labeled_action
 from itp.text.state import State
 
 SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
 _SCIENCE_TASK = "Your task is to "
-_ACTION = re.compile(r"(?:^|[ \t])Action:[ \t]*\n?(.*)$", re.MULTILINE | re.IGNORECASE)  # AgentGym breaks the line
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
 
 
@@ -197,9 +196,8 @@ def _opening(text: str, env: str) -> tuple[str, str]:
 
 
 def _action(said: str) -> str | None:
-    """The action of an agent's turn: what follows its last ``Action:``; None where there is none."""
-    labeled = _ACTION.findall(said)
-    return (clean_action(labeled[-1]) or None) if labeled else None
+    """The action of an agent's turn: what follows its ``Action:``; None where there is none."""
+    return labeled_action(said, anywhere=True)
 
 
 def _is_thought(said: str, answer: str) -> bool:
