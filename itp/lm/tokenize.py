@@ -61,9 +61,9 @@ class Encoder:
         return _LINE_STARTS.split(text) if self.by_line else [text]
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Tokenize many texts in one call, for :class:`Growing` ones and continuations."""
-        parts = dict.fromkeys(part for text in texts for part in self.parts(text))
-        self._ids(list(parts), begins=False)
+        """Tokenize the lines of many texts in one call."""
+        if self.by_line:
+            self._ids(list(dict.fromkeys(part for text in texts for part in self.parts(text))), begins=False)
 
     def check_line_breaks(self) -> None:
         """Raises UserError for a tokenizer that can't write the end of an answer of one line."""
