@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from itp.lm.base import GenParams, Generation, asking, metered
 from itp.lm.local import LocalLM
 from tests.rl_runs import write_models
 from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -122,3 +126,11 @@ def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root,
     assert [row[:2] for row in rows] == [["0.90", "1.00"], ["0.90", "0.50"], ["0.50", "1.00"], ["0.50", "0.50"]]
     assert rows[0][2:5] == rows[0][5:8]  # towards itself
     assert len({row[2] for row in rows}) > 1
+
+
+def test_the_gpu_check_names_what_it_does_not_know(tmp_path) -> None:
+    for flags, said in ((["--parts", "tests,speed"], "--parts: speed isn't one of tests, demo, bench, memory"),
+                        (["--sizes", "0.5b,70b"], "--sizes: 70b isn't one of 0.5b, 1.5b, 7b, 8b, tiny")):
+        done = subprocess.run([sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--out_dir", str(tmp_path), *flags],
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (2, f"error: {said}\n")

@@ -87,8 +87,8 @@ class Encoder:
 
     def _tokenized(self, keys: Sequence[tuple[str, bool]]) -> list[list[int]]:
         behind = [(text, begins) for text, begins in keys if text and not begins and self._anchors]
-        alone = [key for key in keys if key not in set(behind)]
         found = dict(zip(behind, self._encode_behind([text for text, _ in behind]), strict=True))
+        alone = [key for key in keys if key not in found]
         found |= zip(alone, self._encode([text for text, _ in alone]), strict=True)
         return [found[key] for key in keys]
 
