@@ -132,5 +132,6 @@ def test_the_gpu_check_names_what_it_does_not_know(tmp_path) -> None:
     for flags, said in ((["--parts", "tests,speed"], "--parts: speed isn't one of tests, demo, bench, memory"),
                         (["--sizes", "0.5b,70b"], "--sizes: 70b isn't one of 0.5b, 1.5b, 7b, 8b, tiny")):
         program = str(ROOT / "scripts" / "gpu_check.py")
-        done = subprocess.run([sys.executable, program, "--out_dir", str(tmp_path), *flags], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, program, "--out_dir", str(tmp_path), *flags],
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
