@@ -149,7 +149,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "steps": len(episode.steps),
             "reward": sum(step.reward for step in episode.steps),
             "score": episode.score,
-            "finished": episode.reason not in ("step_limit", "env_died", "prompt_too_long"),
+            "finished": episode.reason not in ("step_limit", "prompt_too_long"),
             "success": episode.success,
             "terminate_reason": episode.reason,
             "error": game.path,

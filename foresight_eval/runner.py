@@ -24,7 +24,7 @@ from itp.errors import UserError
 from itp.games import Game, spread
 from itp.lm.scheduler import BatchBarrier
 from itp.program import progress_bar
-from itp.rollout import run_episodes
+from itp.rollout import check_all_played, run_episodes
 from itp.run_dir import open_run_dir
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,11 @@ async def evaluate(settings: EvalSettings) -> None:
     missing = [i for i in chosen if not is_finished(folder, i)]
     if ranks.first:
         log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
-    lost = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
-    everyones = await ranks.finished(len(lost))
-    if everyones:
-        raise UserError(f"{everyones} games lost their environment process again and again ({', '.join(lost[:3])}); "
-                        "start the same command again to play them")
+    faults = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
+    faults = await ranks.finished(faults)
     if ranks.first:
         finish(folder)
+        check_all_played(faults)
 
 
 def choose_games(n: int, settings: EvalSettings) -> list[int]:
@@ -112,7 +110,7 @@ def is_finished(folder: Path, index: int) -> bool:
 
 
 async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> list[str]:
-    """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
+    """Play this process's share of ``games``, of which ``missing`` aren't finished; why some were left out."""
     settings, barrier = plan.settings, BatchBarrier()
     pairs = plan.uses_world_model and plan.policy_server is plan.wm_server is None
     policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
@@ -140,7 +138,7 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
         if world_model:
             await world_model.lm.close()
     log.info("%d steps in %.1f s: %.1f steps/s", record.steps, seconds, record.steps / seconds)
-    return record.lost
+    return record.faults
 
 
 @dataclasses.dataclass
@@ -151,15 +149,15 @@ class Recorder:
     games: Mapping[int, Game]
     episodes: int = 0
     steps: int = 0
-    lost: list[str] = dataclasses.field(default_factory=list)
-    """Games whose environment died again and again: they have no file, so that the next run plays them."""
+    faults: list[str] = dataclasses.field(default_factory=list)
+    """Why games were left out: they have no file, so that the next run plays them."""
 
     def __post_init__(self) -> None:
         self._index = {game.game_id: i for i, game in self.games.items()}
 
     def add(self, episode: results.Episode) -> None:
-        if episode.reason == "env_died":
-            self.lost.append(episode.game.game_id)
+        if episode.fault:
+            self.faults.append(episode.fault)
             return
         i = self._index[episode.game.game_id]
         record = results.write_episode(self.folder, i, episode)

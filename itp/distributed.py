@@ -138,12 +138,13 @@ class Ranks:
         while (i := self._store.add("taken", 1) - 1) < len(things):
             yield things[i]
 
-    async def finished(self, lost: int) -> int:
-        """What all processes lost together, in the first process once all have finished; 0 in the others."""
+    async def finished(self, faults: list[str]) -> list[str]:
+        """What went wrong in all processes, in the first process once all have finished; nothing in the others."""
         if self.count == 1:
-            return lost
-        self._store.add("lost", lost)
+            return faults
+        self._store.set(f"faults/{self.rank}", json.dumps(faults))
         self._store.add("finished", 1)
         while self.first and self._store.add("finished", 0) < self.count:
             await asyncio.sleep(POLL_S)
-        return self._store.add("lost", 0) if self.first else 0
+        ranks = range(self.count) if self.first else ()
+        return [fault for rank in ranks for fault in json.loads(self._store.get(f"faults/{rank}"))]

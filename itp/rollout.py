@@ -16,7 +16,7 @@ from typing import Any
 
 from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
-from itp.errors import PromptTooLong
+from itp.errors import PromptTooLong, UnplayableGame, UserError
 from itp.games import Game
 from itp.lm.base import Usage, metered
 from itp.lm.scheduler import BatchBarrier
@@ -31,6 +31,9 @@ MAX_RESTARTS = 3
 
 AHEAD = 2
 """Games that are loaded while others are played, so that no model waits for that."""
+
+FAULTS_SHOWN = 10
+"""Games that were left out, as many as an error names."""
 
 Seat = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 """What an episode holds while it is played."""
@@ -58,8 +61,8 @@ class Step:
 class Episode:
     """A finished episode.
 
-    ``reason``: success, step_limit, env_died, prompt_too_long, or how the engine ended it (engine_end where there is
-    one way only).
+    ``reason``: success, step_limit, prompt_too_long, or how the engine ended it (engine_end where there is one way
+    only).  env_died and unplayable: nothing was played, see :attr:`fault`.
     """
 
     game: Game
@@ -70,6 +73,8 @@ class Episode:
     restarts: int = 0
     unfinished: dict[str, Usage] = field(default_factory=dict)
     """What was asked of each model for an action that wasn't chosen, because a prompt was too long."""
+    fault: str = ""
+    """Why the game was left out; empty where it was played."""
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -91,7 +96,7 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
     the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
-    as no success; any other error of a method ends the run.
+    as no success.  A broken game is left out (:attr:`Episode.fault`).  Any other error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -145,9 +150,21 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
         except EnvDied as died:
             log.warning("%s: %s; starting the episode again", game.game_id, died)
             continue
+        except UnplayableGame as error:
+            log.warning("left out: %s", error)
+            return Episode(game, reason="unplayable", restarts=restarts, fault=str(error))
         episode.restarts = restarts
         return episode
-    return Episode(game, reason="env_died", restarts=MAX_RESTARTS)
+    return Episode(game, reason="env_died", restarts=MAX_RESTARTS,
+                   fault=f"{game.game_id}: its environment process died again and again")
+
+
+def check_all_played(faults: Iterable[str], what_now: str = "the same command plays them once they are mended") -> None:
+    """Raises UserError where there are faults (:attr:`Episode.fault`): what a run left out, and ``what_now``."""
+    if found := list(dict.fromkeys(faults)):
+        more = f"; and {len(found) - FAULTS_SHOWN} more (see the warnings above)" if len(found) > FAULTS_SHOWN else ""
+        raise UserError(f"{len(found)} left out: {'; '.join(found[:FAULTS_SHOWN])}{more}; the others are played, and "
+                        f"{what_now}")
 
 
 async def _play_once(env, method: Method, game: Game, observation: Observation, *, max_steps: int,

@@ -51,6 +51,7 @@ from itp.lm.scheduler import BatchBarrier
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import run_main
+from itp.rollout import check_all_played
 from itp.run_dir import versions
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents
@@ -246,12 +247,18 @@ def identify(settings: FidelitySettings) -> dict[str, Any]:
 
 
 def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by world model that this very measurement has left; none where it is to be made."""
+    """Figures by world model that this very measurement has left; none where it is to be made, or left games out."""
     if not out_json or not Path(out_json).is_file():
         return {}
     found = read_json(out_json)
     found["config"] = by_own_names(found.get("config", {}), FidelitySettings)
-    return found["models"] if all(found.get(key) == value for key, value in identity.items()) else {}
+    whole = all(found.get(key) == value for key, value in identity.items()) and not left_out(found["models"])
+    return found["models"] if whole else {}
+
+
+def left_out(models: Mapping[str, Any]) -> list[str]:
+    """Why games are missing in the figures of world models."""
+    return [fault for figures in models.values() for fault in figures.get("consistency", {}).get("left_out", ())]
 
 
 def main() -> None:
@@ -279,6 +286,7 @@ def main() -> None:
         print_figures(name, models[name])
     if settings.out_json:
         write_json(settings.out_json, identity | {"versions": versions(), "models": models})
+    check_all_played(left_out(models))
 
 
 if __name__ == "__main__":

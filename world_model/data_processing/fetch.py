@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.envs.alfworld.games import ALFWORLD_GAMES, is_whole, list_games
 from itp.errors import UserError
 from itp.files import read_json, write_atomic
 from itp.games import SPLITS
@@ -126,8 +126,8 @@ def _lacking(root: Path) -> str:
     lacking = []
     for split, published in ALFWORLD_GAMES.items():
         try:
-            there = len(list_games(split, root))
-        except UserError:  # none, or a file that is cut short
+            there = sum(map(is_whole, list_games(split, root)))  # a file may be cut short
+        except UserError:  # none
             there = 0
         if there < published:
             lacking.append(f"{there} of {published} games of {split}")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from itp.errors import UserError
+from itp.errors import UnplayableGame, UserError
 from itp.games import Game, resolve_split
 
 ALFWORLD_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
@@ -30,6 +30,11 @@ ALFWORLD_TASK_TYPES = (
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 )
+GAME_FIELDS = ("pddl_domain", "grammar", "pddl_problem")
+"""The texts that the engine reads in a game file."""
+GOAL_PARAMS = ("object_target", "parent_target", "toggle_target")
+"""What an expert reads of a goal's ``pddl_params``."""
+NOT_A_GAME = "not a readable game file ({}); download or make it again"
 
 
 def list_games(split: str, root: str | Path, only_ids: Sequence[int] = ()) -> list[Game]:
@@ -37,6 +42,9 @@ def list_games(split: str, root: str | Path, only_ids: Sequence[int] = ()) -> li
 
     ``root`` is the folder that holds ``json_2.1.1`` (or that folder itself).  ``only_ids`` keeps the
     games at these indices of that order.  Raises UserError where there is no game to play.
+
+    A game whose file can't be read stays in the list, so that the others keep their indices when it has been mended.
+    It raises UnplayableGame when it is played.
     """
     games = _list_alfworld(resolve_split(split), Path(root))
     if not games:
@@ -52,8 +60,16 @@ def list_games(split: str, root: str | Path, only_ids: Sequence[int] = ()) -> li
 
 
 def with_alternative_goals(game: Game, n: int) -> list[Game]:
-    """``game`` and up to ``n`` - 1 other goals in its world.  Only generated games name such goals (traj_data.json)."""
-    others = _traj_data(game.path).get("other_missions", [])[:n - 1]
+    """``game`` and up to ``n`` - 1 other goals in its world.  Only generated games name such goals (traj_data.json).
+
+    Where that file can't be read, one other goal stands for all: it raises UnplayableGame when it is played.
+    """
+    if n <= 1:
+        return [game]
+    try:
+        others = _traj_data(game.path).get("other_missions", [])[:n - 1]
+    except UnplayableGame:
+        others = [{"task_type": game.task_type}]
     return [game, *(dataclasses.replace(game, game_id=f"{game.game_id}@{i}", task_type=goal["task_type"], goal=i)
                     for i, goal in enumerate(others, start=1))]
 
@@ -72,7 +88,25 @@ def golden_steps(game: Game) -> int | None:
     """The length of the solution in the game file (alfworld's ``walkthrough``); None where there is none."""
     if game.env != "alfworld" or game.goal:
         return None
-    return len(json.loads(Path(game.path).read_text(encoding="utf-8")).get("walkthrough", ())) or None
+    solution = _read_object(Path(game.path), NOT_A_GAME).get("walkthrough")
+    return len(solution) if isinstance(solution, list) and solution else None
+
+
+def read_game_file(path: Path) -> dict[str, Any]:
+    """What a game file holds.  Raises UnplayableGame where the engine can't load it."""
+    data = _read_object(path, NOT_A_GAME)
+    if missing := [name for name in GAME_FIELDS if not isinstance(data.get(name), str) or not data[name].strip()]:
+        raise UnplayableGame(f"{path}: the game file has no {', '.join(missing)}; download or make it again")
+    return data
+
+
+def is_whole(game: Game) -> bool:
+    """Whether the game's file can be read."""
+    try:
+        read_game_file(Path(game.path))
+    except UnplayableGame:
+        return False
+    return True
 
 
 def _posed_goal(game: Game) -> dict[str, Any]:
@@ -83,11 +117,29 @@ def _posed_goal(game: Game) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4096)
 def _traj_data(game_path: str) -> dict[str, Any]:
     path = Path(game_path).with_name("traj_data.json")
+    data = _read_object(path, "no readable pddl_params ({}); download or make the game again")
+    others = data.get("other_missions", [])
+    if not _is_goal(data) or not isinstance(others, list) or not all(
+            _is_goal(goal) and isinstance(goal.get("task_type"), str) and isinstance(goal.get("task_desc"), str)
+            for goal in others):
+        raise UnplayableGame(f"{path}: a goal without its pddl_params ({', '.join(GOAL_PARAMS)}), type or sentence; "
+                             "download or make the game again")
+    return data
+
+
+def _is_goal(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("pddl_params"), dict) \
+        and all(name in value["pddl_params"] for name in GOAL_PARAMS)
+
+
+def _read_object(path: Path, complaint: str) -> dict[str, Any]:
+    """The JSON object in a file of a game.  Raises UnplayableGame with ``complaint``, in which the reason stands."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data["pddl_params"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path}: no readable pddl_params ({error}); download or make the game again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnplayableGame(f"{path}: {complaint.format(error)}") from error
+    if not isinstance(data, dict):
+        raise UnplayableGame(f"{path}: {complaint.format('it holds no named fields')}")
     return data
 
 
@@ -96,29 +148,27 @@ def _list_alfworld(split: str, root: Path) -> list[Game]:
     folder = base / split
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (give the folder that holds json_2.1.1/{split})")
-    games = []
+    games, broken = [], []
     for directory, _, files in sorted(os.walk(folder)):
         # The engine's own filter: tasks with a movable receptacle or a sliced object have no text game.
         name = os.path.relpath(directory, folder)
         if "game.tw-pddl" not in files or "movable" in name or "Sliced" in name:
             continue
         path = Path(directory) / "game.tw-pddl"
-        if not _is_solvable(path):
-            continue
         task_type = _task_type(Path(directory))
-        if task_type in ALFWORLD_TASK_TYPES:
-            game_id = str(path.parent.relative_to(folder))
-            games.append(Game("alfworld", split, game_id, str(path), task_type))
+        if task_type not in ALFWORLD_TASK_TYPES:
+            continue
+        try:
+            if not _read_object(path, NOT_A_GAME).get("solvable"):
+                continue
+        except UnplayableGame as error:
+            broken.append(error)
+        games.append(Game("alfworld", split, str(path.parent.relative_to(folder)), str(path), task_type))
+    if broken and len(broken) == len(games):  # then the folder is at fault, not a game
+        raise broken[0]
     return games
 
 
 def _task_type(trial: Path) -> str:
     """The task type in the folder's name (``<task>-<object>-..-<scene>/trial_*``)."""
     return trial.parent.name.split("-", 1)[0]
-
-
-def _is_solvable(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("solvable"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable game file ({error}); download or make it again") from error

@@ -27,7 +27,7 @@ import threading
 from typing import Any, Literal
 
 from itp.envs.base import EnvDied, Observation, StepResult
-from itp.errors import UserError
+from itp.errors import UnplayableGame, UserError
 from itp.games import Game
 
 JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
@@ -69,7 +69,7 @@ class ScienceworldEnv:
         self._call("load", task, int(variation), simplification, self.expert == "gold")
         text = self._call("step", "look around")
         if text.startswith("ERROR"):
-            raise UserError(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
+            raise UnplayableGame(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
         self._task = " ".join(self._call("freeActionTaskDesc").removeprefix(TASK).split())
         self._gold = list(self._call("getGoldActionSequence")) if self.expert == "gold" else []
         self._score = self._best = percent(self._call("getScore"))
