@@ -7,7 +7,6 @@ record in ``timing.jsonl``, one line for every time that the program ran (a kill
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
-from itp.files import read_rows
+from itp.files import append_row, read_appended
 from itp.run_dir import TIMING
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
@@ -43,7 +42,7 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
         cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
-    sessions = [row for _, row in read_rows(folder / TIMING)] if (folder / TIMING).exists() else []
+    sessions = read_appended(folder / TIMING)
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
@@ -66,11 +65,10 @@ def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
 
 
 def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, processes: int) -> None:
-    """Add this process's figures to ``timing.jsonl``: one write, so that processes that share it don't mix lines."""
+    """Add this process's figures to ``timing.jsonl``."""
     session = {"episodes": episodes, "steps": steps, "seconds": round(seconds, 3), "processes": processes,
                "peak_memory_bytes": peak_memory()}
-    with open(folder / TIMING, "a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
+    append_row(folder / TIMING, session)
 
 
 def peak_memory() -> dict[str, int]:

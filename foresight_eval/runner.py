@@ -21,6 +21,7 @@ from foresight_eval.summary import log_line, write_summary
 from itp.distributed import Ranks, rank_devices
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
+from itp.files import append_line, check_output_folder
 from itp.games import Game, spread
 from itp.lm.scheduler import BatchBarrier
 from itp.program import progress_bar
@@ -81,6 +82,7 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
 def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     folder = Path(plan.settings.out_dir)
+    check_output_folder(folder)
     if start_anew:  # first: a run killed in between must not leave old results under a new configuration
         for index in results.read_episodes(folder):
             (folder / f"{index}.json").unlink()
@@ -131,12 +133,12 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
                 record.add(episode)
     finally:
         seconds = time.monotonic() - start
-        cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
-                            processes=ranks.count)
         await pool.close()
         await policy.lm.close()
         if world_model:
             await world_model.lm.close()
+        cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
+                            processes=ranks.count)
     log.info("%d steps in %.1f s: %.1f steps/s", record.steps, seconds, record.steps / seconds)
     return record.faults
 
@@ -161,8 +163,7 @@ class Recorder:
             return
         i = self._index[episode.game.game_id]
         record = results.write_episode(self.folder, i, episode)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log_file:
-            log_file.write(log_line(i, record["meta"]) + "\n")
+        append_line(self.folder / "log.txt", log_line(i, record["meta"]))
         self.episodes, self.steps = self.episodes + 1, self.steps + len(episode.steps)
 
 

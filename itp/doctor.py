@@ -23,7 +23,7 @@ from pathlib import Path
 from itp.config import flag, parse_settings
 from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
 from itp.errors import UserError
-from itp.files import cache_folder
+from itp.files import cache_folder, why_unwritable
 from itp.games import SPLITS
 from itp.program import run_main
 
@@ -64,6 +64,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield quantisation()
     yield disk(settings.out, settings.disk_gb)
     yield cache()
+    yield from hub_cache()
 
 
 def python() -> Finding:
@@ -160,6 +161,8 @@ def quantisation() -> Finding:
 
 
 def disk(folder: str, enough: float) -> Finding:
+    if why := why_unwritable(folder):
+        return Finding("note", "disk", f"{folder} can't be written ({why})", "give --out a folder that can")
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
@@ -171,13 +174,24 @@ def disk(folder: str, enough: float) -> Finding:
 def cache() -> Finding:
     place = cache_folder("")
     if place is None:
+        if os.environ.get("ITP_CACHE") != "off":
+            return Finding("note", "cache", "translated games aren't kept, because there is no home folder",
+                           "set ITP_CACHE to a folder to start faster")
         return Finding("note", "cache", "translated games aren't kept (ITP_CACHE=off)", "unset it to start faster")
-    existing = place.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if os.access(existing, os.W_OK):
-        return Finding("ok", "cache", f"translated games in {place}")
-    return Finding("note", "cache", f"{place} can't be written", "set ITP_CACHE to a folder that can")
+    if why := why_unwritable(place):
+        return Finding("note", "cache", f"{place} can't be written ({why})", "set ITP_CACHE to a folder that can")
+    return Finding("ok", "cache", f"translated games in {place}")
+
+
+def hub_cache() -> Iterator[Finding]:
+    """A line where models can't be fetched from the hub."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if why := why_unwritable(HF_HUB_CACHE):
+        yield Finding("note", "hub cache", f"{HF_HUB_CACHE} can't be written ({why}), so no model can be fetched",
+                      "set HF_HOME to a folder that can")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from itp.devices import resolve_device, resolve_dtype
 from itp.errors import UserError
+from itp.files import refusal
 
 SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
 """Files that hold the prompt format and the heads.  Besides them, only weights and tokenizer are read."""
@@ -34,6 +35,9 @@ def check_model_path(model_path: str) -> None:
             _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
         huggingface_hub.snapshot_download(model_path, allow_patterns=SMALL_FILES)
     except (OSError, ValueError) as error:
+        if why := refusal(error):
+            raise UserError(f"{model_path}: no such folder, and nothing can be fetched from the Hugging Face hub, whose "
+                            f"cache can't be written ({why}); set HF_HOME to a folder that can") from error
         if not (model_folder(model_path) / "config.json").is_file():
             raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
                             f"({type(error).__name__}); check the name and the network") from error

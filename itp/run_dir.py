@@ -15,7 +15,7 @@ from typing import Any
 
 from itp.config import by_own_names, flag_fields, flags_that
 from itp.errors import UserError
-from itp.files import read_json, write_json
+from itp.files import append_row, check_output_folder, read_json, write_json, writing
 
 
 def versions() -> dict[str, str]:
@@ -49,6 +49,7 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     record; what else the folder holds is the caller's to remove.  Returns the path.
     """
     out_dir = Path(out_dir)
+    check_output_folder(out_dir)
     record = out_dir / "config.json"
     # Of settings that aren't flags nothing is recorded: the program sets them itself.
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
@@ -68,7 +69,8 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
                 redo()
             write_json(record, written | {"config": recorded | grown})
         return out_dir
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})
     return out_dir
 
@@ -94,5 +96,4 @@ def timed(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with open(Path(folder) / TIMING, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"seconds": round(time.monotonic() - start, 3)}) + "\n")
+        append_row(Path(folder) / TIMING, {"seconds": round(time.monotonic() - start, 3)})

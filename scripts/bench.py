@@ -45,7 +45,7 @@ from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
-from itp.files import write_json
+from itp.files import check_output_file, write_json
 from itp.games import Game, spread
 from itp.lm.base import LM, GenParams, metered
 from itp.lm.local import LocalLM
@@ -119,6 +119,8 @@ class Pass:
 def main() -> None:
     settings = parse_settings(BenchSettings, prog="python scripts/bench.py", description=__doc__)
     parts, numbers = check(settings)
+    if settings.out_json:
+        check_output_file(settings.out_json)
     games = spread(list_games(settings.split, settings.env_data_root), settings.games)
 
     import torch

@@ -53,11 +53,12 @@ def write(settings: RandomModelSettings) -> None:
                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                          pad_token_id=tokenizer.pad_token_id)
     model = Qwen2ForCausalLM(config).to(resolve_dtype(settings.dtype, "cuda"))
-    model.save_pretrained(settings.out_dir)
-    tokenizer.save_pretrained(settings.out_dir)
-    card = Path(settings.tokenizer) / MODEL_CARD
-    if card.is_file():
-        shutil.copy(card, settings.out_dir)
+    with writing(settings.out_dir):
+        model.save_pretrained(settings.out_dir)
+        tokenizer.save_pretrained(settings.out_dir)
+        card = Path(settings.tokenizer) / MODEL_CARD
+        if card.is_file():
+            shutil.copy(card, settings.out_dir)
     print(f"{settings.out_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million random weights")
 
 

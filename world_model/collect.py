@@ -30,7 +30,7 @@ from itp.devices import DTYPES
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.registry import EnvFlags, engine_of, games_of, goals_of
 from itp.errors import UnplayableGame, UserError
-from itp.files import read_appended, write_json
+from itp.files import check_output_folder, read_appended, write_json, writing
 from itp.games import Game
 from itp.lm.memory_budget import EngineFlags
 from itp.lm.scheduler import BatchBarrier
@@ -102,6 +102,7 @@ def main() -> None:
 def open_folder(settings: CollectSettings) -> Path:
     """The output folder, with this configuration and its models on record."""
     out, server = Path(settings.out_dir), server_of(settings, "policy")
+    check_output_folder(out)
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         (out / EPISODES).unlink(missing_ok=True)
         (out / TIMING).unlink(missing_ok=True)
@@ -215,7 +216,7 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) ->
     try:
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, barrier=barrier)
-        with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
+        with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
                 bar.update()
                 if episode.fault:

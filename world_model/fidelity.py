@@ -44,7 +44,7 @@ from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
 from itp.errors import UserError
-from itp.files import read_json, short_names, write_json
+from itp.files import check_output_file, read_json, short_names, write_json
 from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
 from itp.lm.scheduler import BatchBarrier
@@ -267,6 +267,8 @@ def main() -> None:
         raise UserError("--policy_model needs --env_data_root, the games that it acts in")
     if settings.policy_model and settings.env != "alfworld":
         raise UserError(f"--policy_model with --env {settings.env}: consistency is measured in ALFWorld only")
+    if settings.out_json:
+        check_output_file(settings.out_json)
     paths = settings.wm_model.split(",")
     for path in (*paths, *filter(None, [settings.policy_model])):
         check_model_path(path)

@@ -3,7 +3,7 @@
 TextWorld translates a game's PDDL to SAS in Python at each load and reset, which takes from 0.3 to several seconds.
 The translation is a function of two texts and of the translator, so it is made once and kept.  The process keeps recent
 translations in memory, and a file of about 20 KB under ``$ITP_CACHE`` (default ``~/.cache/itp``) serves later
-processes; ``ITP_CACHE=off`` writes no files.
+processes; ``ITP_CACHE=off`` writes no files.  A folder that can't be written costs time, not the run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import logging
 import sys
 import zlib
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from fast_downward.translate.pddl.conditions import Atom
 from fast_downward.translate.pddl.f_expression import Assign
 from textworld.logic import Placeholder, Proposition, Variable
 
-from itp.files import cache_folder, write_atomic
+from itp.files import cache_folder, keep, read_cached
 
+log = logging.getLogger(__name__)
 WORLDS_KEPT = 256
 """Translated problems that a process keeps.  Each takes about 1 MB with its propositions."""
 
@@ -68,8 +70,11 @@ class TranslatedWorld:
 def world(domain: str, problem: str) -> TranslatedWorld:
     """The translation of a problem, from the cache file if there is one."""
     file = _cache_file(domain, problem)
-    if file is not None and file.exists():
-        return _revive(json.loads(zlib.decompress(base64.b85decode(file.read_text()))))
+    if (kept := read_cached(file)) is not None:
+        try:
+            return _revive(json.loads(zlib.decompress(base64.b85decode(kept))))
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            log.warning("%s isn't what was kept there (%s); it is made again", file, type(error).__name__)
     task, sas = translate(domain, problem, optimize=False)
     name2type = {o.name: o.type_name for o in task.objects}
     plain = {
@@ -79,8 +84,7 @@ def world(domain: str, problem: str) -> TranslatedWorld:
         "schemas": {action.name: [(p.name, p.type_name) for p in action.parameters] for action in task.actions},
         "task_facts": [fact for element in task.init if (fact := _fact(element)) is not None],
     }
-    if file is not None:
-        write_atomic(file, base64.b85encode(zlib.compress(json.dumps(plain).encode(), 1)).decode())
+    keep(file, base64.b85encode(zlib.compress(json.dumps(plain).encode(), 1)).decode())
     return _revive(plain)
 
 

@@ -66,8 +66,11 @@ class ScienceworldEnv:
         task, variation, simplification = game.path.split("/")
         if self._engine is None:
             self._engine = JvmEngine(self.jar_path)
-        self._call("load", task, int(variation), simplification, self.expert == "gold")
-        text = self._call("step", "look around")
+        try:
+            self._call("load", task, int(variation), simplification, self.expert == "gold")
+            text = self._call("step", "look around")
+        except SimulatorFailed as failed:  # another JVM would fail as well
+            raise UnplayableGame(f"{game.path}: ScienceWorld can't load it ({failed})") from failed
         if text.startswith("ERROR"):
             raise UnplayableGame(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
         self._task = " ".join(self._call("freeActionTaskDesc").removeprefix(TASK).split())
@@ -123,15 +126,30 @@ class ScienceworldEnv:
         return Observation(text.strip(), self._task, admissible=admissible, expert_action=expert_action)
 
     def _call(self, method: str, *args: Any) -> Any:
-        from py4j.protocol import Py4JError
+        from py4j.protocol import Py4JError, Py4JJavaError
 
         try:
             return getattr(self._engine.simulator, method)(*args)
         except Py4JError as error:  # the JVM has died or doesn't answer, or the simulator failed inside it
+            said = first_line(error)  # before the JVM ends: it holds the text of its own exceptions
             engine = self._engine
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed in {method} ({str(error).splitlines()[0]}; it said: "
-                          f"{engine.last_words()})") from error
+            kind = SimulatorFailed if isinstance(error, Py4JJavaError) else EnvDied
+            raise kind(f"ScienceWorld's JVM failed in {method} ({said}; it said: {engine.last_words()})") from None
+
+
+class SimulatorFailed(EnvDied):
+    """The simulator raised an exception, for which its JVM was ended."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a py4j error.  Its text is in the JVM, which may have died meanwhile."""
+    from py4j.protocol import Py4JError
+
+    try:
+        return str(error).splitlines()[0][:200]
+    except Py4JError:
+        return type(error).__name__
 
 
 class JvmEngine:
@@ -170,9 +188,9 @@ class JvmEngine:
         try:
             self.simulator = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         except Py4JError as error:
+            said = first_line(error)
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed at its start ({str(error).splitlines()[0]}; it said: "
-                          f"{self.last_words()})") from error
+            raise EnvDied(f"ScienceWorld's JVM failed at its start ({said}; it said: {self.last_words()})") from None
         except TypeError as error:  # py4j treats a missing class as a package
             self.close()
             raise UserError(f"{jar}: no ScienceWorld simulator in this jar; leave --jar_path out") from error

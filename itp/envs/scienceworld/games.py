@@ -19,8 +19,8 @@ from itp.config import flag
 from itp.envs.base import EnvDied
 from itp.envs.scienceworld.env import JvmEngine, find_jar
 from itp.errors import UserError
-from itp.files import cache_folder, read_json, write_json
-from itp.games import Game, resolve_split, spread
+from itp.files import cache_folder, keep, read_cached
+from itp.games import SPLITS, Game, resolve_split, spread
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +125,22 @@ def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
     key = hashlib.sha256(jar.read_bytes()).hexdigest()[:16]
     cache = cache_folder("scienceworld")
     file = cache / f"{key}.json" if cache else None
-    if file is not None and file.is_file():
-        return read_json(file)
+    if (kept := _kept_splits(read_cached(file))) is not None:
+        return kept
     found = _query_splits(str(jar))
-    if file is not None:
-        write_json(file, found)
+    keep(file, json.dumps(found))
     return found
+
+
+def _kept_splits(text: str | None) -> dict[str, dict[str, list[int]]] | None:
+    """What the cache holds; None where it holds nothing or something else."""
+    try:
+        kept = json.loads(text or "null")
+    except ValueError:
+        return None
+    whole = isinstance(kept, dict) and kept and all(
+        isinstance(lists, dict) and lists.keys() == set(SPLITS) for lists in kept.values())
+    return kept if whole else None
 
 
 def _query_splits(jar: str) -> dict[str, dict[str, list[int]]]:
@@ -146,7 +156,7 @@ def _query_splits(jar: str) -> dict[str, dict[str, list[int]]]:
             simulator.load(task, 0, "", False)
             lists = (simulator.getVariationsTrain(), simulator.getVariationsDev(), simulator.getVariationsTest())
             # toString, because every element of a Java list would cost a request of its own
-            found[task] = dict(zip(("train", "valid_seen", "valid_unseen"),
+            found[task] = dict(zip(SPLITS,
                                    (json.loads(numbers.toString()) for numbers in lists), strict=True))
         return found
     finally:

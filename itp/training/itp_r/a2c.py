@@ -32,6 +32,7 @@ from itp.envs.base import TextEnv
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.registry import engine_of, games_of, goals_of
 from itp.errors import UserError
+from itp.files import check_output_folder
 from itp.games import Game, resolve_split
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
@@ -83,6 +84,7 @@ def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game]
 
 def open_folder(settings: RlSettings, games: Sequence[Game], eval_games: Sequence[Game]) -> RunFolder:
     """The output folder, with this configuration, models and games on record."""
+    check_output_folder(settings.out_dir)
     folder = RunFolder(settings.out_dir, settings.report_to)
     if is_first_process():
         if settings.override:
