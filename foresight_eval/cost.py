@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
+from itp.errors import UserError
 from itp.files import append_row, read_appended
 from itp.run_dir import TIMING
 
@@ -42,7 +43,7 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
         cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
-    sessions = read_appended(folder / TIMING)
+    sessions = read_sessions(folder / TIMING)
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
@@ -50,6 +51,17 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
     cost["peak_memory_bytes"] = {
         device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
     return cost
+
+
+def read_sessions(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``timing.jsonl``.  Raises UserError where one is no session's."""
+    sessions = read_appended(path)
+    for session in sessions:
+        if not isinstance(session, dict) or not isinstance(session.get("peak_memory_bytes"), dict) or not all(
+                isinstance(session.get(name), (int, float)) for name in ("episodes", "seconds", "processes")):
+            raise UserError(f"{path}: {str(session)[:80]!r} isn't the line of a session; delete the file, which holds "
+                            "nothing but times")
+    return sessions
 
 
 def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

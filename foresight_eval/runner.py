@@ -84,8 +84,8 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
     folder = Path(plan.settings.out_dir)
     check_output_folder(folder)
     if start_anew:  # first: a run killed in between must not leave old results under a new configuration
-        for index in results.read_episodes(folder):
-            (folder / f"{index}.json").unlink()
+        for file in results.episode_files(folder).values():
+            file.unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
     return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",),
                         redo=functools.partial(forget_shortened, folder))

@@ -38,6 +38,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+RECORD = "config.json"
+"""In the output folder of a program: its settings and versions."""
+
+
+def recorded(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` in a run's folder holds.  Raises UserError where that isn't the record of a run."""
+    record, why = Path(folder) / RECORD, "it has no settings"
+    try:
+        found = read_json(record)
+    except (UserError, ValueError, RecursionError) as error:
+        found, why = None, str(error)
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise UserError(f"{record}: not the record of a run ({why}); delete it if all in its folder is of one "
+                        "configuration, and start that run's command again, or with --override to start anew")
+    return found
+
+
 def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any] | None = None, override: bool = False,
                  may_grow: tuple[str, ...] = (), redo: Callable[[], None] | None = None) -> Path:
     """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
@@ -50,24 +67,24 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     """
     out_dir = Path(out_dir)
     check_output_folder(out_dir)
-    record = out_dir / "config.json"
+    record = out_dir / RECORD
     # Of settings that aren't flags nothing is recorded: the program sets them itself.
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
-        written = read_json(record)
-        recorded = by_own_names(written["config"], type(settings))
-        grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
+        written = recorded(out_dir)
+        there = by_own_names(written["config"], type(settings))
+        grown = {k: wanted[k] for k in may_grow if k in there and _grew(there[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()
-        differing = [name for name in sorted(compared) if not _same(recorded.get(name), wanted[name])]
+        differing = [name for name in sorted(compared) if not _same(there.get(name), wanted[name])]
         if differing:
-            said = ", ".join(f"{k}: {recorded.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+            said = ", ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
             raise UserError(f"{out_dir} holds results of another configuration ({said}); "
                             "choose another output path, or --override to start it anew")
         if grown:
             if redo is not None:  # before the record: after a kill in between, it is called again
                 redo()
-            write_json(record, written | {"config": recorded | grown})
+            write_json(record, written | {"config": there | grown})
         return out_dir
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,11 @@ def _episode_games(settings: CollectSettings) -> list[Game]:
 
 def _finished(path: Path) -> dict[str, list[Transition]]:
     """Episodes on file."""
-    return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for row in read_appended(path)}
+    try:
+        return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for row in read_appended(path)}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a line isn't an episode ({type(error).__name__} {error}); delete the file to play all "
+                        "again") from error
 
 
 async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) -> list[str]:

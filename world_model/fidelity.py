@@ -250,10 +250,16 @@ def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Figures by world model that this very measurement has left; none where it is to be made, or left games out."""
     if not out_json or not Path(out_json).is_file():
         return {}
-    found = read_json(out_json)
+    try:
+        found = read_json(out_json)
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"--out_json {out_json}: cut, or another file ({error}); delete it, or choose another") from error
+    if not isinstance(found, dict) or not isinstance(found.get("config", {}), dict):
+        raise UserError(f"--out_json {out_json}: holds something else; delete it, or choose another")
     found["config"] = by_own_names(found.get("config", {}), FidelitySettings)
-    whole = all(found.get(key) == value for key, value in identity.items()) and not left_out(found["models"])
-    return found["models"] if whole else {}
+    models = found.get("models")
+    whole = all(found.get(key) == value for key, value in identity.items()) and isinstance(models, dict)
+    return models if whole and not left_out(models) else {}
 
 
 def left_out(models: Mapping[str, Any]) -> list[str]:

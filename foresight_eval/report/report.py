@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.report import tables
-from foresight_eval.results import Result, read_results
+from foresight_eval.results import Result, read_config, read_results
 from foresight_eval.summary import write_summary
 from itp.config import add_flags, flag, from_args
 from itp.errors import UserError
-from itp.files import read_json, write_atomic
+from itp.files import check_output_folder, read_json, write_atomic
 
 
 @dataclass
@@ -63,11 +63,12 @@ def main() -> None:
     add_flags(parser, ReportSettings)
     args = parser.parse_args()
     settings = from_args(ReportSettings, args)
+    fidelity = read_fidelity(settings)
+    if settings.out_dir:
+        check_output_folder(settings.out_dir)
+    for folder in args.folders:  # before anything is written: models and games have a config.json, too
+        read_config(folder)
     for folder in args.folders:
-        config = folder / "config.json"  # before anything is written: models and games have one, too
-        if not config.exists() or "method" not in read_json(config).get("config", {}):
-            raise UserError(f"{folder}: not a result folder (no config.json of an evaluation); give what --out_dir "
-                            "named")
         write_summary(folder)
     results = read_results(args.folders)
     print(overview(results))
@@ -76,9 +77,40 @@ def main() -> None:
         compared = tables.comparison(results, baseline)
         print(f"\n{compared.title}\n{tables.terminal(compared)}")
     if settings.out_dir:
-        fidelity = [read_json(path) for path in settings.fidelity.split(",") if path]
         write_report(results, baseline, fidelity, Path(settings.out_dir))
         print(f"\nreport: {Path(settings.out_dir) / 'index.html'}")
+
+
+def read_fidelity(settings: ReportSettings) -> list[dict[str, Any]]:
+    """The files that ``--fidelity`` names.  Raises UserError where one holds no figures of world models."""
+    if settings.fidelity and not settings.out_dir:
+        raise UserError(f"--fidelity {settings.fidelity}: its figures are drawn in the report; give --out_dir, too")
+    return [_figures_of(Path(path)) for path in settings.fidelity.split(",") if path]
+
+
+def _figures_of(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--fidelity {path}: no such file")
+    try:
+        found = read_json(path)
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"--fidelity {path}: cut, or not of world_model.fidelity ({error}); delete it and measure "
+                        "again") from error
+    models = found.get("models") if isinstance(found, dict) else None
+    if not isinstance(models, dict) or not models or not all(map(_has_figures, models.values())):
+        raise UserError(f"--fidelity {path}: no figures of world models; give what world_model.fidelity --out_json wrote")
+    return found
+
+
+def _has_figures(model: Any) -> bool:
+    """Whether these are the figures of a world model: by depth, for each actor, with their intervals."""
+    if not isinstance(model, dict) or not isinstance(model.get("by_depth"), dict):
+        return False
+    rows = [(depth, row) for by in model["by_depth"].values() for depth, row in
+            (by.items() if isinstance(by, dict) else [("", by)])]
+    return all(depth.isdecimal() and isinstance(row, dict) and isinstance(row.get("fact_f1"), (int, float))
+               and isinstance(row.get("fact_f1_interval"), list) and len(row["fact_f1_interval"]) == 2
+               and all(isinstance(end, (int, float)) for end in row["fact_f1_interval"]) for depth, row in rows)
 
 
 def find_baseline(results: Sequence[Result], name: str) -> Result:

@@ -27,10 +27,19 @@ def whole_checkpoints(out_dir: str | Path) -> list[Path]:
         if not step.isdigit():
             continue
         marker = folder / "complete.json"
-        sizes = read_json(marker)["sizes"] if marker.is_file() else {"complete.json": -1}
-        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+        sizes = _sizes(marker) if marker.is_file() else {}
+        if sizes and all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
             found.append((int(step), folder))
     return [folder for _, folder in sorted(found)]
+
+
+def _sizes(marker: Path) -> dict[str, int]:
+    """What a checkpoint's files should take; empty where the marker itself is cut."""
+    try:
+        found = read_json(marker)
+    except UserError:
+        return {}
+    return found.get("sizes", {}) if isinstance(found, dict) else {}
 
 
 def row_lengths(rows: Sequence[TrainingRow]) -> str:

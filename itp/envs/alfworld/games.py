@@ -88,7 +88,10 @@ def golden_steps(game: Game) -> int | None:
     """The length of the solution in the game file (alfworld's ``walkthrough``); None where there is none."""
     if game.env != "alfworld" or game.goal:
         return None
-    solution = _read_object(Path(game.path), NOT_A_GAME).get("walkthrough")
+    try:
+        solution = _read_object(Path(game.path), NOT_A_GAME).get("walkthrough")
+    except UnplayableGame:  # since it was played
+        return None
     return len(solution) if isinstance(solution, list) and solution else None
 
 

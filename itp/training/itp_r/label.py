@@ -120,7 +120,11 @@ def forget_shortened(path: Path) -> None:
 
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
     """Index of the step -> what was added."""
-    return {row["row"]: row["added"] for row in read_appended(path)}
+    try:
+        return {row["row"]: row["added"] for row in read_appended(path)}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a line isn't a labeled row ({type(error).__name__} {error}); delete the file to label "
+                        "all again") from error
 
 
 async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], path: Path,
