@@ -170,10 +170,13 @@ class Recorder:
 def finish(folder: Path) -> None:
     """Write and print the summary; say what went wrong on the way, and what would mend it."""
     summary = write_summary(folder)
-    print(overview(results.read_results([folder])))
-    if too_long := summary["endings"].get("prompt_too_long"):
-        log.warning("%d episodes ended because a prompt was longer than the model's context: imagine fewer steps "
-                    "(--max_k), or let answers be shorter (--act_tokens, --wm_max_new_tokens)", too_long)
+    (result,) = results.read_results([folder])
+    print(overview([result]))
+    if too_long := [meta["game_id"] for meta in result.metas if meta["terminate_reason"] == "prompt_too_long"]:
+        log.warning("%d episodes ended because a prompt was longer than the model's context (%s), and count as no "
+                    "success: imagine fewer steps (--max_k), let answers be shorter (--act_tokens, "
+                    "--wm_max_new_tokens), or give prompts less history (--history_keep_steps), with another --out_dir",
+                    len(too_long), ", ".join(too_long[:3]) + ", ..." * (len(too_long) > 3))
     if summary["shortened_prompts"]:
         log.warning("%d prompts lost their oldest steps, since they were beyond --max_seq_len or the model's context",
                     summary["shortened_prompts"])

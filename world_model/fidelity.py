@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import random
 import re
@@ -43,7 +44,7 @@ from itp.config import by_own_names, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
-from itp.errors import UserError
+from itp.errors import PromptTooLong, UserError
 from itp.files import check_output_file, read_json, short_names, write_json
 from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
@@ -60,6 +61,7 @@ from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from world_model.consistency import consistency
 
+log = logging.getLogger(__name__)
 KINDS = ("deterministic", "revisit", "first_visit", "inspect", "invalid")
 VISITS = ("go", "open", "examine")
 INSPECTIONS = ("look", "inventory", "help", "examine")
@@ -143,6 +145,8 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
     kind = scienceworld_kind if env == "scienceworld" else kind_of
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
+        if answer is None:
+            continue
         for name in (kind(state, t.action, t.next_state), "all"):
             scores[name].append(Score.of(answer, t.next_state))
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
@@ -151,11 +155,33 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
     return figures
 
 
-async def predict(world_model: WorldModel, states: Sequence[State], actions: Sequence[str]) -> tuple[list[str], int]:
-    """The predicted observations, and how many of them were cut at the limit of tokens: they count as they are."""
+async def predict(world_model: WorldModel, states: Sequence[State],
+                  actions: Sequence[str]) -> tuple[list[str | None], int]:
+    """The predicted observations, and how many of them were cut at the limit of tokens: they count as they are.
+
+    None where the model's context doesn't hold the prompt: it is left out.  Raises PromptTooLong where it holds none.
+    """
     with metered() as usage:
-        predicted = await world_model.step(states, actions)
+        try:
+            predicted = await world_model.step(states, actions)
+        except PromptTooLong:
+            predicted = await _one_by_one(world_model, states, actions)
     return predicted, sum(spent.cut for spent in usage.values())
+
+
+async def _one_by_one(world_model: WorldModel, states: Sequence[State], actions: Sequence[str]) -> list[str | None]:
+    async def one(state: State, action: str) -> str | PromptTooLong:
+        try:
+            return (await world_model.step([state], [action]))[0]
+        except PromptTooLong as error:
+            return error
+
+    answers = await asyncio.gather(*(one(state, action) for state, action in zip(states, actions, strict=True)))
+    errors = [answer for answer in answers if isinstance(answer, PromptTooLong)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    log.warning("%d of %d predictions are left out: %s", len(errors), len(answers), errors[0])
+    return [None if isinstance(answer, PromptTooLong) else answer for answer in answers]
 
 
 async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Transition]]) -> dict[int, dict[str, Any]]:
@@ -163,13 +189,24 @@ async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Tran
 
     The first state is real; from there on the world model reads its own predictions.
     """
-    states = [parse(window[0].state) for window in windows]
+    states: list[State | None] = [parse(window[0].state) for window in windows]  # None: too long for the model
     by_depth = {}
     for depth, step in enumerate(zip(*windows, strict=True), start=1):
-        predicted, cut = await predict(world_model, states, [t.action for t in step])
-        by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)])
+        steps = [t for t, state in zip(step, states, strict=True) if state is not None]
+        try:
+            answers, cut = await predict(world_model, [s for s in states if s is not None], [t.action for t in steps])
+        except PromptTooLong as error:
+            if not by_depth:
+                raise
+            log.warning("depth %d and deeper is left out: %s", depth, error)
+            break
+        rest = iter(answers)
+        predicted = [None if state is None else next(rest) for state in states]
+        by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)
+                                   if p is not None])
         by_depth[depth]["cut"] = cut
-        states = [state.after(t.action, p) for state, t, p in zip(states, step, predicted, strict=True)]
+        states = [None if p is None else state.after(t.action, p)
+                  for state, t, p in zip(states, step, predicted, strict=True)]
     return by_depth
 
 

@@ -20,6 +20,8 @@ import collections
 import json
 import logging
 import os
+import queue
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +37,13 @@ JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
 """Several JVMs share a machine, so each has little memory and one thread for garbage collection, and ends when it runs
 out of memory.  The simulator names things in the order of their hash codes, which are random by default.  Here all hash
 codes are equal, so that an episode's text depends on its game and actions alone."""
+
+JAVA_NEEDED = 8
+"""The oldest Java that runs the simulator."""
+JAVA_TIMEOUT = 20.0
+"""Seconds in which ``java -version`` must answer."""
+START_TIMEOUT = 60.0
+"""Seconds in which a JVM must be ready."""
 
 TASK = "Task Description:"
 INVALID = ("No known action matches that input.", "Unknown action.")
@@ -175,13 +184,18 @@ class JvmEngine:
                                             stderr=subprocess.STDOUT, cwd=tempfile.gettempdir())
         except OSError as error:
             raise cannot_run(java, error.strerror) from error
-        port = self._read_port()
-        self._reader = threading.Thread(target=self._said.extend, args=(self.process.stdout,), daemon=True)
-        self._reader.start()  # nobody else reads the pipe, which must not fill up
-        if not port:
+        ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, args=(ports,), daemon=True)
+        self._reader.start()
+        try:
+            port = ports.get(timeout=START_TIMEOUT)
+        except queue.Empty:
+            port = -1
+        if port <= 0:
             self._stop()
             check_java(java)
-            raise EnvDied(f"ScienceWorld's JVM died while it started (exit status {self.process.returncode}; it said: "
+            fate = f"wasn't ready within {START_TIMEOUT:g} s" if port else "died while it started"
+            raise EnvDied(f"ScienceWorld's JVM {fate} (exit status {self.process.returncode}; it said: "
                           f"{self.last_words()})")
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a JVM that dies is reported once, by EnvDied
         self._gateway = JavaGateway(gateway_parameters=GatewayParameters(port=port, enable_memory_management=False))
@@ -195,13 +209,16 @@ class JvmEngine:
             self.close()
             raise UserError(f"{jar}: no ScienceWorld simulator in this jar; leave --jar_path out") from error
 
-    def _read_port(self) -> int:
-        """The port on which the JVM listens, which is its first line that is a number; 0 where it ends without one."""
+    def _read(self, ports: queue.SimpleQueue[int]) -> None:
+        """Read what the JVM says: nobody else reads the pipe, which must not fill up.
+
+        Its first line that is a number is the port on which it listens; 0 where it ends without one.
+        """
         for line in self.process.stdout:
             if line.strip().isdigit():
-                return int(line)
+                ports.put(int(line))
             self._said.append(line)
-        return 0
+        ports.put(0)
 
     def last_words(self) -> str:
         """The last output of a stopped JVM, in one line."""
@@ -214,18 +231,42 @@ class JvmEngine:
     def _stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join()
+        self._reader.join(timeout=5)
         self.process.stdin.close()
-        self.process.stdout.close()
+        if not self._reader.is_alive():  # what a wrapper of Java started may hold the pipe
+            self.process.stdout.close()
 
 
 def check_java(java: str) -> None:
-    """Raises UserError where ``java`` doesn't run any program with our options."""
+    """Raises UserError where ``java`` doesn't run any program with our options, or is too old."""
     # With little memory: if memory is short now, the next JVM may still get enough.
-    said = subprocess.run([java, *JAVA_OPTIONS, "-Xmx16m", "-version"], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False)
-    if said.returncode > 0:
-        raise cannot_run(java, in_one_line(said.stdout))
+    status, said = ask_java(java, *JAVA_OPTIONS, "-Xmx16m")
+    version, number = java_version(ask_java(java)[1])  # an old one refuses our options before it says its version
+    if version and number < JAVA_NEEDED:
+        raise cannot_run(java, f"it is Java {version}, and ScienceWorld needs {JAVA_NEEDED} or newer")
+    if status > 0:
+        raise cannot_run(java, in_one_line(said))
+
+
+def ask_java(java: str, *options: str) -> tuple[int, bytes]:
+    """(exit status, answer) of ``java -version``.  Raises UserError where it doesn't run or doesn't answer."""
+    try:
+        said = subprocess.run([java, *options, "-version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=JAVA_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise cannot_run(java, f"no answer within {JAVA_TIMEOUT:g} s") from error
+    except OSError as error:
+        raise cannot_run(java, error.strerror) from error
+    return said.returncode, said.stdout
+
+
+def java_version(said: bytes) -> tuple[str, int]:
+    """Java's version and the number that it is known by, from the answer to ``-version``: "1.8.0_292" is Java 8.
+
+    An empty version where the answer doesn't say it.
+    """
+    found = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.decode(errors="replace"))
+    return (found[1], int(found[2])) if found else ("", 0)
 
 
 def cannot_run(java: str, why: str) -> UserError:
