@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from itp.envs.alfworld.games import read_game_file
 from itp.envs.base import Observation, StepResult
 from itp.errors import UnplayableGame, UserError
+from itp.files import writing
 from itp.games import Game
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import GREETING, MOVE, NOTHING_HAPPENS, PUT, TASK, move, put
@@ -67,8 +69,9 @@ class AlfworldEnv:
     def reset(self, game: Game) -> Observation:
         if self._engine is None:
             idle = _IDLE_ENGINES[self.fast, self.expert]
-            self._engine = idle.pop() if idle else _make_engine(self.fast, self.expert)
-        with _faults_of(game.path), _argv_kept():
+            with writing(tempfile.gettempdir()):  # it copies its library there
+                self._engine = idle.pop() if idle else _make_engine(self.fast, self.expert)
+        with _faults_of(game.path), writing(tempfile.gettempdir()), _argv_kept():
             self._load(Path(game.path))
             state = self._engine.reset()
             text, self._task = split_intro(state["feedback"], game.path)
