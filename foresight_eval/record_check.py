@@ -22,6 +22,9 @@ STEP: dict[str, Any] = {
     "thought": str, "reflection": str, "k_raw_output": str, "k_logprobs": list, "value": (*NUMBER, type(None)),
     "info": dict}
 USAGE = {"calls": int, "prompt_tokens": int, "completion_tokens": int}
+CONSIDERED = {"action": str, "value": NUMBER, "tries": int}
+LATER: dict[str, Any] = {"golden_steps": (int, type(None)), "best_score": NUMBER}
+"""Fields of ``meta`` that older results lack."""
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -45,17 +48,40 @@ def _fault(record: Any) -> str:
     if fault := _wrong(record, parts) or _wrong(record["meta"], META, "meta."):
         return fault
     meta, steps = record["meta"], record["foresight_steps"]
-    for role, spent in meta["usage"].items():
-        if fault := _wrong(spent, USAGE, f"meta.usage.{role}."):
-            return fault
+    there = {name: kind for name, kind in LATER.items() if name in meta}
+    if fault := _wrong(meta, there, "meta.") or _wrong_usage(meta["usage"], "meta."):
+        return fault
     for t, step in enumerate(steps):
-        if fault := _wrong(step, STEP, f"step {t}: ") or _wrong(step["info"], {"seconds": NUMBER}, f"step {t}: info."):
-            return fault
-        if not len(step["imagined_actions"]) == len(step["wm_raw_output"]):
-            return f"step {t}: other numbers of imagined actions and observations"
-    if meta["steps"] != len(steps):
+        if fault := _wrong(step, STEP, "") or _wrong_step(step):
+            return f"step {t}: {fault}"
+    if meta["steps"] < len(steps):
         return f"{len(steps)} steps, and meta.steps is {meta['steps']}"
     return _unreadable_start(record["conversations"])
+
+
+def _wrong_step(step: dict[str, Any]) -> str:
+    """What is wrong inside the fields of a step; empty where nothing is."""
+    imagined, seen = step["imagined_actions"], step["wm_raw_output"]
+    if len(imagined) != len(seen) or not all(isinstance(text, str) for text in (*imagined, *seen)):
+        return "no usable imagined_actions and wm_raw_output"
+    if not all(isinstance(logprob, NUMBER) for logprob in step["k_logprobs"]):
+        return "no usable k_logprobs"
+    considered = step.get("considered", [])
+    if not isinstance(considered, list):
+        return "no usable considered"
+    return _wrong(step["info"], {"seconds": NUMBER}, "info.") or _wrong_usage(step.get("usage", {}), "") or next(
+        filter(None, (_wrong(one, CONSIDERED, "considered.") for one in considered)), "")
+
+
+def _wrong_usage(usage: Any, where: str) -> str:
+    """What is wrong in what was asked of each model."""
+    if not isinstance(usage, dict):
+        return f"no usable {where}usage"
+    for role, spent in usage.items():
+        if fault := _wrong(spent, USAGE | dict.fromkeys(spent if isinstance(spent, dict) else (), NUMBER),
+                           f"{where}usage.{role}."):
+            return fault
+    return ""
 
 
 def _wrong(value: Any, fields: Mapping[str, Any], where: str = "") -> str:
@@ -63,7 +89,7 @@ def _wrong(value: Any, fields: Mapping[str, Any], where: str = "") -> str:
     if not isinstance(value, dict):
         return f"{where or 'all of it '}isn't named fields"
     for name, kind in fields.items():
-        if not isinstance(value.get(name), kind) or isinstance(value.get(name), bool) and kind is not bool:
+        if name not in value or not isinstance(value[name], kind) or isinstance(value[name], bool) and kind is not bool:
             return f"no usable {where}{name}"
     return ""
 
