@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.envs.alfworld.games import ALFWORLD_GAMES, is_whole, list_games
 from itp.envs.scienceworld.env import JAVA_NEEDED, ask_java, java_version
 from itp.errors import UserError
 from itp.files import cache_folder, why_unwritable
@@ -107,16 +107,21 @@ def devices() -> Iterator[Finding]:
 
 
 def games(root: str) -> Finding:
-    counts = {}
+    counts, broken = {}, []
     try:
         for split in SPLITS:
-            counts[split] = len(list_games(split, root))
+            found = list_games(split, root)
+            counts[split] = len(found)
+            broken += [game.path for game in found if not is_whole(game)]
     except UserError as error:
         if not counts:
             return Finding("missing", "games", f"no ALFWorld games under {root}",
                            f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}")
         return Finding("missing", "games", f"{', '.join(counts)} only", str(error))
     said = f"{', '.join(f'{n} {split}' for split, n in counts.items())} under {root}"
+    if broken:
+        return Finding("note", "games", f"{said}, but {len(broken)} of them can't be read, such as {broken[0]}",
+                       "download or make them again")
     if all(counts[split] >= published for split, published in ALFWORLD_GAMES.items()):
         return Finding("ok", "games", said)
     return Finding("note", "games", said, f"the published set has {', '.join(map(str, ALFWORLD_GAMES.values()))}: "
