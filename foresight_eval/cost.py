@@ -7,14 +7,12 @@ record in ``timing.jsonl``, one line for every time that the program ran (a kill
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
-from itp.errors import UserError
+from itp.devices import peak_memory
 from itp.files import append_row, read_appended
 from itp.run_dir import TIMING
 
@@ -43,7 +41,8 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
         cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
-    sessions = read_sessions(folder / TIMING)
+    fields = {"seconds": (int, float), "processes": int, "episodes": int, "peak_memory_bytes": dict}
+    sessions = read_appended(folder / TIMING, fields)
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
@@ -51,17 +50,6 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
     cost["peak_memory_bytes"] = {
         device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
     return cost
-
-
-def read_sessions(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``timing.jsonl``.  Raises UserError where one is no session's."""
-    sessions = read_appended(path)
-    for session in sessions:
-        if not isinstance(session, dict) or not isinstance(session.get("peak_memory_bytes"), dict) or not all(
-                isinstance(session.get(name), (int, float)) for name in ("episodes", "seconds", "processes")):
-            raise UserError(f"{path}: {str(session)[:80]!r} isn't the line of a session; delete the file, which holds "
-                            "nothing but times")
-    return sessions
 
 
 def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -81,12 +69,3 @@ def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, p
     session = {"episodes": episodes, "steps": steps, "seconds": round(seconds, 3), "processes": processes,
                "peak_memory_bytes": peak_memory()}
     append_row(folder / TIMING, session)
-
-
-def peak_memory() -> dict[str, int]:
-    """The most bytes that this process had at a time: resident on the host, allocated by torch on each GPU."""
-    import torch
-
-    kilo = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
-    return peak | {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())}

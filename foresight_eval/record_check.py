@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from itp.errors import UserError
-from itp.files import read_json
+from itp.files import read_object
 from itp.text.state import parse
 
+PLAY_AGAIN = "delete it, and the same command plays this game again"
 NUMBER = (int, float)
 META: dict[str, Any] = {
     "game_id": str, "split": str, "task_type": str, "success": bool, "score": NUMBER, "reward": NUMBER, "steps": int,
@@ -29,23 +30,15 @@ LATER: dict[str, Any] = {"golden_steps": (int, type(None)), "best_score": NUMBER
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a finished game.  Raises UserError."""
-    try:
-        record = read_json(path)
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the record of a game, or cut ({error}); {_what_now(path)}") from error
+    record = read_object(path, {"meta": dict, "conversations": list, "foresight_steps": list}, PLAY_AGAIN)
     if fault := _fault(record):
-        raise UserError(f"{path}: not the record of a game ({fault}); {_what_now(path)}")
+        raise UserError(f"{path}: not the record of a game ({fault}); {PLAY_AGAIN}")
     return record
 
 
-def _what_now(path: Path) -> str:
-    return f"delete {path.name}, and the evaluation's command plays that game again"
-
-
-def _fault(record: Any) -> str:
+def _fault(record: dict[str, Any]) -> str:
     """What is wrong with a record; empty where nothing is."""
-    parts = {"meta": dict, "conversations": list, "foresight_steps": list}
-    if fault := _wrong(record, parts) or _wrong(record["meta"], META, "meta."):
+    if fault := _wrong(record["meta"], META, "meta."):
         return fault
     meta, steps = record["meta"], record["foresight_steps"]
     there = {name: kind for name, kind in LATER.items() if name in meta}

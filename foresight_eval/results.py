@@ -17,7 +17,7 @@ from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.errors import UserError
-from itp.files import read_json, short_names, write_json
+from itp.files import read_object, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
 from itp.run_dir import RECORD, recorded
@@ -156,9 +156,12 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
     The summary's cost is that of ``cost.json``.
     """
     configs = [read_config(folder) for folder in folders]
-    return [Result(name, config, read_json(folder / "summary.json") | {"cost": read_json(folder / "cost.json")},
-                   read_episodes(folder))
+    return [Result(name, config, _summary(folder), read_episodes(folder))
             for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "summary.json") | {"cost": read_object(folder / "cost.json")}
 
 
 def episode_record(index: int, episode: Episode) -> dict[str, Any]:

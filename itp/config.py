@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from itp.errors import UserError
+from itp.files import read_yaml
 
 T = TypeVar("T")
 _REQUIRED = object()
@@ -151,15 +152,11 @@ def _boolean(text: str) -> bool:
 
 
 def _read_yaml(path: str, settings: type) -> dict[str, Any]:
-    import yaml
-
     file, _, section = (path, "", "") if Path(path).is_file() else path.rpartition(":")
     if not Path(file).is_file():
         raise UserError(f"--config {path}: no such file")
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    values = read_yaml(file, f"--config {path}")
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold `name: value` lines")
     return _typed(_section(values, path, section), settings, f"--config {path}")

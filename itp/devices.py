@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 
 from itp.distributed import local_processes
 
@@ -41,3 +43,12 @@ def free_bytes(device: str) -> int | None:
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # Processes beyond the number of GPUs share them (itp.distributed.rank_devices).
     return free // -(-local_processes() // torch.cuda.device_count())
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process had at a time: resident on the host, allocated by torch on each GPU."""
+    import torch
+
+    kilo = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo}
+    return peak | {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())}

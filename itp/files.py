@@ -1,4 +1,8 @@
-"""Files that appear whole, what the disk refuses, the cache folder, and JSON and JSONL with errors that name the line."""
+"""Files that appear whole, what the disk refuses, the cache folder, and text, JSON, JSONL and YAML read with an error
+that names the line.
+
+Every reader here takes UTF-8 with or without a byte order mark, which editors on Windows write.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from itp.errors import UserError
+
+Fields = Mapping[str, type | tuple[type, ...]]
+"""The fields that an object needs, with the types of their values."""
 
 
 log = logging.getLogger(__name__)
@@ -168,8 +176,8 @@ def keep(file: Path | None, text: str) -> None:
 
 @functools.cache
 def _warn_of_cache(root: str, why: str) -> None:
-    log.warning("%s can't be written (%s), so nothing is kept for later runs; set ITP_CACHE to a folder that can, or to "
-                "off", root, why)
+    log.warning("%s can't be written (%s), so nothing is kept for later runs; set ITP_CACHE to a folder that can, or "
+                "to off", root, why)
 
 
 # ---------------------------------------------------------------- JSON
@@ -179,11 +187,67 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_text(path: str | Path, advice: str = "is it the right file, whole and uncompressed?") -> str:
+    """A text file.  Raises UserError, which ends with ``advice``, where it is missing or isn't UTF-8."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {advice}") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give a file that can") from error
+
+
+def read_json(path: str | Path, advice: str = "is the file whole?") -> Any:
+    """Any JSON.  Raises UserError, which names the line and ends with ``advice``."""
+    return _parsed(read_text(path, advice), path, advice)
+
+
+def read_object(path: str | Path, needs: Fields | None = None,
+                advice: str = "is it the right file, and whole?") -> dict[str, Any]:
+    """A JSON object that has the fields ``needs``, as name -> type.  Raises UserError, which ends with ``advice``."""
+    return checked_object(read_json(path, advice), str(path), needs or {}, advice)
+
+
+def checked_object(value: Any, where: str, needs: Fields, advice: str) -> dict[str, Any]:
+    """``value`` if it is an object with the fields ``needs``.  Raises UserError, which begins with ``where``."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a JSON {_KINDS.get(type(value), 'value')} where an object is needed; {advice}")
+    for name, kind in needs.items():
+        if name not in value:
+            raise UserError(f"{where}: field {name!r} is missing; {advice}")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool) and kind is not bool:
+            raise UserError(f"{where}: field {name!r} is of the wrong type ({_short(value[name])}); {advice}")
+    return value
+
+
+def read_yaml(path: str | Path, where: str = "") -> Any:
+    """Any YAML.  Raises UserError, which begins with ``where`` or the path."""
+    import yaml
+
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+        raise UserError(f"{where or path}: not YAML ({' '.join(str(error).split())})") from error
+
+
+_KINDS = {list: "list", str: "string", bool: "truth value", int: "number", float: "number", type(None): "null"}
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 40 else f"{said[:40]}..."
+
+
+def _parsed(text: str, path: str | Path, advice: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); {advice}") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
+        raise UserError(f"{path}: not usable JSON ({error}); {advice}") from error
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
@@ -199,24 +263,14 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tu
 
     Given a list ``skipped``, a line that isn't JSON goes in there instead of ending it all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it the right file, whole and "
-                        "uncompressed?") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); is the file whole?") from error
-        except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
-            raise UserError(f"{path}: not usable JSON ({error})") from error
-        yield from ((f"{path}: row {i}", value) for i, value in enumerate(values))
+        yield from ((f"{path}: row {i}", value) for i, value in enumerate(_parsed(text, path, "is the file whole?")))
         return
+    if _is_one_object(text):
+        raise UserError(f"{path}: one JSON object over several lines; give a list of rows, or JSONL with a row a line")
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # files that were joined have a byte order mark in the middle
         if line.strip():
             try:
                 value = json.loads(line)
@@ -230,7 +284,22 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tu
             yield f"{path}:{number}", value
 
 
-def read_appended(path: str | Path) -> list[Any]:
+def _is_one_object(text: str) -> bool:
+    """Whether a text that begins like an object's first line of several is one object as a whole."""
+    if not re.match(r"\s*\{[^\S\n]*\n", text):
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_records(path: str | Path, needs: Fields | None = None) -> list[dict[str, Any]]:
+    """The rows of a file that a program of this project wrote, each with the fields ``needs``.  Raises UserError."""
+    return [checked_object(row, where, needs or {}, "mend or remove the line") for where, row in read_rows(path)]
+
+
+def read_appended(path: str | Path, needs: Fields | None = None) -> list[dict[str, Any]]:
     """The rows of a JSONL file that grows by a line at a time; none where there is no file.
 
     A last line that a kill cut off is removed from the file, so that the next one starts on a line of its own.
@@ -242,7 +311,7 @@ def read_appended(path: str | Path) -> list[Any]:
     whole = content[:content.rfind(b"\n") + 1]
     if whole != content:
         path.write_bytes(whole)
-    return [row for _, row in read_rows(path)]
+    return read_records(path, needs)
 
 
 def _drop_cut_line(file: BinaryIO) -> None:

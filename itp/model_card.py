@@ -17,13 +17,18 @@ from typing import Any, TypeVar
 from itp.chat_template import template_of
 from itp.config import flag
 from itp.errors import UserError
-from itp.files import read_json, write_json
+from itp.files import Fields, checked_object, read_object, write_json
 from itp.pretrained import model_folder
 from itp.text.prompt_format import PLAIN, PromptFormat, PromptTemplate
 from itp.text.prompts import FORESIGHT_FORMATS, INSTRUCTION, WORLD_INSTRUCTION
 
 MODEL_CARD = "itp_model.json"
 """The card's name in a model folder, beside ``config.json``."""
+
+COPY_AGAIN = "copy the whole model folder again"
+_NUMBER = (int, type(None))
+CARD_FIELDS: Fields = {"prompt_style": str, "turns": dict, "control": bool, "foresight_format": (str, type(None)),
+                       "history_keep_steps": _NUMBER, "max_seq_len": _NUMBER, "warning": str, "update": _NUMBER}
 
 S = TypeVar("S")
 
@@ -54,8 +59,13 @@ class ModelCard:
         file = model_folder(path) / MODEL_CARD if path else None
         if file is None or not file.is_file():
             return None
-        values = read_json(file)
-        template = PromptTemplate(**values["turns"]) if "turns" in values else PLAIN
+        values = read_object(file, advice=COPY_AGAIN)
+        checked_object(values, str(file), {name: CARD_FIELDS[name] for name in values if name in CARD_FIELDS},
+                       COPY_AGAIN)
+        template = PLAIN
+        if "turns" in values:
+            turns = checked_object(values["turns"], f"{file}: turns", {"head": str, "tail": str}, COPY_AGAIN)
+            template = PromptTemplate(turns["head"], turns["tail"])
         return cls(values.get("prompt_style", "instruct"), template, values.get("control", False),
                    values.get("foresight_format"), values.get("history_keep_steps"), values.get("max_seq_len"),
                    values.get("warning", ""), values.get("update"))

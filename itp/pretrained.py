@@ -41,7 +41,7 @@ def check_model_path(model_path: str) -> None:
             raise UserError(f"{model_path}: {IS_ADAPTER}; {MERGE_IT}")
     except (OSError, ValueError) as error:
         if why := refusal(error):
-            raise UserError(f"{model_path}: no such folder, and nothing can be fetched from the Hugging Face hub, whose "
+            raise UserError(f"{model_path}: no such folder, and nothing can be fetched from the Hugging Face hub: its "
                             f"cache can't be written ({why}); set HF_HOME to a folder that can") from error
         if not (model_folder(model_path) / "config.json").is_file():
             raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "

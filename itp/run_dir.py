@@ -15,7 +15,7 @@ from typing import Any
 
 from itp.config import by_own_names, flag_fields, flags_that
 from itp.errors import UserError
-from itp.files import append_row, check_output_folder, read_json, write_json, writing
+from itp.files import append_row, check_output_folder, read_object, write_json, writing
 
 
 def versions() -> dict[str, str]:
@@ -44,15 +44,8 @@ RECORD = "config.json"
 
 def recorded(folder: str | Path) -> dict[str, Any]:
     """What ``config.json`` in a run's folder holds.  Raises UserError where that isn't the record of a run."""
-    record, why = Path(folder) / RECORD, "it has no settings"
-    try:
-        found = read_json(record)
-    except (UserError, ValueError, RecursionError) as error:
-        found, why = None, str(error)
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-        raise UserError(f"{record}: not the record of a run ({why}); delete it if all in its folder is of one "
-                        "configuration, and start that run's command again, or with --override to start anew")
-    return found
+    return read_object(Path(folder) / RECORD, {"config": dict}, "it isn't the record of a run; choose another output "
+                       "path, or delete it where all in its folder is of one configuration")
 
 
 def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any] | None = None, override: bool = False,

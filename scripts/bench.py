@@ -34,13 +34,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from bench_training import world_model_training
-from foresight_eval.cost import peak_memory
 from foresight_eval.plan import make_plan
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.heads import has_heads
 from itp.agent.policy import SELECTIONS
 from itp.config import flag, parse_settings
-from itp.devices import DTYPES
+from itp.devices import DTYPES, peak_memory
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
@@ -79,6 +78,8 @@ class BenchSettings(EngineFlags):
     fixed_k: int = flag(2, help="steps that foresight and label imagine")
     action_selection: str = flag("constrained", help="as in foresight_eval", choices=SELECTIONS)
     max_steps: int = flag(40, help="steps of an episode at most")
+    wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most; a model with "
+                                                        "random weights always writes so many")
     rap_steps: int = flag(3, at_least=1, help="steps of an episode at most in the part rap")
     rap_num_rollouts: int = flag(4, at_least=1, help="rollouts of a decision in the part rap")
     train_rows: int = flag(128, help="transitions of the training part")
@@ -228,7 +229,8 @@ def planner(settings: BenchSettings, lms: dict[str, LM], name: str) -> PolicyMet
     fixed_k = settings.fixed_k if name == "foresight" else -1
     plan = make_plan(AlfworldSettings(
         policy_model=settings.policy_model, wm_model=settings.wm_model, out_dir="", method=name, fixed_k=fixed_k,
-        action_selection=settings.action_selection, wm_max_new_tokens=192, rap_wm_pred_tokens=192,
+        action_selection=settings.action_selection, wm_max_new_tokens=settings.wm_max_new_tokens,
+        rap_wm_pred_tokens=settings.wm_max_new_tokens,
         rap_num_rollouts=settings.rap_num_rollouts))
     barrier = BatchBarrier()
     return plan.build_method(plan.load_policy(barrier, lm=lms["policy"]),
@@ -242,7 +244,8 @@ def rl_actor(settings: BenchSettings, lms: dict[str, LM]) -> PolicyMethod:
 
     rl = checked(RlSettings(policy_model=settings.heads_model, wm_model=settings.wm_model, out_dir="",
                             fixed_k=settings.fixed_k, action_selection=settings.action_selection,
-                            action_temperature=1.0, action_top_p=1.0, report_to="none"))
+                            action_temperature=1.0, action_top_p=1.0, wm_max_new_tokens=settings.wm_max_new_tokens,
+                            report_to="none"))
     world_model = load_world_model(settings.wm_model, lm=lms["world_model"], max_new_tokens=rl.wm_max_new_tokens)
     return Player(rl, lms["policy"], world_model, BatchBarrier()).method(greedy=False)
 
@@ -254,7 +257,8 @@ async def label(settings: BenchSettings, lms: dict[str, LM], how: str, concurren
 
     own = LabelSettings(
         expert_jsonl=settings.expert_jsonl, policy_model=settings.policy_model, wm_model=settings.wm_model,
-        out_labeled_jsonl="", max_k=settings.fixed_k, max_rows=settings.rows, seed=settings.seed)
+        out_labeled_jsonl="", max_k=settings.fixed_k, max_rows=settings.rows, seed=settings.seed,
+        wm_max_new_tokens=settings.wm_max_new_tokens)
     rows = choose_rows(read_expert(settings.expert_jsonl, None), own.max_rows, own.seed)
     episodes = [list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)]
     if how == SEQUENTIAL:

@@ -31,7 +31,7 @@ from foresight_eval.results import Result, read_results
 from foresight_eval.settings import AlfworldSettings, EvalSettings, SciworldSettings
 from itp.config import add_flags, did_you_mean, flag, from_args
 from itp.errors import UserError
-from itp.files import read_json, read_rows, write_atomic, write_json
+from itp.files import read_object, read_records, read_yaml, write_atomic, write_json
 from itp.pretrained import check_model_path
 from itp.program import run_main
 from itp.run_dir import versions
@@ -116,8 +116,11 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def read_experiment(path: Path) -> dict[str, Any]:
     """What a file holds, with the parameters that it uses.  Raises UserError for an unknown name in it."""
-    said = read_yaml(path)
+    said = read_file(path)
     check_keys(said, path, ("title", "paper", "tables"), optional=("common", "parameters", "runs", "figures"))
+    for name, kind in (("runs", dict), ("parameters", dict), ("common", str), ("tables", list), ("figures", list)):
+        if not isinstance(said.get(name, kind()), kind):
+            raise UserError(f"{path}: {name} is {said[name]!r}, which is not a {kind.__name__}")
     runs, own = said.get("runs", {}), said.get("parameters", {})
     for name, part in runs.items():
         check_keys(part, f"{path}, part {name}", ("command", "each"))
@@ -125,7 +128,10 @@ def read_experiment(path: Path) -> dict[str, Any]:
         check_table(shown, runs, f"{path}, tables")
     for name in said.get("figures", ()):
         known(name, FIGURES, f"{path}, figures", "figure")
-    parameters = own | (read_yaml(path.parent / said["common"]) if "common" in said else {}) | own
+    common = read_file(path.parent / said["common"]) if "common" in said else {}
+    if not isinstance(common, dict):
+        raise UserError(f"{path.parent / said['common']}: must hold `name: value` lines")
+    parameters = own | common | own
     for name, parameter in parameters.items():
         check_keys(parameter, f"{path}, parameter {name}", ("default", "help"))
     used = {"max_k" if name == "k" else name for name in re.findall(r"\{(\w+)\}", f"{runs} {said['tables']}")} - {"out"}
@@ -135,13 +141,11 @@ def read_experiment(path: Path) -> dict[str, Any]:
     return {"figures": [], **said, "runs": runs, "parameters": parameters}
 
 
-def read_yaml(path: Path) -> Any:
-    import yaml
-
+def read_file(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not an experiment ({' '.join(str(error).split())}); those of the project are "
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{path}: not an experiment ({error}); those of the project are "
                         "configs/experiments/*.yaml") from error
 
 
@@ -291,7 +295,7 @@ def collect(runs: Sequence[Run]) -> tuple[list[Result], dict[str, Any]]:
     """The results that ``runs`` left, and the figures of world models by run."""
     results = [dataclasses.replace(read_results([run.out])[0], name=run.name) for run in runs
                if isinstance(run.settings, EvalSettings) and (run.out / "summary.json").is_file()]
-    models = {run.name: next(iter(read_json(run.out)["models"].values())) for run in runs
+    models = {run.name: next(iter(read_object(run.out, {"models": dict})["models"].values())) for run in runs
               if isinstance(run.settings, FidelitySettings) and run.out.is_file()}
     return results, models
 
@@ -321,8 +325,8 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     if path.suffix == ".jsonl":
-        return {"seconds": sum(row["seconds"] for _, row in read_rows(path))}
-    return read_json(path)
+        return {"seconds": sum(row["seconds"] for row in read_records(path, {"seconds": (int, float)}))}
+    return read_object(path)
 
 
 def draw(figures: Sequence[str], runs: Sequence[Run], folder: Path) -> list[str]:

@@ -171,7 +171,7 @@ def test_goals_that_cannot_be_read_are_left_out_and_the_own_goal_is_played(
     traj = Path(game.path).with_name("traj_data.json")
     change(traj, lambda data: data | {"other_missions": [{"task_type": "look_at_obj_in_light"}]})
     assert with_alternative_goals(game, 1) == [game] and len(with_alternative_goals(game, 3)) == 2
-    with pytest.raises(UserError, match=f"left out: {traj}: a goal without its pddl_params"):
+    with pytest.raises(UserError, match=f"left out: {traj}: goal 1: field 'pddl_params' is missing"):
         collected(monkeypatch, games, tmp_path / "out", "--actor", "random", "--split", "unseen", "--missions", "3")
     assert f"{game.game_id}#0" in (tmp_path / "out" / "transitions.jsonl").read_text()
 

@@ -73,6 +73,7 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
     rows = run(monkeypatch, games_root, tmp_path, "--noise", "0,0.5", "--episodes_per_game", "3", "--max_games", "4",
                "--max_steps", "25", "--foresight_k", "3", "--foresight_share", "1.5", "--reasoning_share", "0.5")
     episodes = by_episode(rows)
+    assert len(read_dialogues(str(tmp_path / "dialogues.json"))) > 12
     assert len(episodes) == 12 and {name.rpartition("#")[2] for name in episodes} == {"0", "1", "2"}
     explored = {name: sum(t.action != t.expert_action for t in episode) for name, episode in episodes.items()}
     quiet = [name for name, count in explored.items() if not count]

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
+from itp.envs.scienceworld.env import ScienceworldEnv
 from itp.errors import UserError
+from itp.games import Game
 from itp.text.prompts import action_target, policy_prompt
 from itp.text.segments import dialogue_segments
 from itp.text.state import parse
 from itp.transitions import REQUIRED, read_transitions
 from world_model.data_processing import fetch
-from world_model.data_processing.convert import ConvertSettings, convert, main
+from world_model.data_processing.convert import NOTHING_TO_IMITATE, ConvertSettings, convert, main
 from world_model.data_processing.recorded import Unreadable, read_turns, recorded
 
 INSTRUCTION = "Interact with a household to solve a task. ... strictly follow \"Thought: ...\\nAction: ...\"."
@@ -106,9 +108,6 @@ def test_eto_scienceworld(tmp_path: Path) -> None:
 
 def test_first_observations_that_dialogues_lack_come_from_the_simulator(tmp_path: Path) -> None:
     """ETO's dialogues begin with the task alone; the id names the game, and its task must be the dialogue's."""
-    from itp.envs.scienceworld.env import ScienceworldEnv
-    from itp.games import Game
-
     env = ScienceworldEnv()
     seen = env.reset(Game("scienceworld", "train", "x", "lifespan-longest-lived-then-shortest-lived/3/easy", "x"))
     posed = env._call("freeActionTaskDesc").removeprefix("Task Description:").strip()
@@ -150,6 +149,8 @@ def test_agentgym_and_chat_messages_say_the_same(tmp_path: Path) -> None:
     for out in (gym_out, chat_out):
         assert [(t.state, t.action, t.next_state) for t in out.transitions] == expected
     assert [t.expert_action for t in gym_out.transitions] == ["go to cabinet 1", ""]  # `loss` false: not to imitate
+    gym["conversations"][5]["loss"] = None
+    assert [t.expert_action for t in converted(tmp_path, [gym]).transitions] == ["go to cabinet 1", ""]
     assert [t.get("weight", 1) for t in gym_out.talks[0]["conversations"] if t["from"] == "gpt"] == [1, 0, 1]
 
 
@@ -291,7 +292,7 @@ def test_thousand_mutations(tmp_path: Path) -> None:
             continue
         report = out.report()
         assert report["rows"] == report["kept"] + report["dropped"] == report["kept"] + sum(report["why"].values())
-        assert report["kept"] == report["dialogues"]
+        assert report["kept"] == report["dialogues"] + report["notes"].get(NOTHING_TO_IMITATE, 0)
         dropped += report["dropped"]
         whole += not report["dropped"]
         source = json.loads(file.read_bytes())

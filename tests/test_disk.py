@@ -25,7 +25,7 @@ from itp.envs.scienceworld import env as scienceworld, games as scienceworld_gam
 from itp.errors import UserError
 from itp.files import (
     append_row, cache_folder, check_output_file, check_output_folder, keep, read_appended, read_cached, refusal,
-    why_unwritable, write_atomic, write_json, writing,
+    why_unwritable, write_atomic, write_json,
 )
 from itp.pretrained import check_model_path
 from itp.program import run_main
@@ -155,7 +155,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> dict[str
     row = {"episode_id": "e", "step": 0, "state": "Task: a task\nObservation: You are in a room.", "action": "look",
            "next_state": "x"}
     (desk / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    talk = {"id": "e", "conversations": [{"from": "human", "value": row["state"]}, {"from": "gpt", "value": "look"}]}
+    talk = {"id": "e", "conversations": [{"from": "human", "value": row["state"]}, {"from": "gpt", "value": "Action: look"}]}
     write_json(desk / "talks.json", [talk] * 4)
     return {"model": str(write_tiny_model(desk / "model")), "games": str(games_root), "rows": str(desk / "rows.jsonl"),
             "talks": str(desk / "talks.json"), "out": str(desk / "file" / "out"), "free": str(desk / "free")}

@@ -72,7 +72,7 @@ def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize("change, said", [
     (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
     (put("tables", None), "needs tables"),
-    (put("tables", {"table": "overview"}), "tables: must hold `name: value` lines, not 'table'"),
+    (put("tables", {"table": "overview"}), "tables is {'table': 'overview'}, which is not a list"),
     (put("figures", ["k_off"]), "figures: unknown figure 'k_off', did you mean 'k_of'"),
     (put("parameters", "policy", "defualt", "x"), "parameter policy: unknown key 'defualt', did you mean 'default'"),
     (put("parameters", "policy", "default", None), "parameter policy: needs default"),
@@ -98,7 +98,8 @@ def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
     (put("tables", 1, "columns", ["K"]), "unknown column 'K'"),
     (put("tables", 0, "paper", {"paper": {"best-k": 1}}), "tables, paper: unknown run 'best-k'"),
     (put("tables", 0, "paper", {"paper": {"k1": "high"}}), "k1 must be a number, not 'high'"),
-    (put("common", "none.yaml"), "No such file or directory"),
+    (put("runs", ["x"]), "runs is ['x'], which is not a dict"),
+    (put("common", "none.yaml"), "no such file"),
 ])
 def test_what_is_not_known_is_refused_in_a_line(change: Callable, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as refused:
@@ -111,7 +112,7 @@ def planned(*argv: str) -> list[program.Run]:
 
 
 def test_files_and_names_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.yaml: .*No such file"):
+    with pytest.raises(UserError, match="none.yaml: .*no such file"):
         program.read_experiment(Path("none.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="bad.yaml: not an experiment .*line 1"):

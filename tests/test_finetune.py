@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itp.errors import UserError
 from itp.text.prompt_format import PromptTemplate
-from itp.text.segments import dialogue_examples
+from itp.text.segments import dialogue_examples, dialogue_segments
 from itp.training import base_policy
 from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
+from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example, encode, split_off_eval
+from itp.training.from_scratch import base_lm
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_settings
 from itp.training.text_task import Collator, TextTask
@@ -249,8 +251,10 @@ def test_full_fine_tuning_learns_and_leaves_a_plain_model(model_path, tmp_path):
 
 def dialogues(path: Path, count: int = 40) -> Path:
     rows = [{"id": str(i), "conversations": [
-        {"from": "human", "value": f"Task : {'abcdefgh'[i % 8]}"}, {"from": "gpt", "value": "Action: go to 1"},
-        {"from": "human", "value": "see " + "b " * (i % 5)}, {"from": "gpt", "value": f"Action: go to {1 + i % 3}"}]}
+        {"from": "human", "value": f"Task: {'abcdefgh'[i % 8]}\nObservation: see"},
+        {"from": "gpt", "value": "Action: go to 1"},
+        {"from": "human", "value": "Observation: see " + "b " * (i % 5)},
+        {"from": "gpt", "value": f"Action: go to {1 + i % 3}"}]}
         for i in range(count)]
     path.write_text(json.dumps(rows))
     return path
@@ -367,31 +371,76 @@ def test_a_folder_is_claimed_by_its_configuration_once_it_holds_a_checkpoint(mod
 
 # ---------------------------------------------------------------- base policy data
 
+STATE = "Task: a\nObservation: b"
+
 
 def test_gpt_turns_are_learned_except_those_of_weight_zero(tmp_path):
     row = {"id": 7, "conversations": [
-        {"from": "human", "value": "a"}, {"from": "gpt", "value": "Action: b"}, {"from": "human", "value": "c"},
-        {"from": "gpt", "value": "Action: d", "weight": 0}]}
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Action: b"}]}
+        {"from": "human", "value": STATE}, {"from": "gpt", "value": "Action: b"},
+        {"from": "human", "value": "Observation: c"}, {"from": "gpt", "value": "Action: d", "weight": 0}]}
+    chat = {"messages": [{"role": "user", "content": STATE}, {"role": "assistant", "content": "Action: b"}]}
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(chat) + "\n")
     first, second = base_policy.read_dialogues(str(path))
     assert [text for text, learned in first.segments if learned] == [" b\n"] and first.group == "7"
-    assert "".join(text for text, _ in first.segments) == "a\nAction: b\nc\nAction: d\n"
-    assert second.segments == [("a\n", False), ("Action:", False), (" b\n", True)]
+    assert "".join(text for text, _ in first.segments) == f"{STATE}\nAction: b\nObservation: c\nAction: d\n"
+    assert second.segments == [(f"{STATE}\n", False), ("Action:", False), (" b\n", True)]
+
+
+@pytest.mark.parametrize("loss", [False, None, 0, 0.0])
+def test_turns_without_loss_are_not_learned(tmp_path, loss):
+    """AgentGym's mark.  It also holds for a correction, and for a turn of weight 1."""
+    turns = [{"from": "human", "value": STATE, "loss": None},
+             {"from": "gpt", "value": "Action: b", "loss": loss, "weight": 1, "correction": "Action: e"},
+             {"from": "human", "value": "Observation: c", "loss": None},
+             {"from": "gpt", "value": "Action: d", "loss": True}]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"conversations": turns}]))
+    example, = base_policy.read_dialogues(str(path))
+    assert [text for text, learned in example.segments if learned] == [" d\n"]
+    chat = base_policy.read_dialogues(str(path), PromptTemplate("<user>", "<assistant>"))
+    assert [example.segments[-1] for example in chat] == [(" d\n", True)]
+    assert [learned for _, learned in dialogue_segments(turns[:2])] == [False, False, False]
+    path.write_text(json.dumps([{"conversations": turns[:2]}]))
+    with pytest.raises(UserError, match="no turn of gpt"):
+        base_policy.read_dialogues(str(path))
+
+
+def test_files_that_convert_has_not_seen_are_refused(tmp_path, monkeypatch):
+    """On ETO's raw file 2 of 48 actions were right after training, and all of them after conversion."""
+    raw = [{"from": "human", "value": "Interact with a household to solve a task."}, {"from": "gpt", "value": "OK"},
+           {"from": "human", "value": "You are in the middle of a room. You see a desk 1.\n\nYour task is to: look."},
+           {"from": "gpt", "value": "Thought: next.\nAction: go to desk 1"}]
+    path = tmp_path / "raw.json"
+    advice = f"row 0: not in the form .*: python -m world_model.data_processing.convert --input {path} --out_dir DIR"
+    for turns in (raw, raw[2:], [{"from": "system", "value": "Act."}, *raw[2:]]):
+        path.write_text(json.dumps([{"id": "e", "conversations": turns}]))
+        with pytest.raises(UserError, match=advice) as error:
+            base_policy.read_dialogues(str(path))
+        assert "\n" not in str(error.value)
+        settings = base_lm.BaseLMSettings(transitions="", out_dir="", words_of=str(path))
+        with pytest.raises(UserError, match=advice):
+            list(read_dialogue_file(settings.words_of))
+    rows = tmp_path / "rows.jsonl"
+    row = {"episode_id": "e", "step": 0, "state": raw[2]["value"], "action": "look", "next_state": "x"}
+    rows.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="rows.jsonl:1: field 'state' isn't a state .*data_processing.convert"):
+        list(base_lm._episodes(str(rows)))
 
 
 def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp_path):
     row = {"id": 7, "conversations": [
-        {"from": "human", "value": "a"},
+        {"from": "human", "value": STATE},
         {"from": "gpt", "value": "Action: go to 1", "weight": 0, "correction": "Action: go to 2"},
-        {"from": "human", "value": "c"}, {"from": "gpt", "value": "Action: b", "weight": 0, "correction": "Action: d"}]}
+        {"from": "human", "value": "Observation: c"},
+        {"from": "gpt", "value": "Action: b", "weight": 0, "correction": "Action: d"}]}
     path = tmp_path / "d.json"
     path.write_text(json.dumps([row]))
     example, = base_policy.read_dialogues(str(path))
     encoded = encode([example], make_tokenizer(), 100).rows[0]
     said = " ".join(WORDS[i] for i in encoded["input_ids"])
-    assert said == "a \n Action : go to 1 \n c \n Action : b \n <eos>"  # the episode as it was
+    # The episode as it was.
+    assert said == "Task : a \n Observation : b \n Action : go to 1 \n Observation : c \n Action : b \n <eos>"
     pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
     learned = [(WORDS[token], WORDS[label]) for token, label in pairs if label >= 0]
     assert learned == [("go", "go"), ("to", "to"), ("1", "2"), ("b", "d"), ("<eos>", "<eos>")]
@@ -405,7 +454,11 @@ def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp
     ({"conversations": [{"from": "human"}]}, "turn 0"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 0"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of gpt"),
-    ({"conversations": [{"from": "gpt", "value": "Action: x", "weight": 0, "correction": 1}]}, "must be a text"),
+    ({"conversations": [{"from": "gpt", "value": "Action: x", "weight": 0, "correction": 1}]},
+     "turn 0: a turn whose 'correction' isn't a text"),
+    ({"conversations": [{"from": ["gpt"], "value": "Action: x"}]}, "turn 0: a turn whose 'from' isn't one of"),
+    ({"conversations": [{"from": "gpt", "value": "Action: x", "loss": "no"}]},
+     "turn 0: a turn whose 'loss' is neither"),
 ])
 def test_rows_that_are_no_dialogue_are_named(tmp_path, row, said):
     path = tmp_path / "d.jsonl"

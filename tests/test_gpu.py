@@ -1,4 +1,4 @@
-"""What only a GPU does: half precision with loss scaling, two devices, ZeRO-3.  Skipped where there is none.
+"""What only a GPU does: half precision with loss scaling, 4 bits, two devices, ZeRO.  Skipped where there is none.
 
 Short runs of tiny models.  They say that a path works and learns, not how well: what is computed is tested on the CPU.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -20,18 +21,20 @@ from safetensors.torch import load_file
 
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
+from itp.agent.policy_with_heads import PolicyWithHeads
 from itp.lm.base import GenParams
 from itp.lm.local import LocalLM
+from itp.text.prompts import CTRL
 from itp.training.base_policy import BasePolicySettings, read_dialogues
 from itp.training.itp_r import a2c
 from itp.training.run import finetune
 from tests import rl_runs
 from tests.tiny import write_tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROOT = Path(__file__).resolve().parents[1]
-ZERO_3 = ROOT / "world_model" / "base_tuning" / "config" / "deepspeed_config_s3.json"
+DEEPSPEED = ROOT / "world_model" / "base_tuning" / "config"
 STATE = ("Task: put a clean plate in fridge\nObservation: You are in the middle of a room. Looking quickly around you, "
          "you see a cabinet 1, a fridge 1, and a desk 2.")
 PROMPTS = [f"{STATE}\nAction:", f"{STATE}\nAction: look\nObservation: Nothing happens.\nAction:"]
@@ -77,18 +80,49 @@ def test_fine_tuning_in_half_precision_learns(tmp_path: Path, half: str, changes
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def without(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+
+
+@without("bitsandbytes")
+@pytest.mark.parametrize("half", HALF)
+def test_fine_tuning_on_4_bits_learns(tmp_path: Path, half: str) -> None:
+    settings = settings_for(tmp_path, q_lora=True, lora_r=4, **{half: True})
+    finetune(settings, read_dialogues(settings.train_json))
+    found = losses(tmp_path / "out")
+    assert all(map(math.isfinite, found)) and found[-1] < 0.7 * found[0]
+    merged = load_file(settings.merged_path / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} <= {torch.float32, torch.bfloat16, torch.float16}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flash_attention_2", marks=without("flash_attn"))])
+def test_every_kind_of_attention_learns_the_same(tmp_path: Path, attention: str) -> None:
+    """The first step's loss, in which no rounding has added up, is that of float32 on the CPU."""
+    one = {"lora_r": 4, "lora_dropout": 0.0, "bf16": True}
+    settings = settings_for(tmp_path, attn_implementation=attention, **one)
+    finetune(settings, read_dialogues(settings.train_json))
+    found = losses(tmp_path / "out")
+    assert found[-1] < 0.7 * found[0]
+    plain = settings_for(tmp_path, out_dir=str(tmp_path / "plain"), epochs=0.5, **one | {"bf16": False})
+    finetune(plain, read_dialogues(plain.train_json))
+    assert found[0] == pytest.approx(losses(tmp_path / "plain")[0], rel=0.02)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None or shutil.which("deepspeed") is None,
                     reason="needs deepspeed")
+@pytest.mark.parametrize("stage", ["s2", "s3"])
 @pytest.mark.parametrize("lora_r", [0, 4])
-def test_zero_3_leaves_whole_weights(tmp_path: Path, lora_r: int) -> None:
+def test_zero_leaves_whole_weights(tmp_path: Path, stage: str, lora_r: int) -> None:
     """Under ZeRO-3 a process holds its share of a weight only; the model that is written has all of each."""
-    settings = settings_for(tmp_path, bf16=True, lora_r=lora_r, deepspeed=str(ZERO_3))
+    zero = DEEPSPEED / f"deepspeed_config_{stage}.json"
+    settings = settings_for(tmp_path, bf16=True, lora_r=lora_r, deepspeed=str(zero))
     flags = [f"--{name}={getattr(settings, name)}" for name in (
         "model_path", "out_dir", "train_json", "epochs", "batch_size", "grad_accum", "lr", "logging_steps",
         "eval_share", "bf16", "lora_r", "deepspeed")]
     run = subprocess.run(
-        ["deepspeed", "--num_gpus", str(torch.cuda.device_count()), "--no_local_rank", "--module",
-         "itp.training.base_policy", *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ["deepspeed", "--num_gpus", str(torch.cuda.device_count()), "--master_port", str(free_port()),
+         "--no_local_rank", "--module", "itp.training.base_policy", *flags], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -99,6 +133,13 @@ def test_zero_3_leaves_whole_weights(tmp_path: Path, lora_r: int) -> None:
     assert {name: weight.shape for name, weight in after.items()} == {
         name: weight.shape for name, weight in before.items()}
     assert any(not torch.equal(weight.float(), before[name].float()) for name, weight in after.items())
+
+
+def free_port() -> int:
+    """One for the launcher, so that several tests can run side by side."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 # ---------------------------------------------------------------- acting
@@ -159,3 +200,13 @@ def test_a2c_learns_in_half_precision(tmp_path: Path, games_root: Path, changes:
     before, after = (load_file(folder / "model.safetensors") for folder in (models[0], tmp_path / "out" / "last"))
     assert any(not torch.equal(weight.float(), before[name].float()) for name, weight in after.items())
     assert all(weight.isfinite().all() for weight in after.values())
+    # The heads on file are those of the GPU: read again, they say there what they say on the CPU.
+    told = []
+    for device in ("cuda", "cpu"):
+        policy, tokenizer = PolicyWithHeads.from_pretrained(tmp_path / "out" / "last", device=device)
+        ids = tokenizer(f"{STATE}\n{CTRL}", return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+        with torch.no_grad():
+            out = policy(ids, None, torch.tensor([ids.shape[1] - 1], device=device))
+        told.append(torch.cat([out.k_logits.flatten(), out.values]).cpu())
+    torch.testing.assert_close(told[0], told[1], rtol=1e-2, atol=1e-2)
+    assert not torch.equal(told[1], torch.zeros_like(told[1]))

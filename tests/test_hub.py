@@ -19,7 +19,7 @@ from itp.training.run import finetune, open_run
 from itp.training.settings import check_settings
 from tests.tiny import write_tiny_model
 
-TALKS = """[{"id": "a", "conversations": [{"from": "human", "value": "Task: x"},
+TALKS = """[{"id": "a", "conversations": [{"from": "human", "value": "Task: x\\nObservation: y"},
                                          {"from": "gpt", "value": "Action: look"}]}]"""
 
 

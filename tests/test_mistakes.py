@@ -42,6 +42,13 @@ MISTAKES = [
     ("-m itp.training.base_policy --train_json nowhere.json --model_path model --out_dir out", "nowhere.json: no such"),
     ("-m itp.training.base_policy --train_json broken.json --model_path model --out_dir out",
      "broken.json:2: not JSON"),
+    ("-m itp.training.base_policy --train_json raw.json --model_path model --out_dir out",
+     "convert the file first: python -m world_model.data_processing.convert --input raw.json"),
+    ("-m itp.training.base_lm --transitions rows.jsonl --words_of raw.json --out_dir out",
+     "convert the file first: python -m world_model.data_processing.convert --input raw.json"),
+    ("-m foresight_eval.runner_sciworld --policy_model model --method sft --out_dir out --pairs broken.json",
+     "broken.json:2: not JSON"),
+    (f"{EVALUATE} --policy_model model --method sft --config latin.yaml", "latin.yaml: not UTF-8 text"),
     ("-m itp.training.base_policy --train_json rows.jsonl --model_path model --out_dir out",
      "rows.jsonl:1: not a dialogue"),
     (f"{STAGES} labels", "label"),
@@ -65,6 +72,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Path:
     (desk / "data").symlink_to(games_root)
     (desk / "typo.yaml").write_text("max_game: 5\n")
     (desk / "broken.json").write_text("[{\n")
+    (desk / "latin.yaml").write_bytes("method: caf\u00e9".encode("latin-1"))
+    raw = [("human", "Interact with a household."), ("gpt", "OK"),
+           ("human", "You see a desk 1.\nYour task is to: look."),
+           ("gpt", "Thought: Well.\nAction: look")]
+    write_json(desk / "raw.json", [{"id": "e", "conversations": [{"from": who, "value": text} for who, text in raw]}])
     row = {"episode_id": "e", "step": 0, "state": State("a task", "You are in a room.").render(), "action": "look",
            "next_state": "x", "k_label": 2, "imagined": [["look", "a"], ["look", "b"]]}
     (desk / "rows.jsonl").write_text(json.dumps(row) + "\n")

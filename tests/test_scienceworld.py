@@ -320,6 +320,19 @@ def test_tasks_pairs_and_simplifications_that_are_none_are_said(tmp_path: Path) 
     for content in ('[["boil", 3], ["find-plant", 0]]', "boil:3\nfind-plant:0\n"):
         file.write_text(content)
         assert list(parse_pairs(str(file), KNOWN)) == [("boil", 3), ("find-plant", 0)]
+    file.write_bytes(b"\xef\xbb\xbf" + b'["boil:3", ["find-plant", "0"]]')
+    assert list(parse_pairs(str(file), KNOWN)) == [("boil", 3), ("find-plant", 0)]
+    for content, says in (
+            ('[["boil", 3],', ":1: not JSON .*; give a whole JSON list"),
+            ('[["boil"]]', 'entry 0 is \\["boil"\\], not'), ('[["boil", 3], [3, "boil"]]', "entry 1 is "),
+            ('[["boil", true]]', "entry 0"), ('[["boil", 3.5]]', "entry 0"), ("[null]", "entry 0 is null"),
+            ('{"boil": 3}', "not a list"), ("[]", "holds no pairs"), ("", "holds no pairs"),
+            ('[["boil", -1]]', "'boil:-1': not task:variation"), ("boil:\u00b2", "not task:variation"),
+            ("boil:" + "9" * 5000, "not task:variation"), (b"boil:3\xff", "not UTF-8 text")):
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(UserError, match=f"{file}.*{says}") as error:
+            list(parse_pairs(str(file), KNOWN))
+        assert "\n" not in str(error.value)
     for wrong in ("boil:4", "boil", "brew:1", "boil:x", "task-1-brew:0"):
         with pytest.raises(UserError, match=wrong):
             list(parse_pairs(wrong, KNOWN))

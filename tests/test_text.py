@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
@@ -13,12 +14,23 @@ from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.errors import UserError
 from itp.lm.base import GenParams, Generation
-from itp.text.dialogues import Dialogue, episode_dialogue, foresight_dialogue, horizon, horizon_dialogue
+from itp.text.dialogues import (
+    Dialogue,
+    check_form,
+    episode_dialogue,
+    foresight_dialogue,
+    horizon,
+    horizon_dialogue,
+    judge_dialogue,
+    reflection_dialogue,
+    thought_dialogue,
+)
 from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_thought
 from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import policy_prompt, world_model_prompt, world_model_target
+from itp.text.prompts import foresight_text, policy_prompt, proposal_text, world_model_prompt, world_model_target
 from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
+from itp.text.turns import Turn, read_turns
 from itp.transitions import Transition
 
 PIECES = ["a mug 1", "\n", "\n\n", " ", "  ", "   ", "Task: ", "Observation: ", "Action: ", "\nAction: look",
@@ -162,6 +174,41 @@ def test_horizon_dialogues_are_what_the_policy_is_asked() -> None:
         dialogue = horizon_dialogue(rows, step, 5)
         assert joined(dialogue) == f"{lm.asked[0]} {horizon(rows, step, 5)}\n"
         assert [learn for _, learn in dialogue_segments(dialogue["conversations"])].count(True) == 1
+
+
+def test_dialogues_of_every_kind_are_in_the_form_that_training_asks_for() -> None:
+    rows = episode()
+    tried = foresight_text([(t.action, t.next_state) for t in rows[2:4]])
+    whole = episode_dialogue(rows)
+    unanswered = {"conversations": whole["conversations"][:-1]}
+    lines = [dataclasses.replace(t, action="two\nlines", expert_action="two\nlines") for t in rows[:1]]
+    for dialogue in (whole, unanswered, episode_dialogue(lines), foresight_dialogue(rows, 2, 2),
+                     horizon_dialogue(rows, 3, 5), thought_dialogue(rows, 1, "A mug."),
+                     judge_dialogue(rows, 2, tried, True), judge_dialogue(rows, 0, proposal_text("look"), False),
+                     reflection_dialogue(rows, 2, foresight_text([("look", "x\ny")], "last_obs"), "It helps.")):
+        check_form(read_turns(dialogue))
+
+
+@pytest.mark.parametrize("place, who, text, says", [
+    (0, "human", "Your task is to: look.", "turn 0: a state"),
+    (0, "human", "Task: x\nYou see nothing.", "turn 0: expected 'Observation: '"),
+    (0, "system", "Task: x\nObservation: y", "turn 0 is of system"),
+    (1, "gpt", "Thought: hm.\nAction: look", "turn 1: 'Action: look' after"),
+    (1, "gpt", "look", "turn 1: expected 'Action: '"),
+    (1, "gpt", "Action:\nlook", "turn 1"),
+    (1, "human", "Action: look", "turn 1 is of human"),
+    (2, "human", "You see nothing.", "turn 2: expected 'Observation: '"),
+    (2, "human", "Observation: x\ny", "turn 2: 'y' after"),
+    (2, "human", "Observation: x\nIf: look", "turn 2: 'If: look' before"),
+    (9, "gpt", "Horizon: far", "turn 9: expected 'Action: '"),
+])
+def test_other_forms_are_refused(place: int, who: str, text: str, says: str) -> None:
+    turns = read_turns({"conversations": episode_dialogue(episode())["conversations"][:-1]})
+    check_form(turns)
+    turns[place] = Turn(who, text)
+    with pytest.raises(ValueError) as error:
+        check_form(turns)
+    assert str(error.value).startswith(says)
 
 
 def test_horizon_ends_before_what_has_not_been_seen() -> None:

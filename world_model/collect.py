@@ -46,7 +46,7 @@ from itp.rollout import Episode, check_all_played, run_episodes
 from itp.run_dir import TIMING, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text import dialogues
-from itp.transitions import Transition, write_transitions
+from itp.transitions import REQUIRED, Transition, to_transition, write_transitions
 from world_model.data_processing.reasoning import reasoning_dialogues
 
 log = logging.getLogger(__name__)
@@ -199,11 +199,8 @@ def _episode_games(settings: CollectSettings) -> list[Game]:
 
 def _finished(path: Path) -> dict[str, list[Transition]]:
     """Episodes on file."""
-    try:
-        return {row["game_id"]: [Transition(**t) for t in row["transitions"]] for row in read_appended(path)}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line isn't an episode ({type(error).__name__} {error}); delete the file to play all "
-                        "again") from error
+    rows = read_appended(path, {"game_id": str, "transitions": list})
+    return {row["game_id"]: [to_transition(t, str(path), REQUIRED) for t in row["transitions"]] for row in rows}
 
 
 async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) -> list[str]:

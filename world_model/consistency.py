@@ -73,5 +73,6 @@ async def consistency(policy: Policy, world_model: WorldModel, games: Sequence[G
             elif episode.success:
                 replayed.add(episode.game.game_id)
     dreamed = {game for game, (_, accomplished) in dreamer.plans.items() if accomplished}
-    return {"games": len(games) - len(faults), "dreamed": len(dreamed), "replayed": len(replayed), "both": len(dreamed & replayed),
-            "ratio": len(replayed) / len(dreamed) if dreamed else None, **({"left_out": faults} if faults else {})}
+    return {"games": len(games) - len(faults), "dreamed": len(dreamed), "replayed": len(replayed),
+            "both": len(dreamed & replayed), "ratio": len(replayed) / len(dreamed) if dreamed else None,
+            **({"left_out": faults} if faults else {})}

@@ -45,7 +45,7 @@ from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
 from itp.errors import PromptTooLong, UserError
-from itp.files import check_output_file, read_json, short_names, write_json
+from itp.files import check_output_file, read_object, short_names, write_json
 from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
 from itp.lm.scheduler import BatchBarrier
@@ -287,16 +287,10 @@ def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Figures by world model that this very measurement has left; none where it is to be made, or left games out."""
     if not out_json or not Path(out_json).is_file():
         return {}
-    try:
-        found = read_json(out_json)
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"--out_json {out_json}: cut, or another file ({error}); delete it, or choose another") from error
-    if not isinstance(found, dict) or not isinstance(found.get("config", {}), dict):
-        raise UserError(f"--out_json {out_json}: holds something else; delete it, or choose another")
-    found["config"] = by_own_names(found.get("config", {}), FidelitySettings)
-    models = found.get("models")
-    whole = all(found.get(key) == value for key, value in identity.items()) and isinstance(models, dict)
-    return models if whole and not left_out(models) else {}
+    found = read_object(out_json, {"config": dict, "models": dict}, "delete it, or choose another --out_json")
+    found["config"] = by_own_names(found["config"], FidelitySettings)
+    same = all(found.get(key) == value for key, value in identity.items())
+    return found["models"] if same and not left_out(found["models"]) else {}
 
 
 def left_out(models: Mapping[str, Any]) -> list[str]:

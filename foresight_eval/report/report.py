@@ -22,7 +22,9 @@ from foresight_eval.results import Result, read_config, read_results
 from foresight_eval.summary import write_summary
 from itp.config import add_flags, flag, from_args
 from itp.errors import UserError
-from itp.files import check_output_folder, read_json, write_atomic
+from itp.files import check_output_folder, read_object, write_atomic
+
+FIDELITY_FILE = "--fidelity takes files of world_model.fidelity --out_json; delete one that is cut, and measure again"
 
 
 @dataclass
@@ -89,16 +91,9 @@ def read_fidelity(settings: ReportSettings) -> list[dict[str, Any]]:
 
 
 def _figures_of(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"--fidelity {path}: no such file")
-    try:
-        found = read_json(path)
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"--fidelity {path}: cut, or not of world_model.fidelity ({error}); delete it and measure "
-                        "again") from error
-    models = found.get("models") if isinstance(found, dict) else None
-    if not isinstance(models, dict) or not models or not all(map(_has_figures, models.values())):
-        raise UserError(f"--fidelity {path}: no figures of world models; give what world_model.fidelity --out_json wrote")
+    found = read_object(path, {"models": dict}, FIDELITY_FILE)
+    if not found["models"] or not all(map(_has_figures, found["models"].values())):
+        raise UserError(f"{path}: no figures of world models; {FIDELITY_FILE}")
     return found
 
 

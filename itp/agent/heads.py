@@ -10,7 +10,7 @@ import pickle
 from pathlib import Path
 
 from itp.errors import UserError
-from itp.files import read_json
+from itp.files import read_object
 from itp.pretrained import model_folder
 
 HEADS_WEIGHTS, HEADS_CONFIG = "policy_heads.safetensors", "policy_heads.json"
@@ -27,7 +27,7 @@ def kmax_of(folder: str | Path) -> int:
     """K_max of a folder with heads."""
     folder = model_folder(folder)
     if (folder / HEADS_CONFIG).is_file():
-        return int(read_json(folder / HEADS_CONFIG)["kmax"])
+        return read_object(folder / HEADS_CONFIG, {"kmax": int}, "copy the whole model folder again")["kmax"]
     import torch
 
     try:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.agent.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
 from itp.errors import UserError
-from itp.files import read_json, write_json
+from itp.files import write_json
 from itp.model_card import ModelCard
 from itp.pretrained import load_causal_lm, model_folder
 from itp.text.prompts import CTRL
@@ -262,7 +262,7 @@ def read_heads(folder: str | Path) -> dict[str, torch.Tensor]:
 
     folder = model_folder(folder)
     if (folder / HEADS_CONFIG).is_file():
-        read_json(folder / HEADS_CONFIG)  # raises UserError if it isn't JSON
+        kmax_of(folder)  # raises UserError if it can't be read
         if not (folder / HEADS_WEIGHTS).is_file():
             raise UserError(f"{folder}: {HEADS_CONFIG} is there but {HEADS_WEIGHTS} is not; copy the whole folder")
         return load_file(folder / HEADS_WEIGHTS)

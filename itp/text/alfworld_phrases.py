@@ -106,6 +106,8 @@ LISTED = _sentence(r"\ba NAME")
 """One entry of a list."""
 
 _CONTENTS = _sentence(r"(?:On|In) the NAME, you see ([^.]*)\.|The NAME is open\. In it, you see ([^.]*)\.")
+_GO_TO = _sentence("go to NAME")
+_AT_LOCATION = re.compile(r"You arrive at (?:the )?loc \d+\.\s*")
 _YOU_PUT = re.compile(r"You put the (?P<object>.+?) (?:in/on|in|on) the (?P<place>.+?)\.")
 
 
@@ -139,9 +141,27 @@ def moved(thing: str, place: str) -> str:
     return f"You move the {thing} to the {place}."
 
 
+def arrived(place: str) -> str:
+    """The first sentence of the answer to :func:`go_to`."""
+    return f"You arrive at {place}."
+
+
 def arrival(place: str) -> str:
     """The answer to :func:`go_to`, up to the list of what is on ``place``; for a place that can't be closed."""
-    return f"You arrive at {place}. On the {place}{SEES}"
+    return f"{arrived(place)} On the {place}{SEES}"
+
+
+def with_arrival(action: str, observation: str) -> str:
+    """``observation`` with the sentence of arrival, where it answers :func:`go_to` without one.
+
+    Published recordings lack the sentence, or have older ALFWorld's, which names a location: ``You arrive at loc 3.``
+    """
+    going = _GO_TO.fullmatch(action)
+    if going is None:
+        return observation
+    place, seen = going[1], _AT_LOCATION.sub("", observation)
+    shows = (f"On the {place}{SEES}", f"The {place} is closed.", f"The {place} is open.")
+    return f"{arrived(place)} {seen}" if seen.startswith(shows) else observation
 
 
 def said_put_as_move(observation: str) -> str:

@@ -17,14 +17,18 @@ mind, and with the expert's action.  *Helps* dialogues end with a yes or no: whe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from itp.text.prompts import NO, YES, foresight_text
-from itp.text.state import OBSERVATION, indent
+from itp.text.state import ACTION, OBSERVATION, indent, parse, parse_value
+from itp.text.turns import Turn
 from itp.transitions import Transition
 
 Dialogue = dict[str, Any]
+_TRIED = re.compile(r"\n(?=If: |Then: )")
+_LAST_REPLY = re.compile(r"Thought: .*\nAction: .*|Horizon: \d+|Helps: (?:yes|no)")
 
 
 def episode_dialogue(episode: Sequence[Transition]) -> Dialogue:
@@ -81,8 +85,59 @@ def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
     return count
 
 
+def check_form(turns: Sequence[Turn]) -> None:
+    """Raises ValueError, which says why, unless the turns are in the form that the functions above write.
+
+    The prompts of evaluation are in this form.  A policy that learned from another one answers prompts that it has
+    never seen.
+    """
+    if len(turns) < 2:
+        raise ValueError("no reply to a state")
+    replies = 2 if [turn.who for turn in turns[-2:]] == ["gpt", "gpt"] else turns[-1].who == "gpt"
+    learned_from = len(turns) - replies - 1
+    for i, turn in enumerate(turns):
+        expected = "gpt" if i % 2 or i > learned_from else "human"
+        if turn.who != expected:
+            raise ValueError(f"turn {i} is of {turn.who} and not of {expected}")
+        try:
+            if turn.who == "human":
+                _check_context(turn.text, first=i == 0, may_try=i == learned_from and replies > 0)
+            elif i == learned_from + 1 and replies:
+                _check_last_reply(turn, first_of_two=replies == 2)
+            else:
+                _check_action(turn)
+        except ValueError as error:
+            raise ValueError(f"turn {i}: {error}") from error
+
+
+def _check_context(text: str, first: bool, may_try: bool) -> None:
+    """A state or an observation, and what was tried in the mind."""
+    seen, *tried = _TRIED.split(text)
+    if first:
+        parse(seen)
+    else:
+        parse_value(seen, OBSERVATION)
+    if tried and not may_try:
+        raise ValueError(f"{tried[0][:60]!r} before another turn than the last reply")
+    for part in tried:
+        parse_value(part, part[:part.index(" ") + 1])
+
+
+def _check_last_reply(turn: Turn, first_of_two: bool) -> None:
+    if first_of_two:
+        parse_value(turn.text, "Reflection: ")
+    elif not _LAST_REPLY.fullmatch(turn.text):
+        _check_action(turn)
+
+
+def _check_action(turn: Turn) -> None:
+    parse_value(turn.text, ACTION)
+    if turn.correction is not None:
+        parse_value(turn.correction, ACTION)
+
+
 def _action(episode: Sequence[Transition], step: int) -> str:
-    return f"Action: {episode[step].expert_action}"
+    return ACTION + indent(episode[step].expert_action)
 
 
 def _dialogue(episode: Sequence[Transition], step: int, name: str, said: Sequence[str], tried: str = "") -> Dialogue:
@@ -97,11 +152,11 @@ def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:
     """human, gpt, human, ... for the first ``steps`` steps, up to the observation after them."""
     turns: list[dict[str, Any]] = [{"from": "human", "value": episode[0].state}]
     for t in episode[:steps]:
-        turn: dict[str, Any] = {"from": "gpt", "value": f"Action: {t.action}"}
+        turn: dict[str, Any] = {"from": "gpt", "value": ACTION + indent(t.action)}
         if t.action != t.expert_action:
             turn["weight"] = 0
             if t.expert_action:
-                turn["correction"] = f"Action: {t.expert_action}"
+                turn["correction"] = ACTION + indent(t.expert_action)
         turns += [turn, {"from": "human", "value": OBSERVATION + indent(t.next_state)}]
     return turns
 

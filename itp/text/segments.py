@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.prompts import END
+from itp.text.turns import has_loss, is_learned
 
 _LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
 Segment = tuple[str, bool | str]
@@ -17,16 +18,16 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
     """The segments of a dialogue of human and gpt turns, one after the other.
 
     A gpt turn starts with a label (``Action: ...``), which is given and not learned, because
-    :func:`itp.text.prompts.policy_prompt` ends with exactly this label.  A turn with ``weight`` 0 is context only; its
-    ``correction`` is learned in its place.  The joined segments are the text of a growing state, so one sequence
-    teaches all prompts of an episode.
+    :func:`itp.text.prompts.policy_prompt` ends with exactly this label.  A turn that isn't to be learned
+    (:mod:`itp.text.turns`) is context only; its ``correction`` is learned in its place.  The joined segments are the
+    text of a growing state, so one sequence teaches all prompts of an episode.
     """
     segments: list[Segment] = []
     for turn in conversations:
         if turn["from"] == "gpt":
             label, text = _split_label(turn["value"])
-            learned: bool | str = turn.get("weight", 1) != 0
-            if "correction" in turn:
+            learned: bool | str = is_learned(turn)
+            if has_loss(turn) and turn.get("correction") is not None:
                 learned = _split_label(turn["correction"])[1]
             segments += [(label, False)] * bool(label) + [(text, learned)]
         else:

@@ -88,6 +88,14 @@ def parse(text: str) -> State:
     return State(task, first, history, omitted)
 
 
+def parse_value(text: str, label: str) -> str:
+    """The value that ``label + indent(value)`` is the text of.  Raises ValueError."""
+    lines = _join_continuations(text)
+    if len(lines) > 1:
+        raise ValueError(f"{lines[1][:60]!r} after a whole value")
+    return _value(lines, 0, label)
+
+
 def _join_continuations(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.split("\n"):
@@ -100,5 +108,5 @@ def _join_continuations(text: str) -> list[str]:
 
 def _value(lines: list[str], index: int, label: str) -> str:
     if not lines[index].startswith(label):
-        raise ValueError(f"expected {label!r}, found {lines[index]!r}")
+        raise ValueError(f"expected {label!r}, found {lines[index][:60]!r}")
     return dedent(lines[index][len(label):])

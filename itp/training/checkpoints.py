@@ -9,10 +9,11 @@ from pathlib import Path
 
 from itp.distributed import is_first_process
 from itp.errors import UserError
-from itp.files import read_json
+from itp.files import read_object
 from itp.training.examples import TrainingRow
 
 log = logging.getLogger(__name__)
+DELETE = "delete this checkpoint, and the run goes on from the one before"
 
 
 def whole_checkpoints(out_dir: str | Path) -> list[Path]:
@@ -27,19 +28,10 @@ def whole_checkpoints(out_dir: str | Path) -> list[Path]:
         if not step.isdigit():
             continue
         marker = folder / "complete.json"
-        sizes = _sizes(marker) if marker.is_file() else {}
-        if sizes and all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
+        sizes = read_object(marker, {"sizes": dict}, DELETE)["sizes"] if marker.is_file() else {"complete.json": -1}
+        if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()):
             found.append((int(step), folder))
     return [folder for _, folder in sorted(found)]
-
-
-def _sizes(marker: Path) -> dict[str, int]:
-    """What a checkpoint's files should take; empty where the marker itself is cut."""
-    try:
-        found = read_json(marker)
-    except UserError:
-        return {}
-    return found.get("sizes", {}) if isinstance(found, dict) else {}
 
 
 def row_lengths(rows: Sequence[TrainingRow]) -> str:
@@ -55,7 +47,7 @@ def resume_from(out_dir: str, world_size: int, rows: str) -> Path | None:
     checkpoints = whole_checkpoints(out_dir)
     if not checkpoints:
         return None
-    written = read_json(checkpoints[-1] / "complete.json")
+    written = read_object(checkpoints[-1] / "complete.json", {"world_size": int}, DELETE)
     if written.get("rows") != rows:
         raise UserError(f"{checkpoints[-1]} was written by a version of this program that made other rows of the same "
                         "data, so its epoch can't go on; finish it with that version, or choose another out_dir")

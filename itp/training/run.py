@@ -26,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from itp.devices import peak_memory
 from itp.distributed import is_first_process
 from itp.errors import UserError
-from itp.files import check_output_folder, read_json, write_json, writing
+from itp.files import check_output_folder, read_object, write_json, writing
 from itp.pretrained import load_tokenizer, model_fingerprint
 from itp.run_dir import open_run_dir
 from itp.training import hub
@@ -81,7 +82,7 @@ def _facts(settings: FinetuneSettings, data_paths: Sequence[str | Path], own_bas
     if not own_base:
         facts["model"] = model_fingerprint(settings.model_path)
     if settings.deepspeed:
-        facts["deepspeed"] = read_json(settings.deepspeed)
+        facts["deepspeed"] = read_object(settings.deepspeed)
     return facts
 
 
@@ -92,7 +93,7 @@ def _is_finished(settings: FinetuneSettings) -> bool:
 def _push_if_asked(settings: FinetuneSettings) -> None:
     """Upload the complete model, once, and put that on record."""
     file = Path(settings.out_dir) / METRICS
-    metrics = read_json(file)
+    metrics = read_object(file)
     if settings.push_to_hub and settings.push_to_hub != metrics.get("pushed_to"):
         hub.push(settings.merged_path, settings.push_to_hub)
         write_json(file, metrics | {"pushed_to": settings.push_to_hub})
@@ -133,6 +134,7 @@ def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     set_seed(settings.seed)
     trainer = FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, eval_rows)
     metrics = trainer.run(resume_from(settings.out_dir, args.world_size, row_lengths(train_rows)))
+    metrics["peak_memory_bytes"] = peak_memory()
     first, device = args.process_index == 0, args.device
     with writing(settings.out_dir):
         if settings.lora_r:
@@ -176,4 +178,4 @@ def _finish(settings: FinetuneSettings, metrics: dict[str, Any]) -> dict[str, An
     if settings.merged_path.is_dir():
         _push_if_asked(settings)
     log.info("metrics: %s", json.dumps(metrics))
-    return read_json(Path(settings.out_dir) / METRICS)
+    return read_object(Path(settings.out_dir) / METRICS)

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 WITHOUT_FIRST = ("dialogues without a first observation (their states lack what every episode of RL and evaluation "
                  "begins with)")
 FOUND = "first observations taken from the simulator"
+NOTHING_TO_IMITATE = "episodes with nothing to imitate (no dialogue)"
 FORMATS = ("auto", "dialogues", "transitions")
 
 
@@ -51,8 +52,8 @@ class ConvertSettings:
     format: str = flag("auto", choices=FORMATS, help="auto: a row with conversations or messages is a dialogue")
     env: str = flag("auto", choices=("auto", *ENVIRONMENTS),
                     help="environment of the dialogues; auto: by what they say")
-    put_to_move: bool = flag(False, help="write `put X in/on Y` of older ALFWorld data as `move X to Y`, which "
-                                         "alfworld 0.4 and later say")
+    put_to_move: bool = flag(False, help="write older ALFWorld data as alfworld 0.4 and later say it: `move X to Y` "
+                                         "for `put X in/on Y`, and `You arrive at X.` after `go to X`")
     first_from_simulator: bool = flag(False, help="ScienceWorld's dialogues without a first observation: take it from "
                                                   "the simulator where their ids are ETO's (needs Java)")
     max_dropped: float = flag(0.5, help="fail if a larger share of the rows is dropped: then the format is another one")
@@ -124,7 +125,10 @@ def _add_dialogue(row: Any, source: str, settings: ConvertSettings, firsts: Firs
         name += f"#{ids[name]}"
     out.notes += episode.notes
     out.transitions += transitions_of(episode, name, source)
-    out.talks.append(dialogue_of(episode, name))
+    if any(episode.learned):
+        out.talks.append(dialogue_of(episode, name))
+    else:
+        out.notes[NOTHING_TO_IMITATE] += 1
 
 
 def transitions_of(episode: Recorded, name: str, source: str) -> list[Transition]:
@@ -176,7 +180,7 @@ def _add_episodes(rows: Sequence[Transition], out: Converted) -> None:
         if not name or not follows or states[0].history or states[0].omitted:
             out.notes["episodes whose steps aren't all there, in order (no dialogue)"] += 1
         elif not any(t.expert_action for t in episode):
-            out.notes["episodes with nothing to imitate (no dialogue)"] += 1
+            out.notes[NOTHING_TO_IMITATE] += 1
         else:
             out.talks.append(dialogues.episode_dialogue(episode))
 

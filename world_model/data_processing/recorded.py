@@ -7,7 +7,8 @@ Three formats are the same conversation under different names::
     {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}          chat
 
 An opening that only instructs (answered by ``OK``) is left out, and so are example episodes before the
-task, as turns or inside the opening.  What an agent thought isn't kept: the state text of this project
+task, as turns or inside the opening, and text that isn't the environment's
+(:mod:`world_model.data_processing.foreign_text`).  What an agent thought isn't kept: the state text of this project
 (:mod:`itp.text.state`) holds actions and observations.  A row that can't be read raises ``Unreadable``.
 """
 
@@ -16,19 +17,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from itp.envs.alfworld.env import split_intro
-from itp.errors import UserError
-from itp.text.alfworld_phrases import GREETING, OPENING, TASK, put_as_move, said_put_as_move
+from itp.text.alfworld_phrases import OPENING, TASK, put_as_move, said_put_as_move, with_arrival
 from itp.text.parsing import clean_action
 from itp.text.state import State
+from itp.text.turns import NotADialogue, Turn, is_text
+from itp.text.turns import read_turns as turns_of
+from world_model.data_processing.foreign_text import RepeatedTask, observation_in, without_label, without_tail
 
-SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
 _SCIENCE_TASK = "Your task is to "
+FIRST_OBSERVATION = re.compile(r"This (?:room|outside location) is called")
+"""The beginning of ScienceWorld's first observation; a test compares with the simulator."""
 _ACTION = re.compile(r"(?:^|[ \t])Action:[ \t]*\n?(.*)$", re.MULTILINE | re.IGNORECASE)  # AgentGym breaks the line
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
+NOT_ENVIRONMENT = "turns with text that isn't the environment's (cut off)"
+REPEATED_TASK = "turns that say the task again (cut off)"
+ARRIVALS = "arrivals put into alfworld's words"
 
 
 class Unreadable(ValueError):
@@ -57,40 +63,19 @@ class Recorded:
         return states
 
 
-@dataclass(frozen=True)
-class Turn:
-    who: str
-    text: str
-    learned: bool = True
-
-
 def read_turns(row: Any) -> list[Turn]:
-    """The turns of a row of any of the formats."""
-    if not isinstance(row, dict):
-        raise Unreadable("not a row of named fields")
-    name = next((name for name in ("conversations", "messages") if name in row), None)
-    if name is None:
-        raise Unreadable("neither 'conversations' nor 'messages'")
-    who, what = ("from", "value") if name == "conversations" else ("role", "content")
-    if not isinstance(row[name], list):
-        raise Unreadable(f"{name!r} isn't a list")
-    turns = []
-    for turn in row[name]:
-        if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
-            raise Unreadable(f"a turn without a text {what!r}")
-        if not isinstance(turn.get(who), str) or turn[who] not in SPEAKERS:
-            raise Unreadable(f"a turn whose {who!r} isn't one of {', '.join(SPEAKERS)}")
-        if not _is_text(turn[what]):
-            raise Unreadable("a turn that isn't valid Unicode text")
-        learned = turn.get("loss") is not False and turn.get("weight", 1) != 0
-        turns.append(Turn(SPEAKERS[turn[who]], turn[what].replace("\r\n", "\n").strip(), learned))
-    return turns
+    """The turns of a row of any of the formats.  Raises Unreadable."""
+    try:
+        turns = turns_of(row)
+    except NotADialogue as error:
+        raise Unreadable(str(error)) from error
+    return [replace(turn, text=turn.text.replace("\r\n", "\n").strip()) for turn in turns]
 
 
 def episode_id(row: dict[str, Any], number: int) -> str:
     """The row's own id, or its number."""
     for name in ("id", "item_id"):
-        if isinstance(row.get(name), (str, int)) and _is_text(str(row[name])):
+        if isinstance(row.get(name), (str, int)) and is_text(str(row[name])):
             return str(row[name])
     return f"row-{number}"
 
@@ -101,7 +86,9 @@ def recorded(turns: Sequence[Turn], env: str, put_to_move: bool = False) -> Reco
     turns = _joined(turns)
     start = _start(turns, env)
     notes["opening turns left out"] += start
-    task, first = _opening(turns[start].text, env)
+    task, first, cut = _opening(turns[start].text, env)
+    notes[NOT_ENVIRONMENT] += cut
+    repeated = RepeatedTask(TASK + task if env == "alfworld" else task, first if env == "alfworld" else "")
     steps: list[tuple[str, str]] = []
     learned: list[bool] = []
     final = ""
@@ -122,12 +109,14 @@ def recorded(turns: Sequence[Turn], env: str, put_to_move: bool = False) -> Reco
             final = action
             notes["last actions without an answer (imitated, no transition)"] += 1
             break
-        observation = _observation(answer, env)
+        observation = _observation(answer, action, repeated, notes)
         if env == "alfworld" and put_to_move:
-            observation = said_put_as_move(observation)
+            arrived = with_arrival(action, observation)
+            notes[ARRIVALS] += arrived != observation
+            observation = said_put_as_move(arrived)
         steps.append((action, observation))
-    if not learned:
-        raise Unreadable("no action at all")
+    if not steps:
+        raise Unreadable("no action that was answered" if final else "no action at all")
     return Recorded(task, first, tuple(steps), final, tuple(learned), +notes)
 
 
@@ -160,69 +149,84 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _start(turns: Sequence[Turn], env: str) -> int:
-    """Index of the human turn that poses the task: the last that poses one, since examples come before."""
-    start = None
-    for i in range(0, len(turns), 2):
-        if env == "alfworld" and TASK in turns[i].text:
-            start = i
-        if env == "scienceworld" and _SCIENCE_TASK in turns[i].text:
-            # Doing `task` shows the task again, and is a step like any other.
-            if i == 0 or (_action(turns[i - 1].text) or "").lower() != "task":
-                start = i
-    if start is None:
+    """Index of the human turn that poses the task: the last that poses one, since examples come before.
+
+    Where later turns say the same task again, it is the first of them.
+    """
+    # Doing ScienceWorld's `task` shows the task again, and is a step like any other.
+    posing = [i for i in range(0, len(turns), 2) if _posed(turns[i].text, env) is not None
+              and not (i and _is_task_command(_action(turns[i - 1].text), env))]
+    if not posing:
         raise Unreadable("no human turn that poses a task")
+    opening = OPENING if env == "alfworld" else FIRST_OBSERVATION.pattern
+    start = posing[-1]
+    for earlier in reversed(posing[:-1]):
+        # With an opening of its own, and turns without a task before it, it is another episode with the same task.
+        another = start - earlier > 2 and re.search(opening, turns[start].text)
+        if another or _posed(turns[earlier].text, env) != _posed(turns[start].text, env):
+            break
+        start = earlier
     return start
 
 
-def _opening(text: str, env: str) -> tuple[str, str]:
-    """(task, first observation) of the turn that poses the task; examples inside it come before the last task."""
-    text = _without_choices(text, env)
+def _is_task_command(action: str | None, env: str) -> bool:
+    return env == "scienceworld" and (action or "").lower() == "task"
+
+
+def _posed(text: str, env: str) -> str | None:
+    """The last task that a turn poses; None where it poses none."""
+    label = TASK if env == "alfworld" else _SCIENCE_TASK
+    if label not in text:
+        return None
+    task = re.split(r"\n|\bObservation:", text[text.rfind(label) + len(label):])[0]
     if env == "alfworld":
-        begin = text.rfind(OPENING, 0, text.rfind(TASK))
+        return without_tail(task).removesuffix(".")
+    # As the environment gives it, without double spaces.
+    return _SCIENCE_TASK + " ".join(without_tail(FIRST_OBSERVATION.split(task)[0]).split())
+
+
+def _opening(text: str, env: str) -> tuple[str, str, bool]:
+    """(task, first observation, whether there was more) of the turn that poses the task.
+
+    Examples inside the turn come before the last task.
+    """
+    task = _posed(text, env) or ""
+    if env == "alfworld":
+        posed = text.rfind(TASK)
+        begin = text.rfind(OPENING, 0, posed)
         if begin < 0:
             raise Unreadable("no first observation before the task")
-        try:
-            first, task = split_intro(GREETING + text[begin:], "")
-        except UserError as error:
-            raise Unreadable("no task in the opening") from error
-        task = task.split("\n")[0].strip().removesuffix(".")
+        around, behind = text[begin:posed].strip(), text[posed + len(TASK):]
+        first = without_tail(around)
+        more = first != around or behind.strip().removesuffix(".") != task
     else:
-        posed = text[text.rfind(_SCIENCE_TASK):]
-        task, _, first = (part.strip() for part in posed.partition("\n"))
-        task = " ".join(task.split())  # as the environment gives it
-        first = _without_label(first)
-    if not task:
+        behind = text[text.rfind(_SCIENCE_TASK):]
+        seen = FIRST_OBSERVATION.search(behind)
+        before, around = (behind[:seen.start()], behind[seen.start():].strip()) if seen else (behind, "")
+        first = without_tail(around)
+        before = " ".join(before.split()).removesuffix("Observation:").strip()
+        more = first != around or before != task
+    if task in ("", _SCIENCE_TASK):
         raise Unreadable("an empty task")
-    return task, first
+    return task, first, more
 
 
 def _action(said: str) -> str | None:
     """The action of an agent's turn: what follows its last ``Action:``; None where there is none."""
     labeled = _ACTION.findall(said)
-    return (clean_action(labeled[-1]) or None) if labeled else None
+    return (clean_action(without_tail(labeled[-1])) or None) if labeled else None
 
 
 def _is_thought(said: str, answer: str) -> bool:
     """A turn of thought, which the environment answers with OK."""
-    return bool(_ACKNOWLEDGED.match(_without_label(answer))) and len(answer) < 20 and bool(said)
+    return bool(_ACKNOWLEDGED.match(without_label(answer))) and len(answer) < 20 and bool(said)
 
 
-def _observation(answer: str, env: str) -> str:
-    text = _without_label(_without_choices(answer, env))
-    if not text:
+def _observation(answer: str, action: str, repeated: RepeatedTask, notes: Counter[str]) -> str:
+    text, again = (answer, False) if action.lower() == "task" else repeated.removed(answer)
+    seen, more = observation_in(text)
+    notes[REPEATED_TASK] += again
+    notes[NOT_ENVIRONMENT] += more
+    if not seen:
         raise Unreadable("an empty observation")
-    return text
-
-
-def _without_label(text: str) -> str:
-    return text.strip().removeprefix("Observation:").strip()
-
-
-def _without_choices(text: str, env: str) -> str:
-    """AgentGym lists the admissible commands behind an ALFWorld observation; they aren't part of a state."""
-    return text.split("\nAVAILABLE ACTIONS:")[0].strip() if env == "alfworld" else text
-
-
-def _is_text(value: str) -> bool:
-    """JSON can hold halves of characters, which no file can."""
-    return not any("\ud800" <= c <= "\udfff" for c in value)
+    return seen

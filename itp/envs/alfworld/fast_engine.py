@@ -21,7 +21,6 @@ in TextWorld's own order, and :mod:`itp.envs.pool` runs its processes with a fix
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -37,6 +36,7 @@ from textworld.logic import Action, Placeholder, Proposition, Rule, Signature, T
 
 from itp.envs.alfworld import fast_translation as translation
 from itp.envs.alfworld.fast_grammar import game_logic, make_context
+from itp.files import read_json
 from itp.text.alfworld_phrases import NOTHING_HAPPENS
 
 MEMENTOS_KEPT = 200_000
@@ -220,8 +220,7 @@ class FastPddlEnv(PddlEnv):
         if isinstance(filename_or_data, Mapping):
             self._game_data, self._game_file = filename_or_data, None
         else:
-            with open(filename_or_data, encoding="utf-8") as file:
-                self._game_data, self._game_file = json.load(file), filename_or_data
+            self._game_data, self._game_file = read_json(filename_or_data), filename_or_data
         self.walkthrough = self._game_data.get("walkthrough", None)
         self._logic = game_logic(self._game_data["pddl_domain"], self._game_data["grammar"])
         self._pddl_state = _State(self.downward_lib, self._game_data["pddl_problem"], self._logic)

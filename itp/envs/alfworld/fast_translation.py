@@ -74,7 +74,7 @@ def world(domain: str, problem: str) -> TranslatedWorld:
         try:
             return _revive(json.loads(zlib.decompress(base64.b85decode(kept))))
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            log.warning("%s isn't what was kept there (%s); it is made again", file, type(error).__name__)
+            log.warning("%s: damaged (%s); the world is translated again", file, type(error).__name__)
     task, sas = translate(domain, problem, optimize=False)
     name2type = {o.name: o.type_name for o in task.objects}
     plain = {

@@ -8,16 +8,19 @@ They lie in the published layout, whether downloaded (``alfworld-download``) or 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from itp.errors import UnplayableGame, UserError
+from itp.files import checked_object, read_object
 from itp.games import Game, resolve_split
+
+MAKE_AGAIN = "download or make the game again"
 
 ALFWORLD_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
 """The number of playable games in each split of the published set."""
@@ -34,7 +37,6 @@ GAME_FIELDS = ("pddl_domain", "grammar", "pddl_problem")
 """The texts that the engine reads in a game file."""
 GOAL_PARAMS = ("object_target", "parent_target", "toggle_target")
 """What an expert reads of a goal's ``pddl_params``."""
-NOT_A_GAME = "not a readable game file ({}); download or make it again"
 
 
 def list_games(split: str, root: str | Path, only_ids: Sequence[int] = ()) -> list[Game]:
@@ -67,7 +69,7 @@ def with_alternative_goals(game: Game, n: int) -> list[Game]:
     if n <= 1:
         return [game]
     try:
-        others = _traj_data(game.path).get("other_missions", [])[:n - 1]
+        others = _other_missions(game)[:n - 1]
     except UnplayableGame:
         others = [{"task_type": game.task_type}]
     return [game, *(dataclasses.replace(game, game_id=f"{game.game_id}@{i}", task_type=goal["task_type"], goal=i)
@@ -89,7 +91,7 @@ def golden_steps(game: Game) -> int | None:
     if game.env != "alfworld" or game.goal:
         return None
     try:
-        solution = _read_object(Path(game.path), NOT_A_GAME).get("walkthrough")
+        solution = _read_game(Path(game.path)).get("walkthrough")
     except UnplayableGame:  # since it was played
         return None
     return len(solution) if isinstance(solution, list) and solution else None
@@ -97,9 +99,9 @@ def golden_steps(game: Game) -> int | None:
 
 def read_game_file(path: Path) -> dict[str, Any]:
     """What a game file holds.  Raises UnplayableGame where the engine can't load it."""
-    data = _read_object(path, NOT_A_GAME)
+    data = _read_game(path)
     if missing := [name for name in GAME_FIELDS if not isinstance(data.get(name), str) or not data[name].strip()]:
-        raise UnplayableGame(f"{path}: the game file has no {', '.join(missing)}; download or make it again")
+        raise UnplayableGame(f"{path}: the game file has no {', '.join(missing)}; {MAKE_AGAIN}")
     return data
 
 
@@ -112,38 +114,52 @@ def is_whole(game: Game) -> bool:
     return True
 
 
+def _read_game(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path, advice=MAKE_AGAIN)
+    except UserError as error:
+        raise UnplayableGame(f"{path}: not a readable game file ({error})") from error
+
+
 def _posed_goal(game: Game) -> dict[str, Any]:
-    data = _traj_data(game.path)
-    return data["other_missions"][game.goal - 1] if game.goal else data
+    if not game.goal:
+        return _traj_data(game.path)
+    others = _other_missions(game)
+    if len(others) < game.goal:
+        raise UnplayableGame(f"{game.path}: traj_data.json beside it has no goal {game.goal}; {MAKE_AGAIN}")
+    return others[game.goal - 1]
+
+
+def _other_missions(game: Game) -> list[dict[str, Any]]:
+    where, others = f"{Path(game.path).with_name('traj_data.json')}", _traj_data(game.path).get("other_missions", [])
+    fields = {"task_type": str, "pddl_params": dict, "task_desc": str}
+    with _unplayable():
+        if not isinstance(others, list):
+            raise UserError(f"{where}: 'other_missions' isn't a list; {MAKE_AGAIN}")
+        return [_goal(checked_object(goal, f"{where}: goal {i}", fields, MAKE_AGAIN), f"{where}: goal {i}")
+                for i, goal in enumerate(others, start=1)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _traj_data(game_path: str) -> dict[str, Any]:
-    path = Path(game_path).with_name("traj_data.json")
-    data = _read_object(path, "no readable pddl_params ({}); download or make the game again")
-    others = data.get("other_missions", [])
-    if not _is_goal(data) or not isinstance(others, list) or not all(
-            _is_goal(goal) and isinstance(goal.get("task_type"), str) and isinstance(goal.get("task_desc"), str)
-            for goal in others):
-        raise UnplayableGame(f"{path}: a goal without its pddl_params ({', '.join(GOAL_PARAMS)}), type or sentence; "
-                             "download or make the game again")
-    return data
+    with _unplayable():
+        return _goal(read_object(Path(game_path).with_name("traj_data.json"), {"pddl_params": dict}, MAKE_AGAIN),
+                     f"{Path(game_path).with_name('traj_data.json')}")
 
 
-def _is_goal(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("pddl_params"), dict) \
-        and all(name in value["pddl_params"] for name in GOAL_PARAMS)
+def _goal(goal: dict[str, Any], where: str) -> dict[str, Any]:
+    """A goal that has what experts read.  Raises UserError, which begins with ``where``."""
+    checked_object(goal["pddl_params"], f"{where}: pddl_params", dict.fromkeys(GOAL_PARAMS, str), MAKE_AGAIN)
+    return goal
 
 
-def _read_object(path: Path, complaint: str) -> dict[str, Any]:
-    """The JSON object in a file of a game.  Raises UnplayableGame with ``complaint``, in which the reason stands."""
+@contextlib.contextmanager
+def _unplayable() -> Iterator[None]:
+    """A goal that can't be read makes its game one that can't be played."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnplayableGame(f"{path}: {complaint.format(error)}") from error
-    if not isinstance(data, dict):
-        raise UnplayableGame(f"{path}: {complaint.format('it holds no named fields')}")
-    return data
+        yield
+    except UserError as error:
+        raise UnplayableGame(str(error)) from error
 
 
 def _list_alfworld(split: str, root: Path) -> list[Game]:
@@ -162,7 +178,7 @@ def _list_alfworld(split: str, root: Path) -> list[Game]:
         if task_type not in ALFWORLD_TASK_TYPES:
             continue
         try:
-            if not _read_object(path, NOT_A_GAME).get("solvable"):
+            if not _read_game(path).get("solvable"):
                 continue
         except UnplayableGame as error:
             broken.append(error)

@@ -19,7 +19,6 @@ objects in a room: the fingerprint of a world decides between the two splits.
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import random
@@ -38,7 +37,7 @@ from itp.envs.alfworld.expert import Expert
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
 from itp.envs.alfworld.worlds import GeneratedGame, alternative_goals, make_game, write_game
 from itp.errors import UserError
-from itp.files import check_output_folder
+from itp.files import check_output_folder, read_object
 from itp.games import SPLITS, Game
 from itp.program import progress_bar, run_main
 from itp.run_dir import open_run_dir, recorded
@@ -178,9 +177,9 @@ def make_batch(batch: GameBatch) -> Made:
 def is_complete(trial: Path) -> bool:
     """Whether both files of a game exist and can be read."""
     try:
-        game = json.loads((trial / "game.tw-pddl").read_text(encoding="utf-8"))
-        json.loads((trial / "traj_data.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        game = read_object(trial / "game.tw-pddl")
+        read_object(trial / "traj_data.json")
+    except UserError:
         return False
     return bool(game.get("solvable")) and bool(game.get("walkthrough"))
 

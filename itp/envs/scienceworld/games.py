@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from itp.config import flag
 from itp.envs.base import EnvDied
 from itp.envs.scienceworld.env import JvmEngine, find_jar
 from itp.errors import UserError
-from itp.files import cache_folder, keep, read_cached
+from itp.files import cache_folder, keep, read_cached, read_json, read_text
 from itp.games import SPLITS, Game, resolve_split, spread
 
 log = logging.getLogger(__name__)
@@ -104,19 +105,39 @@ def parse_pairs(text: str, known: dict[str, dict[str, list[int]]]) -> Iterator[t
 
     The names in ETO's lists work too: ``task-6-lifespan-(longest-lived)`` is ``lifespan-longest-lived``.
     """
-    if os.path.isfile(text):
-        content = Path(text).read_text(encoding="utf-8").strip()
-        entries = [f"{p[0]}:{p[1]}" for p in json.loads(content)] if content.startswith("[") else content.split()
-        entries = [pair for entry in entries for pair in entry.split(",") if pair]
-    else:
-        entries = text.split(",")
-    for entry in entries:
+    is_file = os.path.isfile(text)
+    where = f"--pairs {text}: " if is_file else "--pairs "
+    for entry in _pairs_of_file(text) if is_file else text.split(","):
         name, _, variation = entry.strip().partition(":")
         task = name if name in known else re.sub(r"^task-\d+a?-|[()]", "", name)
-        if task not in known or not variation.isdigit() or int(variation) >= sum(map(len, known[task].values())):
-            raise UserError(f"--pairs {entry!r}: not task:variation with a task and a variation that there is "
-                            "(nor a file of such pairs)")
+        is_number = re.fullmatch(r"[0-9]{1,9}", variation) is not None
+        if task not in known or not is_number or int(variation) >= sum(map(len, known[task].values())):
+            raise UserError(f"{where}{entry!r}: not task:variation with a task and a variation that there is"
+                            + ("; mend or remove it" if is_file else " (nor a file of such pairs)"))
         yield task, int(variation)
+
+
+def _pairs_of_file(path: str) -> list[str]:
+    """The entries of a file of pairs, each as task:variation.  Raises UserError."""
+    content = read_text(path).strip()
+    if not content.startswith(("[", "{", '"')):
+        entries = [pair for entry in content.split() for pair in entry.split(",") if pair]
+    else:
+        listed = read_json(path, "give a whole JSON list of [task, variation]")
+        if not isinstance(listed, list):
+            raise UserError(f"--pairs {path}: not a list; give a JSON list of [task, variation]")
+        entries = [_pair(entry, f"--pairs {path}: entry {i}") for i, entry in enumerate(listed)]
+    if not entries:
+        raise UserError(f"--pairs {path}: holds no pairs; give task:variation, or a JSON list of [task, variation]")
+    return entries
+
+
+def _pair(entry: Any, where: str) -> str:
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, list) and [type(part) for part in entry] in ([str, int], [str, str]):
+        return f"{entry[0]}:{entry[1]}"
+    raise UserError(f"{where} is {json.dumps(entry)[:60]}, not [task, variation]; mend or remove it")
 
 
 def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.errors import UserError
-from itp.files import read_rows, writing
+from itp.files import writing
 from itp.games import ENVIRONMENTS
 from itp.program import run_main
 from itp.seeding import derive_seed
@@ -35,12 +35,14 @@ from itp.text.alfworld_phrases import FIXED_PHRASES
 from itp.text.dialogues import episode_dialogue
 from itp.text.prompts import NO, YES
 from itp.text.segments import dialogue_segments
+from itp.text.state import parse
+from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example
 from itp.training.from_scratch.exercises import exercises
 from itp.training.from_scratch.learned_tokenizer import learn_tokenizer
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_options
-from itp.transitions import Transition, read_transitions
+from itp.transitions import Transition, locate_transitions
 
 MANY = ("cabinet", "drawer", "shelf")
 """Places that a room may have dozens of."""
@@ -80,7 +82,7 @@ def main() -> None:
     initial = Path(settings.out_dir) / "initial"
     settings = dataclasses.replace(settings, model_path=str(initial))
     words_of = [settings.words_of] if settings.words_of else []
-    words = {turn["value"] for path in words_of for _, row in read_rows(path) for turn in row["conversations"]}
+    words = {turn.text for path in words_of for _, _, turns in read_dialogue_file(path) for turn in turns}
     if open_run(settings, [*files, *words_of], own_base=True):
         return
     if not (initial / "config.json").exists():
@@ -107,8 +109,14 @@ def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) 
 
 
 def _episodes(path: str) -> Iterator[list[Transition]]:
-    rows = read_transitions(path, required=("episode_id", "step", "state", "action", "next_state"))
-    for _, episode in itertools.groupby(rows, key=lambda t: t.episode_id):
+    rows = locate_transitions(path, required=("episode_id", "step", "state", "action", "next_state"))
+    for where, transition in rows:
+        try:
+            parse(transition.state)
+        except ValueError as error:
+            raise UserError(f"{where}: field 'state' isn't a state ({error}); convert the file first: python -m "
+                            f"world_model.data_processing.convert --input {path} --out_dir DIR") from error
+    for _, episode in itertools.groupby((transition for _, transition in rows), key=lambda t: t.episode_id):
         yield list(episode)
 
 

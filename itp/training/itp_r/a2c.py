@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from itp.devices import resolve_device
+from itp.devices import peak_memory, resolve_device
 from itp.distributed import Processes, is_first_process, rank_devices
 from itp.envs.base import TextEnv
 from itp.envs.pool import EnvPool, processes_for
@@ -132,7 +132,7 @@ class A2C:
                 await self.player.close()
         if self.settings.push_to_hub and is_first_process():
             hub.push(self.folder.path / "last", self.settings.push_to_hub)
-        self.folder.finish(dataclasses.asdict(self.progress))
+        self.folder.finish(dataclasses.asdict(self.progress) | {"peak_memory_bytes": peak_memory()})
         faults = self.processes.gather(self.player.faults)
         if is_first_process():
             done = self.progress

@@ -15,6 +15,7 @@ from itp.config import flag
 from itp.devices import DTYPES
 from itp.envs.registry import EnvFlags
 from itp.errors import UserError
+from itp.files import read_yaml
 from itp.lm.memory_budget import EngineFlags
 from itp.model_card import AS_RELEASED, PromptFlags, resolve_by_card
 from itp.pretrained import MASKED_ATTENTION, check_model_path
@@ -184,14 +185,13 @@ def data_root(settings: RlSettings) -> str:
         return settings.env_data_root
     if not settings.alfworld_config:
         raise UserError("--env_data_root is missing: the folder that holds json_2.1.1 (or --alfworld_config)")
-    import yaml
-
     file = Path(settings.alfworld_config)
     if not file.is_file():
         raise UserError(f"--alfworld_config {file}: no such file")
-    try:
-        path = yaml.safe_load(file.read_text(encoding="utf-8"))["dataset"]["data_path"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"--alfworld_config {file}: no dataset.data_path in it; give --env_data_root") from error
+    said = read_yaml(file, f"--alfworld_config {file}")
+    dataset = said.get("dataset") if isinstance(said, dict) else None
+    path = dataset.get("data_path") if isinstance(dataset, dict) else None
+    if not isinstance(path, str):
+        raise UserError(f"--alfworld_config {file}: no dataset.data_path in it; give --env_data_root")
     folder = Path(os.path.expandvars(path))
     return str(folder.parent if folder.name in ("train", "valid_seen", "valid_unseen") else folder)

@@ -54,7 +54,7 @@ class RunFolder:
         """Forget the metrics of updates that came after the checkpoint; they are made again."""
         file = self.path / "metrics.jsonl"
         if is_first_process() and file.exists():
-            rows = [row for row in read_appended(file) if row["update"] <= update]
+            rows = [row for row in read_appended(file, {"update": int}) if row["update"] <= update]
             write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, row: Mapping[str, Any]) -> None:

@@ -46,6 +46,8 @@ from itp.training.itp_r.label_settings import LabelSettings, parse_candidates
 from itp.training.itp_r.pseudo_labels import Labeler
 
 log = logging.getLogger(__name__)
+ROW = {"row": int, "added": dict}
+"""The fields of a line of rows.jsonl: the index of a step, and what was added to it."""
 
 
 def run(settings: LabelSettings) -> None:
@@ -110,7 +112,7 @@ def claim(settings: LabelSettings) -> Path:
 
 def forget_shortened(path: Path) -> None:
     """Remove the rows with shortened prompts: within a larger budget they are labeled from other prompts."""
-    rows = read_appended(path)
+    rows = read_appended(path, ROW)
     # Rows of earlier versions don't say whether their prompts were shortened.
     kept = [row for row in rows if row["added"].get("shortened") == 0]
     log.info("%d rows are labeled again: a smaller --max_seq_len may have shortened their prompts",
@@ -120,11 +122,7 @@ def forget_shortened(path: Path) -> None:
 
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
     """Index of the step -> what was added."""
-    try:
-        return {row["row"]: row["added"] for row in read_appended(path)}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line isn't a labeled row ({type(error).__name__} {error}); delete the file to label "
-                        "all again") from error
+    return {row["row"]: row["added"] for row in read_appended(path, ROW)}
 
 
 async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], path: Path,
