@@ -1,11 +1,12 @@
 """What only a GPU can tell, in a few minutes: do the paths work there, how fast are they, how much memory do they take?
 
-    python scripts/gpu_check.py --out_dir runs/gpu --parts tests,demo,bench,memory --size 8b
+    python scripts/gpu_check.py --out_dir runs/gpu --parts tests,demo,bench,memory --sizes 0.5b,8b
 
 tests     `pytest -m gpu`: half precision, LoRA and QLoRA, ZeRO-2 and ZeRO-3, attention, one device and two, heads
 demo      the quickstart's base LM, base policy and world model, --demo_scale times as large on as many times the
           episodes, evaluated on unseen games; runs beside `tests`
-bench     scripts/bench.py with a random model of a real one's shape (--size) in bf16, for policy and world model
+bench     scripts/bench.py with random models of real ones' shapes (--sizes) in bf16, for policy and world model alike;
+          and `foresight` again without CUDA graphs
 memory    peak memory of stage 3 and of a step of world-model training (--size), and what stage 3 printed before
 
 The models speak the tokenizer of a small base LM that is trained first (`inputs`).  OUT/gpu_check.json gets a part's
@@ -14,6 +15,7 @@ figures as soon as it ends, OUT/PART.log what its programs said.  Exit status 1 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -43,8 +45,9 @@ PARTS = ("tests", "demo", "bench", "memory")
 class CheckSettings:
     out_dir: str = flag(help="folder of the figures and logs")
     parts: str = flag(",".join(PARTS), help="what to do")
-    size: str = flag("8b", help="shape of the random models", choices=tuple(SHAPES))
-    wm_size: str = flag("0.5b", help="shape of the world model in the part memory", choices=tuple(SHAPES))
+    sizes: str = flag("0.5b,8b", help="shapes of the random models of the part bench")
+    size: str = flag("8b", help="shape of what is trained in the part memory", choices=tuple(SHAPES))
+    wm_size: str = flag("0.5b", help="shape of the world model beside it", choices=tuple(SHAPES))
     device: str = flag("cuda", help="cpu rehearses the script with small sizes")
     seconds: int = flag(480, help="what still runs then is ended")
     scratch: str = flag("", help="folder for models, some 20 GB for 8b; empty: the machine's own for such")
@@ -58,8 +61,9 @@ class CheckSettings:
 
 def main() -> None:
     settings = parse_settings(CheckSettings, prog="python scripts/gpu_check.py", description=__doc__)
-    if unknown := set(settings.parts.split(",")) - set(PARTS):
-        raise UserError(f"--parts: {', '.join(sorted(unknown))} isn't one of {', '.join(PARTS)}")
+    for name, given, known in (("parts", settings.parts, PARTS), ("sizes", settings.sizes, SHAPES)):
+        if unknown := set(given.split(",")) - set(known):
+            raise UserError(f"--{name}: {', '.join(sorted(unknown))} isn't one of {', '.join(known)}")
     scratch = Path(tempfile.mkdtemp(dir=settings.scratch or None))
     try:
         sys.exit(0 if Check(settings, scratch).run() else 1)
@@ -88,9 +92,13 @@ class Check:
             self.part("demo", self.demo)
         if side:
             side.join()
-        for name in ("bench", "memory"):
-            if name in chosen:
-                self.part(name, getattr(self, name))
+        smallest, *larger = self.settings.sizes.split(",") if "bench" in chosen else [None]
+        if smallest:
+            self.part(f"bench_{smallest}", functools.partial(self.bench, size=smallest))
+        if "memory" in chosen:
+            self.part("memory", self.memory)
+        for size in larger:
+            self.part(f"bench_{size}", functools.partial(self.bench, size=size))
         return all(figures["ok"] for name, figures in self.figures.items() if name not in ("settings", "versions"))
 
     def part(self, name: str, work: Callable[[dict[str, Any], Callable[..., str]], None]) -> None:
@@ -167,7 +175,7 @@ class Check:
         report = self.out / "tests.xml"
         chosen = ["-k", self.settings.tests] if self.settings.tests else []
         try:
-            call("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-n", min(6, self.settings.processes),
+            call("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-n", min(8, self.settings.processes),
                  "--junitxml", report, "--tb", "short", *chosen)
         finally:
             cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
@@ -213,17 +221,21 @@ class Check:
              "--max_steps", 40, "--output_path", self.scratch / method, "--env_processes", self.settings.processes,
              "--concurrency", 102, "--policy_device", self.settings.device, "--wm_device", self.settings.device, *flags)
 
-    def bench(self, found: dict[str, Any], call: Callable[..., str]) -> None:
-        settings, model = self.settings, self.random_model(call, self.settings.size, heads=True)
-        call("scripts/bench.py", "--policy_model", model, "--wm_model", model, "--heads_model", model,
-             "--env_data_root", self.data, "--expert_jsonl", self.scratch / "expert" / "transitions.jsonl",
-             "--parts", settings.bench_parts, "--games", settings.games, "--concurrency", settings.games,
-             "--sequential_games", 1, "--sequential_rows", 1, "--rows", 5 * settings.games, "--max_steps",
-             settings.steps, "--fixed_k", 1, "--wm_max_new_tokens", 48, "--train_rows", 64, "--batch_size", 8,
-             "--env_processes", min(8, settings.processes), "--device", settings.device, "--dtype", self.dtype,
-             "--peak_bandwidth_gbs", round(self.figures["machine"].get("copy_gbs", 0)),
-             "--out_json", self.out / "bench.json")
-        found |= {key: value for key, value in read_json(self.out / "bench.json").items() if key != "versions"}
+    def bench(self, found: dict[str, Any], call: Callable[..., str], size: str) -> None:
+        settings, model = self.settings, self.random_model(call, size, heads=True)
+        common = ("scripts/bench.py", "--policy_model", model, "--wm_model", model, "--heads_model", model,
+                  "--env_data_root", self.data, "--expert_jsonl", self.scratch / "expert" / "transitions.jsonl",
+                  "--games", settings.games, "--concurrency", settings.games, "--sequential_rows", 1, "--rows",
+                  settings.games, "--max_steps", settings.steps, "--fixed_k", 1, "--wm_max_new_tokens", 48,
+                  "--train_rows", 64, "--batch_size", 8, "--env_processes", min(8, settings.processes),
+                  "--device", settings.device, "--dtype", self.dtype,
+                  "--peak_bandwidth_gbs", round(self.figures["machine"].get("copy_gbs", 0)))
+        for name, flags in (
+                ("bench", ("--parts", settings.bench_parts, "--sequential_games", 1)),
+                ("without_graphs", ("--parts", "foresight", "--sequential_games", 0, "--cuda_graphs", "false"))):
+            out = self.scratch / f"{name}.json"
+            call(*common, *flags, "--out_json", out)
+            found[name] = {key: value for key, value in read_json(out).items() if key in ("passes", "training")}
 
     def memory(self, found: dict[str, Any], call: Callable[..., str]) -> None:
         settings, half = self.settings, ("--bf16", "true")
@@ -231,8 +243,8 @@ class Check:
         world_model = self.random_model(call, settings.wm_size, heads=False)
         out = self.scratch / "rl_k"
         said = call("-m", "itp.training.train_adaptive_k", "rl_k", "--policy_model", policy, "--wm_model", world_model,
-                    "--env_data_root", self.data, "--out_dir", out, "--episodes_per_epoch", 24,
-                    "--episodes_per_update", 8, "--num_envs", 8, "--max_steps", 8, "--fixed_k", 1,
+                    "--env_data_root", self.data, "--out_dir", out, "--episodes_per_epoch", 8,
+                    "--episodes_per_update", 8, "--num_envs", 8, "--max_steps", 6, "--fixed_k", 1,
                     "--wm_max_new_tokens", 48, "--max_seq_len", 512, "--update_batch_tokens", 4096, "--value_updates",
                     0, "--lora_r", 8, "--action_selection", "constrained", "--eval_every", 0, "--report_to", "none",
                     "--policy_device", settings.device, "--wm_device", settings.device, *half)

@@ -53,7 +53,7 @@ def test_a_random_model_in_the_benchmark_reads_what_decoding_must(tmp_path, game
     (tmp_path / "m" / "itp_model.json").write_text('{"prompt_style": "tuned"}')
     folder = str(tmp_path / "random")
     write(RandomModelSettings(tokenizer=tokenizer, out_dir=folder, size="tiny"))
-    parameters = 1024 * 32 + 2 * (32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    parameters = 2048 * 32 + 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert f"{parameters / 1e6:.1f} million" in capsys.readouterr().out
 
     async def generated() -> int:

@@ -155,8 +155,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> dict[str
     row = {"episode_id": "e", "step": 0, "state": "Task: a task\nObservation: You are in a room.", "action": "look",
            "next_state": "x"}
     (desk / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    talk = {"id": "e", "conversations": [{"from": "human", "value": row["state"]}, {"from": "gpt", "value": "Action: look"}]}
-    write_json(desk / "talks.json", [talk] * 4)
+    turns = [{"from": "human", "value": row["state"]}, {"from": "gpt", "value": "Action: look"}]
+    write_json(desk / "talks.json", [{"id": "e", "conversations": turns}] * 4)
     return {"model": str(write_tiny_model(desk / "model")), "games": str(games_root), "rows": str(desk / "rows.jsonl"),
             "talks": str(desk / "talks.json"), "out": str(desk / "file" / "out"), "free": str(desk / "free")}
 

@@ -165,6 +165,29 @@ def test_a_model_in_half_precision_answers_as_in_float32(tmp_path: Path, half: s
     assert scores == pytest.approx(expected, rel=0.005 if half == "fp16" else 0.02)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_repeated_steps_write_what_single_ones_do(tmp_path: Path, dtype: str) -> None:
+    """Rows of many lengths that end at different times, sampled and greedy: more than one graph a batch."""
+    folder = str(write_tiny_model(tmp_path / "model"))
+    prompts = [PROMPTS[i % 2] + " look\nAction:" * (i % 5) for i in range(12)]
+
+    async def write(cuda_graphs: bool) -> tuple[list[str], int]:
+        lm = LocalLM.load(folder, device="cuda", dtype=dtype, cuda_graphs=cuda_graphs)
+        calls = [lm.generate(prompts[i:i + 4], GenParams(max_new_tokens=40 * (i + 1), temperature=temperature, seed=i))
+                 for i, temperature in ((0, 0.0), (4, 0.0), (8, 0.7))]
+        texts = [answer.text for answers in await asyncio.gather(*calls) for answer in answers]
+        again = [answer.text for answer in await lm.generate(prompts, GenParams(max_new_tokens=70))]
+        made = lm.engine.memory.graph is not None
+        await lm.close()
+        return texts + again, made
+
+    repeated, made = asyncio.run(write(True))
+    single, without = asyncio.run(write(False))
+    assert made and not without
+    alike = sum(a == b for a, b in zip(repeated, single, strict=True))
+    assert alike == len(single) if dtype == "fp32" else alike > len(single) // 2  # rounding may turn a choice
+
+
 @pytest.mark.parametrize("devices", [
     ("cuda:0", "cuda:0"),
     pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two")),

@@ -117,7 +117,8 @@ def test_text_and_leaves_are_pure() -> None:
             assert module.split(".")[0] in {*sys.stdlib_module_names, "itp", "yaml"}, f"{name_of(path)}: {module}"
 
 
-HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.agent.policy_with_heads", "itp.training.trainer",
+HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.lm.decode_graph",
+                   "itp.agent.policy_with_heads", "itp.training.trainer",
                    "itp.training.models", "itp.training.itp_r.a2c_update", "itp.training.itp_r.losses",
                    "itp.training.text_task", "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
                    "itp.envs.alfworld.fast_engine", "itp.envs.alfworld.fast_translation",

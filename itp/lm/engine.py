@@ -29,11 +29,28 @@ PASS_OVERHEAD_TOKENS = {"cpu": 64}
 aren't listed have 1,024 (not measured): a GPU computes many tokens in the time that Python takes to start a pass."""
 
 
+@dataclass(frozen=True)
+class NextToken:
+    """log p of a row's next token: all of it (V,) where the model is, and what was fetched for all rows at once.
+
+    To fetch a number from a GPU takes as long as many small operations there, so no row does it on its own.
+    """
+
+    logprobs: torch.Tensor
+    best: int
+    best_logprob: float
+    options: torch.Tensor
+    """log p of the decoder's ``options``, on the CPU."""
+
+
 class Decoder(Protocol):
     """Chooses the tokens of one row."""
 
-    def advance(self, logprobs: torch.Tensor) -> list[int]:
-        """The tokens to append, given log p of the next token (V,); none when the row is finished."""
+    options: Sequence[int]
+    """The tokens among which it chooses next; none: all."""
+
+    def advance(self, next_token: NextToken) -> list[int]:
+        """The tokens to append; none when the row is finished."""
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         """The completion, with the sizes of its prompt."""
@@ -72,16 +89,18 @@ class Engine:
     """Batched generation and scoring.
 
     ``max_batch_tokens`` bounds rows x longest row of a forward pass.  ``max_batch_rows`` bounds its rows (0: no bound).
+    ``cuda_graphs``: on a GPU, repeat decoding steps by CUDA graphs.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, heads: Heads | None = None,
-                 max_batch_tokens: int = 16384, max_batch_rows: int = 0, cache_bytes: int = 1 << 30) -> None:
+                 max_batch_tokens: int = 16384, max_batch_rows: int = 0, cache_bytes: int = 1 << 30,
+                 cuda_graphs: bool = True) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.heads = heads
         self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
         self.cache = PrefixCache(cache_bytes)
-        self.memory = BatchMemory()
+        self.memory = BatchMemory(graphs=cuda_graphs and model.device.type == "cuda")
         self.pass_tokens = PASS_OVERHEAD_TOKENS.get(model.device.type, 1024)
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -105,8 +124,8 @@ class Engine:
         """Complete rows in one batch."""
         live, batch, logits = self._start(rows)
         while True:
-            logprobs = logits.float().log_softmax(-1)  # (live rows, V)
-            new = [row.decoder.advance(p) for row, p in zip(live, logprobs, strict=True)]
+            coming = next_tokens(logits.float().log_softmax(-1), [row.decoder.options for row in live])
+            new = [row.decoder.advance(token) for row, token in zip(live, coming, strict=True)]
             done = [j for j, tokens in enumerate(new) if not tokens]
             for j, kv in zip(done, batch.rows(done), strict=True):
                 self.cache.put(live[j].ids, kv)
@@ -271,6 +290,16 @@ class Engine:
         return self._ends[stop, token]
 
 
+def next_tokens(logprobs: torch.Tensor, options: Sequence[Sequence[int]]) -> list[NextToken]:
+    """A :class:`NextToken` for each row of ``logprobs`` (B, V), with log p of its ``options``."""
+    best = logprobs.argmax(-1)
+    best_logprobs = logprobs.gather(1, best[:, None])[:, 0].tolist()
+    rows = torch.tensor([i for i, tokens in enumerate(options) for _ in tokens], dtype=torch.long)
+    wanted = torch.tensor([token for tokens in options for token in tokens], dtype=torch.long)
+    fetched = logprobs[rows.to(logprobs.device), wanted.to(logprobs.device)].cpu().split([len(o) for o in options])
+    return list(map(NextToken, logprobs, best.tolist(), best_logprobs, fetched))
+
+
 class _Row:
     """A request in progress; ``ids`` are its tokens so far."""
 
@@ -289,6 +318,8 @@ class _Row:
 class _Sample:
     """Greedy or sampled tokens until a stop string, an end token, or the limit."""
 
+    options: Sequence[int] = ()
+
     def __init__(self, request: Request, engine: Engine) -> None:
         self.params, self.engine = request.params, engine
         self.random = random.Random(request.seed)
@@ -297,9 +328,9 @@ class _Sample:
         self.logprob, self.traced_logprob = 0.0, 0.0
         self.text, self.finish_reason = "", "length"
 
-    def advance(self, logprobs: torch.Tensor) -> list[int]:
-        token = self._pick(logprobs)
-        self.logprob += float(logprobs[token])
+    def advance(self, next_token: NextToken) -> list[int]:
+        token, logprob = self._pick(next_token)
+        self.logprob += logprob
         self.tokens.append(token)
         if token in self.engine.eos:
             self.text, self.finish_reason = self._decode(self.tokens[:-1]), "stop"
@@ -318,11 +349,12 @@ class _Sample:
     def _decode(self, tokens: list[int]) -> str:
         return self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _pick(self, logprobs: torch.Tensor) -> int:
+    def _pick(self, next_token: NextToken) -> tuple[int, float]:
+        """A token, and its log p."""
         if self.params.temperature == 0:
-            token = int(logprobs.argmax())
-            self.allowed.append((token,))
-            return token
+            self.allowed.append((next_token.best,))
+            return next_token.best, next_token.best_logprob
+        logprobs = next_token.logprobs
         probs, order = (logprobs / self.params.temperature).softmax(-1).double().sort(descending=True, stable=True)
         # In falling order, rounding can add or remove tokens at the nucleus's end only: no other token moves.
         before = probs.cumsum(-1) - probs
@@ -333,7 +365,7 @@ class _Sample:
         if self.params.trace:
             self.allowed.append(tuple(order[:kept].tolist()) if self.params.top_p < 1 else None)
             self.traced_logprob += float((probs[at] / cumulative[-1]).log())
-        return int(order[at])
+        return int(order[at]), float(logprobs[order[at]])
 
     def result(self, prompt_tokens: int, cached: int) -> Generation:
         trace = None
@@ -355,20 +387,24 @@ class _Choose:
         self.left = list(range(len(request.choices)))
         self.choices = request.choices
         self.depth = 0
-        self.options: dict[int, tuple[int, ...]] = {}
+        self.possible: dict[int, tuple[int, ...]] = {}
         """The tokens that were possible, by depth."""
         self.logprob, self.traced_logprob = 0.0, 0.0
 
-    def advance(self, logprobs: torch.Tensor) -> list[int]:
-        fed = self._forced() if self.depth == 0 else []
-        if fed:
+    @property
+    def options(self) -> Sequence[int]:
+        return sorted({self.choices[c][self.depth] for c in self.left}) if len(self.left) > 1 else ()
+
+    def advance(self, next_token: NextToken) -> list[int]:
+        options = self.options
+        if self.depth == 0 and len(options) == 1:
             # All choices begin alike: these logits are about the first common token, not about a choice.
-            return fed
-        if len(self.left) > 1:
-            options = sorted({self.choices[c][self.depth] for c in self.left})
-            allowed = logprobs[options].log_softmax(-1)
+            return self._forced()
+        fed: list[int] = []
+        if options:
+            allowed = next_token.options.log_softmax(-1)
             picked = self._pick(allowed)
-            self.options[self.depth] = tuple(options)
+            self.possible[self.depth] = tuple(options)
             self.logprob += float(allowed[picked])
             self.left = [c for c in self.left if self.choices[c][self.depth] == options[picked]]
             self.depth += 1
@@ -395,7 +431,7 @@ class _Choose:
         ids, trace = self.choices[chosen], None
         if self.params.trace:
             # A greedy choice isn't a sample: it has probability 1, like a forced token.
-            options = self.options if self.params.temperature else {}
-            allowed = tuple(options.get(depth, (token,)) for depth, token in enumerate(ids))
+            possible = self.possible if self.params.temperature else {}
+            allowed = tuple(possible.get(depth, (token,)) for depth, token in enumerate(ids))
             trace = Trace(tuple(ids), allowed, self.params.temperature, self.traced_logprob)
         return Generation(self.params.choices[chosen], prompt_tokens, len(ids), cached, "stop", self.logprob, trace)

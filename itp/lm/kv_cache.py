@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from itp.lm.decode_graph import COLUMNS, FIRST_STEPS, DecodeGraph
+
 KVSegment = torch.Tensor
 """Keys and values of some consecutive tokens: (layers, 2, heads, tokens, head size)."""
 
@@ -132,8 +134,12 @@ def _common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
 class BatchMemory:
     """The block in which batches are computed.  Batches reuse it, because new memory pages cost time on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, graphs: bool = False) -> None:
         self._block = torch.empty(0)
+        self.graphs = graphs
+        """Whether steps of one token a row are repeated by CUDA graphs (:mod:`itp.lm.decode_graph`)."""
+        self.graph: DecodeGraph | None = None
+        """The last one, whose memory the next one takes over."""
         self.passes, self.tokens_read = 0, 0
         """The forward passes so far, and the tokens whose keys and values they have read."""
 
@@ -193,6 +199,9 @@ class KVBatch:
                 start = end
         self.places: tuple[torch.Tensor, torch.Tensor, int] = (torch.empty(0), torch.empty(0), 0)
         """Where the current pass writes: row (B, 1) and column (B, S) indices, and the columns in use after it."""
+        self._graph: DecodeGraph | None = None
+        self._steps = 0
+        """Passes so far, one after the other, that gave every row one token."""
 
     def block_like(self, some: torch.Tensor) -> torch.Tensor:
         """(layers, 2, B, heads, columns, size); ``some`` (..., heads, tokens, size) gives the heads and their size."""
@@ -206,7 +215,26 @@ class KVBatch:
 
         ``new`` may hold tokens for the first rows only; the other rows stay as they are.
         """
+        one_each = len(new) == len(self.lengths) and all(len(ids) == 1 for ids in new)
+        self._steps = self._steps + 1 if one_each else 0
+        if self._memory.graphs and self._steps > FIRST_STEPS:
+            return self._repeat([ids[0] for ids in new])
         return self.model(**self._inputs(new), logits_to_keep=keep).logits
+
+    def _repeat(self, tokens: Sequence[int]) -> torch.Tensor:
+        """:meth:`forward` of one token each, by a CUDA graph."""
+        used = max(self.lengths) + 1
+        if self._graph is None or not self._graph.fits(len(tokens), used):
+            columns = min(-(-(used + COLUMNS // 2) // COLUMNS) * COLUMNS, self.columns)
+            self._graph = DecodeGraph(self.model, len(tokens), columns, self.columns - 1, self._memory.graph)
+            self.places = self._graph.places
+            self._graph.make(self.cache)
+            self._memory.graph = self._graph
+        logits = self._graph.step(tokens, self.lengths)
+        self.lengths = [n + 1 for n in self.lengths]
+        self._memory.passes += 1
+        self._memory.tokens_read += sum(self.lengths)
+        return logits
 
     def hidden(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append like :meth:`forward`.  Returns the last hidden state (B, H) of each row, behind the final norm."""

@@ -57,7 +57,8 @@ class LocalLM:
 
     def __init__(self, model, tokenizer, *, name: str, role: str = "policy", heads=None,
                  barrier: BatchBarrier | None = None, max_batch_tokens: int = BATCH_TOKENS, max_batch_rows: int = 0,
-                 cache_bytes: int = CACHE_BYTES, fit_batch: bool = True, fit_cache: bool = True) -> None:
+                 cache_bytes: int = CACHE_BYTES, fit_batch: bool = True, fit_cache: bool = True,
+                 cuda_graphs: bool = True) -> None:
         from itp.lm.engine import Engine
 
         self.name, self.role = name, role
@@ -65,7 +66,7 @@ class LocalLM:
         self.barrier = barrier or BatchBarrier()
         self._fit_batch, self._fit_cache = fit_batch, fit_cache
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
-                             max_batch_rows=max_batch_rows, cache_bytes=cache_bytes)
+                             max_batch_rows=max_batch_rows, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         self.context_length = context_of(model.config)
         self.encode = Encoder(tokenizer)
         self.busy_s = 0.0

@@ -25,13 +25,16 @@ class EngineFlags:
                                                  "a GPU; else .25)", affects_result=False)
     max_batch_tokens: int = flag(0, at_least=0, help="rows x longest row of a forward pass at most (0: by what is free "
                                                      f"on a GPU; else {BATCH_TOKENS})", affects_result=False)
+    cuda_graphs: bool = flag(True, help="on a GPU, repeat decoding steps by CUDA graphs: several times faster for small "
+                                        "models, same results to rounding", affects_result=False)
     fixed_cache_gb: ClassVar[float] = CACHE_BYTES / 2**30
 
     @property
     def engine(self) -> dict[str, Any]:
         """LocalLM's options."""
         return {"cache_bytes": int((self.cache_gb or self.fixed_cache_gb) * 2**30), "fit_cache": not self.cache_gb,
-                "max_batch_tokens": self.max_batch_tokens or BATCH_TOKENS, "fit_batch": not self.max_batch_tokens}
+                "max_batch_tokens": self.max_batch_tokens or BATCH_TOKENS, "fit_batch": not self.max_batch_tokens,
+                "cuda_graphs": self.cuda_graphs}
 
     @property
     def fixed_engine(self) -> dict[str, Any]:
