@@ -19,6 +19,7 @@ from itp.errors import UserError
 from itp.lm.base import LM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import Server, server_of
+from itp.lm.tokenize import Encoder
 from itp.methods.base import PolicyMethod
 from itp.methods.registry import build
 from itp.methods.settings import (
@@ -206,8 +207,8 @@ def check_answers(plan: EvalPlan) -> None:
     settings = plan.settings
     if settings.method not in NEED_YES_OR_NO or plan.policy_server:
         return
-    yes, no = load_tokenizer(settings.policy_model)([YES, NO], add_special_tokens=False)["input_ids"]
-    if yes == no:
+    encode = Encoder(load_tokenizer(settings.policy_model))
+    if encode.continuation(YES) == encode.continuation(NO):
         raise UserError(f"--method {settings.method} asks the policy for yes or no, and the tokenizer of "
                         f"{settings.policy_model} knows neither word; train it on dialogues that have them "
                         "(world_model.collect --reasoning_share)")

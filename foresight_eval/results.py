@@ -20,7 +20,7 @@ from itp.errors import UserError
 from itp.files import read_object, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
-from itp.run_dir import RECORD, recorded
+from itp.run_dir import RECORD
 from itp.text.state import ACTION, OBSERVATION, State
 
 BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
@@ -142,10 +142,11 @@ def mean_k_by_golden_steps(result: Result) -> dict[int, list[float]]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What an evaluation was made with, by the flags' own names.  Raises UserError where that isn't on record."""
-    if not (folder / RECORD).is_file():
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if not isinstance(record.get("config"), dict) or "method" not in record["config"]:
         raise UserError(f"{folder}: {NO_RESULTS}")
-    config = by_own_names(recorded(folder)["config"], AlfworldSettings, SciworldSettings)
-    if missing := [name for name in ("method", "fixed_k", "disable_wm", "max_k") if name not in config]:
+    config = by_own_names(record["config"], AlfworldSettings, SciworldSettings)
+    if missing := [name for name in ("fixed_k", "disable_wm", "max_k") if name not in config]:
         raise UserError(f"{folder}: {NO_RESULTS} ({RECORD} has no {', '.join(missing)})")
     return config
 

@@ -25,7 +25,7 @@ from itp.files import append_line, check_output_folder
 from itp.games import Game, spread
 from itp.lm.scheduler import BatchBarrier
 from itp.program import progress_bar
-from itp.rollout import check_all_played, run_episodes
+from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import open_run_dir
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,12 @@ async def evaluate(settings: EvalSettings) -> None:
     missing = [i for i in chosen if not is_finished(folder, i)]
     if ranks.first:
         log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
-    faults = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
-    faults = await ranks.finished(faults)
+    mine = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else LeftOut()
+    left_out = LeftOut(**await ranks.finished(dataclasses.asdict(mine)))
+    left_out.check_none_lost("games")
     if ranks.first:
         finish(folder)
-        check_all_played(faults)
+        left_out.check_none_broken()
 
 
 def choose_games(n: int, settings: EvalSettings) -> list[int]:
@@ -111,8 +112,8 @@ def is_finished(folder: Path, index: int) -> bool:
     return (folder / f"{index}.json").exists()
 
 
-async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> list[str]:
-    """Play this process's share of ``games``, of which ``missing`` aren't finished; why some were left out."""
+async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> LeftOut:
+    """Play this process's share of ``games``, of which ``missing`` aren't finished; what was left out."""
     settings, barrier = plan.settings, BatchBarrier()
     pairs = plan.uses_world_model and plan.policy_server is plan.wm_server is None
     policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
@@ -140,7 +141,7 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
         cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
                             processes=ranks.count)
     log.info("%d steps in %.1f s: %.1f steps/s", record.steps, seconds, record.steps / seconds)
-    return record.faults
+    return record.left_out
 
 
 @dataclasses.dataclass
@@ -151,15 +152,14 @@ class Recorder:
     games: Mapping[int, Game]
     episodes: int = 0
     steps: int = 0
-    faults: list[str] = dataclasses.field(default_factory=list)
-    """Why games were left out: they have no file, so that the next run plays them."""
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
+    """Games that weren't played: they have no file, so that the next run plays them."""
 
     def __post_init__(self) -> None:
         self._index = {game.game_id: i for i, game in self.games.items()}
 
     def add(self, episode: results.Episode) -> None:
-        if episode.fault:
-            self.faults.append(episode.fault)
+        if self.left_out.takes(episode):
             return
         i = self._index[episode.game.game_id]
         record = results.write_episode(self.folder, i, episode)

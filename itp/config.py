@@ -141,7 +141,16 @@ def parse_settings(settings: type[T], argv: Sequence[str] | None = None, *, prog
     parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, settings)
-    return from_args(settings, parser.parse_args(argv))
+    return from_args(settings, _parse_known(parser, argv))
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """``parser.parse_args``, whose complaint about unknown flags doesn't quote their values: one may be a key."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(names or unknown)}")
+    return args
 
 
 def _boolean(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -25,19 +26,45 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "matplotlib", "fontTools")
+"""Loggers of libraries that write a line for every request or font.  The openai package calls by httpx2 since 3."""
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+"""A shorter value is a placeholder (``EMPTY``) that ordinary text may hold."""
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without the keys and tokens of environment variables, and without passwords in URLs.
+
+    Libraries and servers quote what they were sent.
+    """
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value.strip()) >= _SHORTEST_SECRET:
+            text = text.replace(value.strip(), "***")
+    return _USER_IN_URL.sub("***@", text)
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a program: a UserError, or what the disk refuses, is one line on stderr and exit status 2; Ctrl-C is 130."""
     # Threads that wait leave the cores to those that have work: models and environments share them.  torch
     # reads it when it is imported, which no program has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "httpcore", "openai", "matplotlib", "fontTools"):
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a file that no one thought of, such as the standard output on a full disk
         if not refusal(error):

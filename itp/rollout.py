@@ -32,8 +32,8 @@ MAX_RESTARTS = 3
 AHEAD = 2
 """Games that are loaded while others are played, so that no model waits for that."""
 
-FAULTS_SHOWN = 10
-"""Games that were left out, as many as an error names."""
+BROKEN_SHOWN = 10
+"""Broken games, as many as an error names."""
 
 Seat = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 """What an episode holds while it is played."""
@@ -62,7 +62,7 @@ class Episode:
     """A finished episode.
 
     ``reason``: success, step_limit, prompt_too_long, or how the engine ended it (engine_end where there is one way
-    only).  env_died and unplayable: nothing was played, see :attr:`fault`.
+    only).  env_died and unplayable: nothing was played, see :class:`LeftOut`.
     """
 
     game: Game
@@ -74,7 +74,7 @@ class Episode:
     unfinished: dict[str, Usage] = field(default_factory=dict)
     """What was asked of each model for an action that wasn't chosen, because a prompt was too long."""
     fault: str = ""
-    """Why the game was left out; empty where it was played."""
+    """Why the game is unplayable."""
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -87,6 +87,41 @@ class Episode:
         return total
 
 
+@dataclass
+class LeftOut:
+    """Games of a run that weren't played.
+
+    ``lost``: those whose environment died again and again, by their ids.  ``broken``: why the others can't be played.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def takes(self, episode: Episode) -> bool:
+        """Whether nothing was played in ``episode``, which is noted then."""
+        if episode.reason == "env_died":
+            self.lost.append(episode.game.game_id)
+        elif episode.reason == "unplayable":
+            self.broken.append(episode.fault)
+        return episode.reason in ("env_died", "unplayable")
+
+    def check_none_lost(self, what: str) -> None:
+        """Raises UserError where games were lost, before anything is made of the others: they only need another try.
+
+        ``what`` they are called.
+        """
+        if self.lost:
+            raise UserError(f"{len(self.lost)} {what} lost their environment process again and again "
+                            f"({', '.join(self.lost[:3])}); start the same command again to play them")
+
+    def check_none_broken(self, what_now: str = "the same command plays them once they are mended") -> None:
+        """Raises UserError where games were broken, which names them: at the end of a run."""
+        if found := list(dict.fromkeys(self.broken)):
+            more = f"; and {len(found) - BROKEN_SHOWN} more (see the warnings above)" * (len(found) > BROKEN_SHOWN)
+            raise UserError(f"{len(found)} left out: {'; '.join(found[:BROKEN_SHOWN])}{more}; the others are played, and "
+                            f"{what_now}")
+
+
 async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
                        concurrency: int, barrier: BatchBarrier | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
@@ -96,7 +131,7 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
     the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
-    as no success.  A broken game is left out (:attr:`Episode.fault`).  Any other error of a method ends the run.
+    as no success.  A broken game is left out (:class:`LeftOut`).  Any other error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -155,16 +190,7 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
             return Episode(game, reason="unplayable", restarts=restarts, fault=str(error))
         episode.restarts = restarts
         return episode
-    return Episode(game, reason="env_died", restarts=MAX_RESTARTS,
-                   fault=f"{game.game_id}: its environment process died again and again")
-
-
-def check_all_played(faults: Iterable[str], what_now: str = "the same command plays them once they are mended") -> None:
-    """Raises UserError where there are faults (:attr:`Episode.fault`): what a run left out, and ``what_now``."""
-    if found := list(dict.fromkeys(faults)):
-        more = f"; and {len(found) - FAULTS_SHOWN} more (see the warnings above)" if len(found) > FAULTS_SHOWN else ""
-        raise UserError(f"{len(found)} left out: {'; '.join(found[:FAULTS_SHOWN])}{more}; the others are played, and "
-                        f"{what_now}")
+    return Episode(game, reason="env_died", restarts=MAX_RESTARTS)
 
 
 async def _play_once(env, method: Method, game: Game, observation: Observation, *, max_steps: int,

@@ -37,7 +37,7 @@ class SequentialLM:
         self.name, self.role, self.heads = path, role, heads
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[dtype]).to(device).eval()
-        self.encode = Encoder(self.tokenizer)  # only for those who ask how long a text is
+        self.encode = Encoder(self.tokenizer)
         self.context_length = None
         self.batches: list[int] = []
         self.busy_s = 0.0
@@ -72,7 +72,7 @@ class SequentialLM:
         options = {"max_new_tokens": params.max_new_tokens, "do_sample": params.temperature > 0}
         if params.temperature > 0:
             options |= {"temperature": params.temperature, "top_p": params.top_p, "top_k": 0}
-        choices = {tuple(self.tokenizer(c, add_special_tokens=False).input_ids): c for c in params.choices}
+        choices = {tuple(self.encode.continuation(c)): c for c in params.choices}
         if choices:
             def allowed(batch: int, so_far: torch.Tensor) -> list[int]:
                 done = tuple(so_far[length:].tolist())
@@ -90,7 +90,7 @@ class SequentialLM:
         given = out.scores if choices else out.logits
         logprob = sum(float(row[0].float().log_softmax(-1)[i]) for row, i in zip(given, written, strict=True))
         new = [i for i in written if i != eos]
-        text = choices[tuple(new)] if choices else self.tokenizer.decode(new, skip_special_tokens=True)
+        text = choices[tuple(new)] if choices else self.encode.decode(new)
         for stop in params.stop:
             text = text.partition(stop)[0]
         reason = "stop" if len(new) < params.max_new_tokens else "length"
@@ -98,7 +98,7 @@ class SequentialLM:
 
     def _score(self, context: str, completion: str) -> TokenLogprobs:
         ids = self._ids(context)
-        targets = torch.tensor(self.tokenizer(completion, add_special_tokens=False).input_ids, device=ids.device)
+        targets = torch.tensor(self.encode.continuation(completion), device=ids.device)
         logits = self.model(torch.cat([ids, targets[None]], dim=1)).logits[0, ids.shape[1] - 1:-1]
         found = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return TokenLogprobs(tuple(found.tolist()), ids.shape[1] + len(targets))

@@ -7,6 +7,7 @@ qwen2    nothing              yes    more than there are       puts in a system 
                                      tokens; tied to the head
 qwen3    nothing              yes    more than there are       closes an empty block of thought unless it thinks
 llama    <|begin_of_text|>    no     one a token               writes that token and a date, trims what is said
+mistral  <s>, then a space    no     one a token               writes that token, refuses a system turn
 =======  ===================  =====  ========================  ==============================================
 """
 
@@ -16,8 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.tiny import TEXTS
+from tests.tokenizers_of import tokenizer_of
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+"""Those with tokenizers on bytes.  Mistral's is SentencePiece, which puts a space before every text."""
 ROWS = 64
 """The Qwen vocabularies are padded to a multiple of this."""
 
@@ -33,6 +36,9 @@ TEMPLATES = {
              "Today Date: {{ date_string or 'unknown' }}\n\n{{ system }}<|eot_id|>{% for m in messages %}"
              "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+               "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}"
+               "{% endif %}{% endfor %}",
 }
 SPECIAL = {
     "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -50,17 +56,17 @@ def write_family(folder: Path, family: str, *, seed: int = 0, words: Iterable[st
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
     tokenizer = _tokenizer(family, [*TEXTS, *words])
-    llama = family == "llama"
+    llama = family in ("llama", "mistral")  # an architecture of both
     rows = len(tokenizer) if llama else -(-len(tokenizer) // ROWS) * ROWS
     assert llama or rows > len(tokenizer)
     torch.manual_seed(seed)
-    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family](
+    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}.get(family, LlamaConfig)(
         vocab_size=rows, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, max_position_embeddings=4096, tie_word_embeddings=family == "qwen2",
         initializer_range=0.3, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, **({"head_dim": 8} if family == "qwen3" else {}))
     model = AutoModelForCausalLM.from_config(config)
-    if llama:
+    if family == "llama":
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -71,6 +77,10 @@ def _tokenizer(family: str, texts: list[str]):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if family == "mistral":
+        tokenizer = tokenizer_of("sentencepiece", texts, bos="<s>")
+        tokenizer.chat_template = TEMPLATES[family]
+        return tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False,

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Llama, in miniature, through everything: what they see in training is what they see at inference.
+"""Qwen2, Qwen3, Llama and Mistral, in miniature, through everything: training shows them what inference shows.
 
 Nothing is compared by reading flags.  Every prompt that reaches an engine is caught as token ids; the same state
 goes through the training code, and its prompt ids must be among those caught.
@@ -139,7 +139,8 @@ FOUR_BITS = pytest.param("qwen3", "chat", True, marks=pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("family, form, q_lora", [
-    ("qwen2", "chat", False), ("qwen3", "chat", False), ("llama", "chat", False), ("llama", "plain", False), FOUR_BITS])
+    ("qwen2", "chat", False), ("qwen3", "chat", False), ("llama", "chat", False), ("llama", "plain", False),
+    ("mistral", "chat", False), ("mistral", "plain", False), FOUR_BITS])
 def test_one_family_through_everything(family: str, form: str, q_lora: bool, tmp_path: Path, games_root: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     base = str(write_family(tmp_path / "base", family))

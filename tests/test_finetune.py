@@ -172,7 +172,7 @@ def test_too_long_examples_lose_the_left_of_their_context_never_their_target():
     assert words(plain, 3)[0] == "e f <eos>"
     text, counts = words(plain, 2)
     assert text == "" and counts["too_long"] == 1
-    episode = Example([("a b", False), ("c", True), ("d", False), ("e f", True)], keep_first=True)
+    episode = Example([("a b", False), (" c", True), (" d", False), (" e f", True)], keep_first=True)
     text, counts = words(episode, 5)
     assert text == "a b e f <eos>" and (counts["lost_tokens"], counts["lost_supervised"]) == (2, 1)
     assert words(episode, 4)[0] == "a e f <eos>"  # no room for all of the first segment: its end goes

@@ -42,7 +42,7 @@ from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar, run_main
-from itp.rollout import Episode, check_all_played, run_episodes
+from itp.rollout import Episode, LeftOut, run_episodes
 from itp.run_dir import TIMING, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text import dialogues
@@ -92,11 +92,10 @@ def main() -> None:
     settings = parse_settings(CollectSettings, prog="python -m world_model.collect", description=__doc__)
     check(settings)
     out = open_folder(settings)
-    faults: list[str] = []
-    games = _episode_games(settings)
-    episodes = play_missing(settings, games, out, faults)
-    write(settings, games, episodes, out, faults)
-    check_all_played(faults)
+    games, left_out = _episode_games(settings), LeftOut()
+    episodes = play_missing(settings, games, out, left_out)
+    write(settings, games, episodes, out, left_out)
+    left_out.check_none_broken()
 
 
 def open_folder(settings: CollectSettings) -> Path:
@@ -113,10 +112,11 @@ def open_folder(settings: CollectSettings) -> Path:
 
 
 def play_missing(settings: CollectSettings, games: Sequence[Game], out: Path,
-                 faults: list[str]) -> dict[str, list[Transition]]:
+                 left_out: LeftOut) -> dict[str, list[Transition]]:
     """All episodes by game, after those that aren't on file have been played.
 
-    The episodes of a game that was left out aren't among them; ``faults`` gets the reason.
+    Broken games go into ``left_out``.  Raises UserError where an episode lost its environment's process again and
+    again; the others are on file.
     """
     done = _finished(out / EPISODES)
     todo = [game for game in games if game.game_id not in done]
@@ -124,20 +124,21 @@ def play_missing(settings: CollectSettings, games: Sequence[Game], out: Path,
     if not todo:
         return done
     with timed(out):
-        faults += asyncio.run(_play(settings, todo, out / EPISODES))
+        asyncio.run(_play(settings, todo, out / EPISODES, left_out))
+    left_out.check_none_lost("episodes")
     return _finished(out / EPISODES)
 
 
 def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[str, list[Transition]], out: Path,
-          faults: list[str]) -> None:
+          left_out: LeftOut) -> None:
     """Write ``transitions.jsonl`` and ``dialogues.json``, and say what they hold.
 
-    ``faults`` gets the reason where the dialogues of a played game can't be made.
+    A played game whose dialogues can't be made goes into ``left_out``.
     """
     played = [(game, episodes[game.game_id]) for game in games if game.game_id in episodes]
     kept = [(game, episode) for game, episode in played if episode]
     if not kept:
-        check_all_played(faults)
+        left_out.check_none_broken()
         raise UserError(f"{out}: none of {len(games)} episodes is worth keeping; give other games, or less --noise")
     rows = write_transitions(out / "transitions.jsonl", (t for _, episode in kept for t in episode))
     talks: list[dialogues.Dialogue] = []
@@ -145,7 +146,7 @@ def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[st
         try:
             talks += _dialogues(settings, game, episode)
         except UnplayableGame as error:  # its expert's knowledge can't be read any more
-            faults.append(str(error))
+            left_out.broken.append(str(error))
     write_json(out / "dialogues.json", talks)
     if dropped := len(played) - len(kept):
         print(f"{dropped} episodes of the expert didn't succeed and are left out")
@@ -203,8 +204,9 @@ def _finished(path: Path) -> dict[str, list[Transition]]:
     return {row["game_id"]: [to_transition(t, str(path), REQUIRED) for t in row["transitions"]] for row in rows}
 
 
-async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) -> list[str]:
-    """Play ``games`` and put them on file; why some were left out, which aren't there."""
+async def _play(settings: CollectSettings, games: Sequence[Game], path: Path,
+                left_out: LeftOut) -> None:
+    """Play ``games`` and put them on file; those that weren't played go into ``left_out``."""
     barrier = BatchBarrier()
     method = _actor(settings, barrier)
     noise = _policy(settings, settings.noise_policy, barrier) if settings.noise_policy else AnyAction()
@@ -213,15 +215,13 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) ->
               "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
     pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert),
                    processes_for(settings.env_processes, settings.concurrency))
-    faults: list[str] = []
     try:
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, barrier=barrier)
         with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
                 bar.update()
-                if episode.fault:
-                    faults.append(episode.fault)
+                if left_out.takes(episode):
                     continue
                 # ScienceWorld's gold paths don't all lead to the goal: what didn't is an empty episode, not data.
                 kept = expert != "gold" or episode.success
@@ -231,7 +231,6 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) ->
                 file.flush()
     finally:
         await pool.close()
-    return faults
 
 
 def episode_transitions(episode: Episode, source: str) -> list[Transition]:

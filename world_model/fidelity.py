@@ -52,7 +52,7 @@ from itp.lm.scheduler import BatchBarrier
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import run_main
-from itp.rollout import check_all_played
+from itp.rollout import LeftOut
 from itp.run_dir import versions
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents
@@ -325,7 +325,7 @@ def main() -> None:
         print_figures(name, models[name])
     if settings.out_json:
         write_json(settings.out_json, identity | {"versions": versions(), "models": models})
-    check_all_played(left_out(models))
+    LeftOut(broken=left_out(models)).check_none_broken()
 
 
 if __name__ == "__main__":

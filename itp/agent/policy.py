@@ -16,13 +16,16 @@ from itp.errors import UserError
 from itp.lm.base import LM, GenParams, Generation, HeadOutputs, Trace
 from itp.seeding import derive_seed
 from itp.text import prompts
-from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_thought, without_thinking
+from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_line, parse_thought, without_thinking
 from itp.text.prompt_format import TUNED, PromptFormat
 from itp.text.state import State
 
 SELECTIONS = ("generate", "constrained", "score")
 """How an action is chosen: written freely; decoded under a trie of the admissible actions (exact
 probabilities, never invalid); or the admissible action with the highest log-probability."""
+
+NEXT_ROUND = ("\nObservation:", "\nTask:")
+"""What a model writes that goes on with the environment's part."""
 
 ANSWER_TOKENS = 2
 """Of yes or no with its line break."""
@@ -112,7 +115,7 @@ class Policy:
         if imagined or self.selection == "generate":
             prompt = self.action_prompt(state, tokens, foresight=foresight, notes=notes)
             return [self._written(reply, prompt) for reply in await self._write(
-                prompt, tokens, seed, (prompts.END,), n=n, temperature=temperature, trace=trace)]
+                prompt, tokens, seed, self._ends, n=n, temperature=temperature, trace=trace)]
         targets = self._targets(state, admissible)
         prompt = self.action_prompt(state, self.budget.longest(targets), foresight=foresight, notes=notes)
         temperature = self.temperature if temperature is None else temperature
@@ -133,22 +136,23 @@ class Policy:
     async def think_and_act(self, state: State, seed: int, *, notes: str = "") -> Choice:
         """A thought and an action in one reply (Chain-of-Thought, ReAct), written freely."""
         prompt = self.prompt(state, "Thought", self.text_tokens, notes=notes)
-        reply, = await self._write(prompt, self.text_tokens, seed, stop=("\nObservation:", "\nTask:"))
+        reply, = await self._write(prompt, self.text_tokens, seed, stop=NEXT_ROUND)
         raw = reply.text if self.form.template.thinks else "Thought:" + reply.text
         action = parse_action(raw)
-        return Choice(action or clean_action(reply.text.split("\n")[-1]), raw, parse_thought(raw), action is not None)
+        return Choice(action or clean_action(reply.text.strip().split("\n")[-1]), raw, parse_thought(raw), bool(action))
 
     async def propose(self, state: State, seed: int) -> str:
         """An imagined action â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
         tokens = self.imagined_action_tokens
-        line = await self._line(self.action_prompt(state, tokens), tokens, seed)
-        return clean_action(line) if self.form.style == "tuned" else parse_action(line) or clean_action(line)
+        prompt = self.action_prompt(state, tokens)
+        reply, = await self._write(prompt, tokens, seed, self._ends)
+        return self._written(reply, prompt).action
 
     async def horizon(self, state: State, max_k: int, seed: int) -> tuple[int | None, str]:
         """ITP-I's K_t by prompt and the raw reply; None where the reply holds no number."""
         prompt = self.prompt(state, "Horizon", self.decision_tokens, max_k=max_k)
-        raw = await self._line(prompt, self.decision_tokens, seed)
-        return parse_horizon(raw, max_k), raw
+        reply, = await self._write(prompt, self.decision_tokens, seed, self._ends)
+        return parse_horizon(reply.text, max_k), reply.text
 
     async def read_heads(self, state: State) -> HeadOutputs:
         """log P_θ(K|s_t) and V_θ(s_t) of a policy with heads."""
@@ -159,7 +163,8 @@ class Policy:
     async def reflect(self, state: State, foresight: str, seed: int) -> str:
         """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means."""
         prompt = self.prompt(state, "Reflection", self.text_tokens, foresight=foresight)
-        return (await self._line(prompt, self.text_tokens, seed)).strip().removeprefix("Reflection:").strip()
+        reply, = await self._write(prompt, self.text_tokens, seed, (prompts.END,))
+        return parse_line(reply.text, "Reflection")
 
     async def judge(self, state: State, hypothetical: str) -> float:
         """P(yes) that ``hypothetical`` brings the task closer; P(yes) + P(no) = 1.
@@ -217,9 +222,11 @@ class Policy:
         return Choice(action or clean_action(reply.text), reply.text, parsed=bool(action), logprob=reply.logprob,
                       trace=reply.trace, tokens=reply.completion_tokens, prompt=prompt)
 
-    async def _line(self, prompt: str, max_new_tokens: int, seed: int) -> str:
-        reply, = await self._write(prompt, max_new_tokens, seed, (prompts.END,))
-        return reply.text
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """What ends an action or a horizon.  A chat model may begin with an empty line or with the label alone."""
+        trained = self.form.style == "tuned" or self.form.control_token
+        return (prompts.END,) if trained else NEXT_ROUND
 
     async def _write(self, prompt: str, max_new_tokens: int, seed: int, stop: tuple[str, ...], *, n: int = 1,
                      temperature: float | None = None, trace: bool = False) -> list[Generation]:

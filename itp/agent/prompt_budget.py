@@ -42,7 +42,8 @@ class PromptBudget:
         """The tokens of the longest of ``answers``; 0 where nothing is counted."""
         if self.count is None:
             return 0
-        return max(map(self.count, answers)) - self.count("")  # without what stands before a text
+        # Behind a colon, as in a prompt, and without what stands before it.
+        return max(self.count(f":{answer}") for answer in answers) - self.count(":")
 
     def limit(self, new_tokens: int) -> int | None:
         """Tokens of a prompt with an answer of ``new_tokens`` at most; None: no limit."""

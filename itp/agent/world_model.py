@@ -13,7 +13,7 @@ from dataclasses import replace
 from itp.agent.prompt_budget import PromptBudget
 from itp.lm.base import LM, GenParams, Generation
 from itp.text import prompts
-from itp.text.parsing import without_thinking
+from itp.text.parsing import without_label, without_thinking
 from itp.text.prompt_format import TUNED, PromptFormat
 from itp.text.state import State, dedent
 
@@ -59,4 +59,7 @@ class WorldModel:
             self._warned = True
             log.warning("a predicted observation is cut at %d tokens, and more may be: raise %s",
                         self.params.max_new_tokens, self.limit_flag)
-        return [dedent(without_thinking(reply.text)).strip() for reply in replies]
+        said = [without_thinking(reply.text) for reply in replies]
+        if self.form.style == "instruct":  # a chat model may repeat the label
+            said = [without_label(text, "Observation") for text in said]
+        return [dedent(text).strip() for text in said]

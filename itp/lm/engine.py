@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from itp.chat_template import end_of_turn
 from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, Trace
 from itp.lm.kv_cache import KV, BatchMemory, KVBatch, PrefixCache, tokens_of
+from itp.lm.tokenize import Encoder
 
 MIN_SHARED_TOKENS = 64
 """Rows that share this many uncomputed tokens are computed one after the other instead of side by side."""
@@ -96,7 +97,7 @@ class Engine:
                  max_batch_tokens: int = 16384, max_batch_rows: int = 0, cache_bytes: int = 1 << 30,
                  cuda_graphs: bool = True) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.encode = Encoder(tokenizer)
         self.heads = heads
         self.max_batch_tokens, self.max_batch_rows = max_batch_tokens, max_batch_rows
         self.cache = PrefixCache(cache_bytes)
@@ -285,7 +286,7 @@ class Engine:
     def may_end(self, token: int, stop: tuple[str, ...]) -> bool:
         """Whether a stop string could end with this token, so that the text needn't be decoded at every token."""
         if (stop, token) not in self._ends:
-            text = self.tokenizer.decode([token])
+            text = self.encode.tokenizer.decode([token])
             self._ends[stop, token] = any(s[-1] in text for s in stop)
         return self._ends[stop, token]
 
@@ -347,7 +348,7 @@ class _Sample:
         return [token]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.engine.encode.decode(tokens)
 
     def _pick(self, next_token: NextToken) -> tuple[int, float]:
         """A token, and its log p."""

@@ -21,7 +21,6 @@ from itp.errors import PromptTooLong, UserError
 from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, asking, requester
 from itp.lm.memory_budget import BATCH_TOKENS, CACHE_BYTES, split_share, token_bytes
 from itp.lm.scheduler import BatchBarrier
-from itp.lm.tokenize import Encoder
 from itp.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class LocalLM:
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
         self.context_length = context_of(model.config)
-        self.encode = Encoder(tokenizer)
+        self.encode = self.engine.encode
         self.busy_s = 0.0
         self.batches: list[int] = []
         """The number of rows of every batch so far; the mean is the occupancy."""
@@ -88,7 +87,7 @@ class LocalLM:
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         from itp.lm.engine import Request
 
-        choices = [self.encode(c) for c in params.choices]
+        choices = [self.encode.continuation(c) for c in params.choices]
         _check_choices(choices, params.choices)
         longest = max(map(len, choices)) if choices else params.max_new_tokens
 
@@ -102,7 +101,7 @@ class LocalLM:
         def pair(ids: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
             return self._fitting(ids, len(completion)), completion
 
-        work = [functools.partial(pair, completion=self.encode(completion)) for _, completion in pairs]
+        work = [functools.partial(pair, completion=self.encode.continuation(completion)) for _, completion in pairs]
         return await self._submit("score", [context for context, _ in pairs], work)
 
     async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:

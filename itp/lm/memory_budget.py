@@ -25,8 +25,8 @@ class EngineFlags:
                                                  "a GPU; else .25)", affects_result=False)
     max_batch_tokens: int = flag(0, at_least=0, help="rows x longest row of a forward pass at most (0: by what is free "
                                                      f"on a GPU; else {BATCH_TOKENS})", affects_result=False)
-    cuda_graphs: bool = flag(True, help="on a GPU, repeat decoding steps by CUDA graphs: several times faster for small "
-                                        "models, same results to rounding", affects_result=False)
+    cuda_graphs: bool = flag(True, help="on a GPU, repeat decoding steps by CUDA graphs: faster, above all for small "
+                                        "models; same results to rounding", affects_result=False)
     fixed_cache_gb: ClassVar[float] = CACHE_BYTES / 2**30
 
     @property

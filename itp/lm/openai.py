@@ -64,7 +64,7 @@ class OpenAILM:
                  max_retries: int = 3, retry_for_s: float = 60.0) -> None:
         import openai
 
-        _check_url(base_url)
+        check_url(base_url)
         if api not in PATHS:
             raise UserError(f"unknown API {api!r}: must be one of {', '.join(PATHS)}")
         if concurrency < 1 or max_retries < 0 or timeout_s <= 0:
@@ -129,7 +129,7 @@ class OpenAILM:
         if rest and reason == "length":
             self._note("goes on after a stop string: it ignores `stop`, and every answer costs max_new_tokens")
         if reason not in ("stop", "length"):
-            self._note(f"ended an answer for the reason {reason!r}; its text is taken as it is")
+            self._note(f"ended an answer for the reason {self._one_line(reason)!r}; its text is taken as it is")
         return Generation(
             text=text,
             prompt_tokens=usage["prompt_tokens"],
@@ -231,7 +231,11 @@ class OpenAILM:
             log.warning("%s at %s %s", self.name, self._url, what)
 
 
-def _check_url(base_url: str) -> None:
+def check_url(base_url: str) -> None:
+    """Raises UserError for a text that is no server's URL, or that holds what may be a key, which isn't quoted."""
+    if any(mark in base_url for mark in "@?#"):
+        raise UserError("the URL of a server must hold no user, password, ?query or #fragment; "
+                        "keys go into an environment variable")
     try:
         url = urlsplit(base_url)
         valid = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -239,10 +243,6 @@ def _check_url(base_url: str) -> None:
         valid = False
     if not valid:
         raise UserError(f"{base_url!r} is no server's URL; one looks like http://127.0.0.1:8000/v1")
-    if url.username or url.password or url.query:
-        # The URL isn't quoted, because these parts are likely to be secret.
-        raise UserError(f"the URL of the server at {url.hostname} must hold no user, password or ?query; "
-                        "keys go into an environment variable")
 
 
 def _read_key(variable: str) -> str:

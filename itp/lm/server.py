@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from itp.config import flag
 from itp.errors import UserError
-from itp.lm.openai import Api, OpenAILM
+from itp.lm.openai import Api, OpenAILM, check_url
 from itp.model_card import trained_format
 from itp.pretrained import load_tokenizer
 
@@ -74,10 +76,18 @@ class Server:
 
 
 def server_of(settings: Any, prefix: str) -> Server | None:
-    """The server that ``--{prefix}_backend`` and the flags beside it name; None for a model in this process."""
+    """The server that ``--{prefix}_backend`` and the flags beside it name; None for a model in this process.
+
+    Raises UserError for flags that hold a key, before anything is written.
+    """
     backend, url, key_env, model, timeout_s, max_retries = (
         getattr(settings, f"{prefix}_{name}") for name in ("backend", "api_base_url", "api_key_env", "api_model",
                                                            "api_timeout_s", "api_max_retries"))
+    if url:  # whatever the backend: the run's record holds it
+        check_url(url)
+    if key_env and not (re.fullmatch(r"[A-Z_][A-Z0-9_]*", key_env) or key_env in os.environ):
+        raise UserError(f"--{prefix}_api_key_env takes the name of an environment variable, and what was given is none "
+                        "that is set; a key itself goes into such a variable")
     if backend == "local":
         return None
     if backend == "openai" and not url:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from itp.errors import UserError
-from itp.pretrained import bos_ids
+from itp.lm.tokenize import Encoder, Growing
 from itp.text.segments import Segment
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ IGNORED = -100
 class Example:
     """One training sequence.
 
-    ``segments``: (text, supervised).  Each is tokenized on its own, so that a given text and a learned text never share
-    a token.  A string in the place of ``supervised`` is learned instead of the text, up to the first different token.
-    Behind that token the sequence goes on with the text.  ``eos``: a supervised end-of-sequence token follows.
+    ``segments``: (text, supervised).  A learned text is tokenized as a continuation of the text before it, so that a
+    given text and a learned text never share a token.  A string in the place of ``supervised`` is learned instead of
+    the text, up to the first different token.  Behind that token the sequence goes on with the text.  ``eos``: a
+    supervised end-of-sequence token follows.
     ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: the examples of one group (an
     episode) are held out together.
     """
@@ -53,6 +54,8 @@ class Encoding:
 
 COUNTS = ("examples", "cut", "lost_tokens", "lost_supervised", "too_long", "unsupervised")
 """What :func:`encode` counts: all examples, those it cuts with the tokens lost, and those it leaves out."""
+_TOGETHER = 256
+"""Examples whose texts are tokenized in one call."""
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Encoding:
@@ -60,29 +63,35 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
 
     An example that is too long loses tokens on the left, behind its first segment where that is to be kept.  It never
     loses tokens of its last supervised segment.  An example whose target alone is too long is left out, and so is an
-    example without a target.
+    example without a target.  An example of several targets may need several sequences.  Raises UserError for a
+    tokenizer that can't be trained with.
     """
-    ids_of = _token_ids(examples, tokenizer)
-    bos, eos = bos_ids(tokenizer), tokenizer.eos_token_id
+    encoder, eos = Encoder(tokenizer), tokenizer.eos_token_id
+    encoder.check_line_breaks()
     if any(example.eos for example in examples) and eos is None:
         raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     encoding = Encoding([], [], dict.fromkeys(COUNTS, 0))
-    for example in examples:
-        encoding.counts["examples"] += 1
-        sequence = _fit(_sequence(example, ids_of, bos, eos), max_len, encoding.counts)
-        if sequence is not None:
-            encoding.rows.append({"input_ids": sequence.ids, "labels": sequence.labels})
-            encoding.groups.append(example.group)
+    for start in range(0, len(examples), _TOGETHER):
+        together = examples[start:start + _TOGETHER]
+        encoder.prepare(text for example in together for text in _texts(example))
+        for number, example in enumerate(together, start):
+            encoding.counts["examples"] += 1
+            sequences = list(_sequences(example, encoder, eos))
+            group = example.group or (f"example {number}" if len(sequences) > 1 else "")
+            for sequence in sequences:
+                if (fitting := _fit(sequence, max_len, encoding.counts)) is not None:
+                    encoding.rows.append({"input_ids": fitting.ids, "labels": fitting.labels})
+                    encoding.groups.append(group)
     return encoding
 
 
-def _token_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """The token ids of every text in the examples; each text is tokenized once."""
-    texts = list(dict.fromkeys(text for example in examples for segment in example.segments for text in segment
-                               if isinstance(text, str)))
-    if not texts:
-        return {}
-    return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+def _texts(example: Example) -> Iterator[str]:
+    """The texts of an example that are tokenized: its segments, and the lines of all of them."""
+    for text, learned in example.segments:
+        yield text
+        if isinstance(learned, str):
+            yield learned
+    yield "".join(text for text, _ in example.segments)
 
 
 @dataclass
@@ -94,17 +103,48 @@ class _Sequence:
     kept: int
     spared: int
 
+    def add(self, ids: Sequence[int], labels: Sequence[int] | None = None) -> None:
+        self.ids += ids
+        self.labels += [IGNORED] * len(ids) if labels is None else labels
 
-def _sequence(example: Example, ids_of: dict[str, list[int]], bos: list[int], eos: int | None) -> _Sequence:
-    ids, labels = list(bos), [IGNORED] * len(bos)
-    for text, learned in example.segments:
-        ids += ids_of[text]
-        labels += _labels(ids_of, text, learned)
-    if example.eos:
-        ids.append(eos)
-        labels.append(eos)
-    first = len(ids_of[example.segments[0][0]]) if example.keep_first and example.segments else 0
-    return _Sequence(ids, labels, kept=len(bos), spared=len(bos) + first)
+
+def _sequences(example: Example, encoder: Encoder, eos: int | None) -> Iterator[_Sequence]:
+    """An example as tokens: one sequence, if the prompts of all its targets have the ids of its beginnings.
+
+    The ids before a target are those of the prompt at inference, which is tokenized as a whole.  A tokenizer that
+    writes an earlier target in other tokens when text follows it needs another sequence for the next target.
+    """
+    first = len(encoder(example.segments[0][0])) if example.keep_first and example.segments else 0
+
+    def new() -> _Sequence:
+        sequence = _Sequence([], [], kept=len(encoder.start), spared=len(encoder.start) + first)
+        sequence.add(encoder.start)
+        return sequence
+
+    sequence, so_far, is_prompt = new(), Growing(encoder), False
+    for number, (text, learned) in enumerate(example.segments):
+        if learned and is_prompt:  # behind another target there is no prompt
+            prompt = [*encoder.start, *so_far.ids()]
+            if not _begins(prompt, sequence.ids):
+                yield sequence
+                sequence = new()
+            sequence.add(prompt[len(sequence.ids):])
+        if learned:
+            ids = encoder.continuation(text) if number else encoder(text)
+            better = encoder.continuation(learned) if isinstance(learned, str) else ids
+            sequence.add(ids, _labels(ids, better))
+        is_prompt = not learned
+        so_far.add(text)
+    whole = [*encoder.start, *so_far.ids()] if is_prompt else sequence.ids
+    if _begins(whole, sequence.ids):  # the stop token alone isn't worth another sequence
+        sequence.add(whole[len(sequence.ids):])
+        if example.eos:
+            sequence.add([eos], [eos])
+    yield sequence
+
+
+def _begins(ids: list[int], beginning: list[int]) -> bool:
+    return ids[:len(beginning)] == beginning
 
 
 def _fit(sequence: _Sequence, max_len: int, counts: dict[str, int]) -> _Sequence | None:
@@ -128,13 +168,9 @@ def _fit(sequence: _Sequence, max_len: int, counts: dict[str, int]) -> _Sequence
     return dataclasses.replace(sequence, ids=ids[:start] + ids[end:], labels=labels[:start] + labels[end:])
 
 
-def _labels(ids_of: dict[str, list[int]], text: str, learned: bool | str) -> list[int]:
-    """The label of each token of a text."""
-    ids = ids_of[text]
-    if not isinstance(learned, str):
-        return list(ids) if learned else [IGNORED] * len(ids)
-    better = ids_of[learned][:len(ids)]
-    # The first token that differs is learned; behind it the sequence goes on with the text.
+def _labels(ids: list[int], better: list[int]) -> list[int]:
+    """The label of each token, if ``better`` is to be learned: up to the first token that differs, which is learned."""
+    better = better[:len(ids)]
     shared = next((i + 1 for i, (a, b) in enumerate(zip(ids, better, strict=False)) if a != b), len(better))
     return better[:shared] + [IGNORED] * (len(ids) - shared)
 

@@ -59,7 +59,7 @@ def to_examples(transitions: Sequence[Transition], form: PromptFormat = TUNED,
             def render(shown: State, action: str = t.action) -> str:
                 return world_model_prompt(shown.render(), action, form)
 
-            prompt = budget.prompt(state, render, len(encode(target)) + 1)  # and the end-of-sequence token
+            prompt = budget.prompt(state, render, len(encode.continuation(target)) + 1)  # and the end-of-sequence token
         yield Example([(prompt, False), (target, True)], group=t.episode_id)
 
 
@@ -85,14 +85,14 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     from itp.lm.base import GenParams
     from itp.lm.engine import Engine, Request
 
-    requests, targets = [], []
+    engine, requests, targets = Engine(model, tokenizer), [], []
     for row in rows:
         cut = sum(label == IGNORED for label in row["labels"])  # the prompt is what has no label
         prompt, target = row["input_ids"][:cut], row["input_ids"][cut:]
         # One token more than the target, so that a longer prediction can't pass for it.
         requests.append(Request(prompt, GenParams(max_new_tokens=len(target) + 1), 0, []))
-        targets.append(tokenizer.decode(target, skip_special_tokens=True))
-    answers = Engine(model, tokenizer).generate(requests)
+        targets.append(engine.encode.decode(target))
+    answers = engine.generate(requests)
     right = sum(a.text == target and a.finish_reason == "stop" for a, target in zip(answers, targets, strict=True))
     return {"exact_match": round(right / len(rows), 4), "exact_match_rows": len(rows)}
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from itp.text.alfworld_phrases import OPENING, TASK, put_as_move, said_put_as_move, with_arrival
-from itp.text.parsing import clean_action
+from itp.text.parsing import labeled_action
 from itp.text.state import State
 from itp.text.turns import NotADialogue, Turn, is_text
 from itp.text.turns import read_turns as turns_of
@@ -30,7 +30,6 @@ from world_model.data_processing.foreign_text import RepeatedTask, observation_i
 _SCIENCE_TASK = "Your task is to "
 FIRST_OBSERVATION = re.compile(r"This (?:room|outside location) is called")
 """The beginning of ScienceWorld's first observation; a test compares with the simulator."""
-_ACTION = re.compile(r"(?:^|[ \t])Action:[ \t]*\n?(.*)$", re.MULTILINE | re.IGNORECASE)  # AgentGym breaks the line
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
 NOT_ENVIRONMENT = "turns with text that isn't the environment's (cut off)"
 REPEATED_TASK = "turns that say the task again (cut off)"
@@ -212,9 +211,9 @@ def _opening(text: str, env: str) -> tuple[str, str, bool]:
 
 
 def _action(said: str) -> str | None:
-    """The action of an agent's turn: what follows its last ``Action:``; None where there is none."""
-    labeled = _ACTION.findall(said)
-    return (clean_action(without_tail(labeled[-1])) or None) if labeled else None
+    """The action of an agent's turn: what follows its first ``Action:``; None where there is none."""
+    labeled = labeled_action(said, anywhere=True)
+    return (without_tail(labeled) or None) if labeled else None
 
 
 def _is_thought(said: str, answer: str) -> bool:

@@ -90,10 +90,7 @@ def golden_steps(game: Game) -> int | None:
     """The length of the solution in the game file (alfworld's ``walkthrough``); None where there is none."""
     if game.env != "alfworld" or game.goal:
         return None
-    try:
-        solution = _read_game(Path(game.path)).get("walkthrough")
-    except UnplayableGame:  # since it was played
-        return None
+    solution = _read_game(Path(game.path)).get("walkthrough")
     return len(solution) if isinstance(solution, list) and solution else None
 
 

@@ -39,7 +39,7 @@ from itp.lm.scheduler import BatchBarrier
 from itp.model_card import prompt_settings
 from itp.models import load_world_model
 from itp.pretrained import model_fingerprint
-from itp.rollout import check_all_played
+from itp.rollout import LeftOut
 from itp.run_dir import open_run_dir
 from itp.seeding import derive_seed
 from itp.training import hub
@@ -133,12 +133,12 @@ class A2C:
         if self.settings.push_to_hub and is_first_process():
             hub.push(self.folder.path / "last", self.settings.push_to_hub)
         self.folder.finish(dataclasses.asdict(self.progress) | {"peak_memory_bytes": peak_memory()})
-        faults = self.processes.gather(self.player.faults)
+        broken = self.processes.gather(self.player.left_out.broken)
         if is_first_process():
             done = self.progress
             print(f"{done.episodes} episodes, {done.update} updates in {done.seconds / 60:.1f} min; best held-out "
                   f"success {max(done.best, 0):.3f}; {self.folder.path}/last, {self.folder.path}/best")
-            check_all_played(faults, "the training is finished without them")
+            LeftOut(broken=broken).check_none_broken("the training is finished without them")
 
     def unfinished(self) -> bool:
         """There are episodes to play, and time is left: by the first process's clock, for all alike."""

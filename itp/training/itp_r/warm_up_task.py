@@ -120,9 +120,10 @@ class WarmUpTask(TextTask):
         encode, ctrl = Encoder(tokenizer), tokenizer.convert_tokens_to_ids(CTRL)
         budget = PromptBudget(prompt_tokens(settings.max_seq_len, "action", settings.env), settings.max_seq_len,
                               encode.count)
+        encode.check_line_breaks()
         for step in self.steps:
             counts["examples"] += 1
-            target = encode(action_target(step.action))
+            target = encode.continuation(action_target(step.action))
 
             def render(state: State, foresight: str = step.foresight) -> str:
                 return policy_prompt(state.render(), form=form, foresight=foresight)
