@@ -118,8 +118,8 @@ class LeftOut:
         """Raises UserError where games were broken, which names them: at the end of a run."""
         if found := list(dict.fromkeys(self.broken)):
             more = f"; and {len(found) - BROKEN_SHOWN} more (see the warnings above)" * (len(found) > BROKEN_SHOWN)
-            raise UserError(f"{len(found)} left out: {'; '.join(found[:BROKEN_SHOWN])}{more}; the others are played, and "
-                            f"{what_now}")
+            raise UserError(f"{len(found)} left out: {'; '.join(found[:BROKEN_SHOWN])}{more}; the others are played, "
+                            f"and {what_now}")
 
 
 async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
