@@ -188,6 +188,22 @@ def test_repeated_steps_write_what_single_ones_do(tmp_path: Path, dtype: str) ->
     assert alike == len(single) if dtype == "fp32" else alike > len(single) // 2  # rounding may turn a choice
 
 
+def test_a_model_that_no_graph_can_repeat_is_computed_step_by_step(tmp_path: Path, caplog) -> None:
+    folder = str(write_tiny_model(tmp_path / "model"))
+
+    async def write(spoil: bool) -> list[str]:
+        lm = LocalLM.load(folder, device="cuda", dtype="fp32")
+        if spoil:  # what PEFT does for tokens that it trains
+            lm.model.register_forward_pre_hook(lambda *_: torch.tensor([1]).to("cuda"))
+        answers = await lm.generate(PROMPTS, GenParams(max_new_tokens=30))
+        assert lm.engine.memory.graphs != spoil
+        await lm.close()
+        return [answer.text for answer in answers]
+
+    assert asyncio.run(write(True)) == asyncio.run(write(False))
+    assert "without CUDA graphs" in caplog.text
+
+
 @pytest.mark.parametrize("devices", [
     ("cuda:0", "cuda:0"),
     pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two")),

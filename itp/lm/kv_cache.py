@@ -7,6 +7,7 @@ shape (B, 1, S, T) and explicit positions make every row attend to exactly the t
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from itp.lm.decode_graph import COLUMNS, FIRST_STEPS, DecodeGraph
 
+log = logging.getLogger(__name__)
 KVSegment = torch.Tensor
 """Keys and values of some consecutive tokens: (layers, 2, heads, tokens, head size)."""
 
@@ -217,24 +219,30 @@ class KVBatch:
         """
         one_each = len(new) == len(self.lengths) and all(len(ids) == 1 for ids in new)
         self._steps = self._steps + 1 if one_each else 0
-        if self._memory.graphs and self._steps > FIRST_STEPS:
-            return self._repeat([ids[0] for ids in new])
-        return self.model(**self._inputs(new), logits_to_keep=keep).logits
-
-    def _repeat(self, tokens: Sequence[int]) -> torch.Tensor:
-        """:meth:`forward` of one token each, by a CUDA graph."""
-        used = max(self.lengths) + 1
-        if self._graph is None or not self._graph.fits(len(tokens), used):
-            columns = min(-(-(used + COLUMNS // 2) // COLUMNS) * COLUMNS, self.columns)
-            self._graph = DecodeGraph(self.model, len(tokens), columns, self.columns - 1, self._memory.graph)
-            self.places = self._graph.places
-            self._graph.make(self.cache)
-            self._memory.graph = self._graph
-        logits = self._graph.step(tokens, self.lengths)
+        graph = self._graph_for(len(new)) if self._steps > FIRST_STEPS and self._memory.graphs else None
+        if graph is None:
+            return self.model(**self._inputs(new), logits_to_keep=keep).logits
+        logits = graph.step([ids[0] for ids in new], self.lengths)
         self.lengths = [n + 1 for n in self.lengths]
         self._memory.passes += 1
         self._memory.tokens_read += sum(self.lengths)
         return logits
+
+    def _graph_for(self, rows: int) -> DecodeGraph | None:
+        """A graph of the next step; None where the model has something in it that no graph can repeat."""
+        used = max(self.lengths) + 1
+        if self._graph is None or not self._graph.fits(rows, used):
+            columns = min(-(-(used + COLUMNS // 2) // COLUMNS) * COLUMNS, self.columns)
+            graph = DecodeGraph(self.model, rows, columns, self.columns - 1, self._memory.graph)
+            self.places = graph.places
+            try:
+                graph.make(self.cache)
+            except RuntimeError as error:
+                log.warning("decoding goes on without CUDA graphs: %s", str(error).partition("\n")[0])
+                self._memory.graphs = False
+                return None
+            self._graph = self._memory.graph = graph
+        return self._graph
 
     def hidden(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append like :meth:`forward`.  Returns the last hidden state (B, H) of each row, behind the final norm."""

@@ -48,7 +48,8 @@ _SAID = re.compile(
     r"(?:i\s*(?:['’]ll|['’]d|will|would|should|shall|must|need to|want to|have to|am going to|['’]m going to|"
     r"choose to)"
     r"(?:\s+(?:now|first|then|next|like to|try to))*|let me|let['’]s|let us|we should|we will|"
-    r"(?:the|my) (?:(?:next|best) )*(?:action|command|step|move) (?:is|would be|should be)(?: to)?:?)\s+", re.IGNORECASE)
+    r"(?:the|my) (?:(?:next|best) )*(?:action|command|step|move) (?:is|would be|should be)(?: to)?:?)\s+",
+    re.IGNORECASE)
 """The beginning of a sentence that says what the speaker does next."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = rf"(?<![\w.-])(\d+|{'|'.join(_NUMBERS)})(?!\w)"

@@ -229,8 +229,9 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
         log.info("going on after update %d of %s", progress.update, folder.path)
     folder.rewind(progress.update if state else -1)
     barrier = BatchBarrier()
+    # No graph can repeat a policy with adapters: in every pass PEFT copies the control token's index from the CPU.
     lm = LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name="policy", barrier=barrier,
-                 **settings.fixed_engine)
+                 **settings.fixed_engine | {"cuda_graphs": settings.cuda_graphs and not settings.lora_r})
     world_model = None
     if settings.fixed_k != 0:
         world_model = load_world_model(
