@@ -27,6 +27,8 @@ from itp.files import read_json
 from itp.games import Game
 from itp.methods.actors import RandomWalk
 from itp.rollout import BROKEN_SHOWN, LeftOut, run_episodes
+from itp.training.itp_r import a2c
+from tests.rl_runs import metrics, settings, write_models
 from tests.tiny import write_tiny_model
 from world_model import collect
 from world_model.consistency import consistency
@@ -230,3 +232,15 @@ def test_many_faults_are_one_line_of_bounded_length() -> None:
     with pytest.raises(UserError, match="^30 left out: 0; 1; .*; and 20 more") as raised:
         LeftOut(broken=[str(n) for n in range(30)] * 2).check_none_broken()
     assert f"; {BROKEN_SHOWN};" not in str(raised.value)
+
+
+def test_stage_3_learns_from_the_other_games_and_names_the_broken_one(games_root: Path, games: Path,
+                                                                      tmp_path: Path) -> None:
+    chosen = settings(write_models(tmp_path, games_root), games, tmp_path / "out", eval_every=0, episodes_per_epoch=6,
+                      episodes_per_update=3, report_to="none")
+    broken = files(games)[0]
+    change(broken, FAULTS["no problem"])
+    with pytest.raises(UserError, match=f"1 left out: {broken}: .*the training is finished without them"):
+        a2c.run(chosen)
+    rows = metrics(tmp_path / "out")
+    assert len(rows) == 2 and (tmp_path / "out" / "metrics.json").is_file()
