@@ -7,14 +7,13 @@ record in ``timing.jsonl``, one line for every time that the program ran (a kill
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from foresight_eval.statistics import percentile
 from itp.devices import peak_memory
-from itp.files import read_records
+from itp.files import append_row, read_appended
 from itp.run_dir import TIMING
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
@@ -43,7 +42,7 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
     fields = {"seconds": (int, float), "processes": int, "episodes": int, "peak_memory_bytes": dict}
-    sessions = read_records(folder / TIMING, fields) if (folder / TIMING).exists() else []
+    sessions = read_appended(folder / TIMING, fields)
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
@@ -66,8 +65,7 @@ def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str,
 
 
 def record_session(folder: Path, *, episodes: int, steps: int, seconds: float, processes: int) -> None:
-    """Add this process's figures to ``timing.jsonl``: one write, so that processes that share it don't mix lines."""
+    """Add this process's figures to ``timing.jsonl``."""
     session = {"episodes": episodes, "steps": steps, "seconds": round(seconds, 3), "processes": processes,
                "peak_memory_bytes": peak_memory()}
-    with open(folder / TIMING, "a", encoding="utf-8") as file:
-        file.write(json.dumps(session) + "\n")
+    append_row(folder / TIMING, session)

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foresight_eval.record_check import read_record
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
+from itp.errors import UserError
 from itp.files import read_object, short_names, write_json
 from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
+from itp.run_dir import RECORD
 from itp.text.state import ACTION, OBSERVATION, State
 
 BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
@@ -25,6 +28,9 @@ SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
     name for settings in (AlfworldSettings, SciworldSettings)
     for name in flags_that(settings, lambda about: about.selects_games)))
 """Settings by which two results are those of the same policy on the same games; not every program has all."""
+
+
+NO_RESULTS = "not a result folder (no config.json of an evaluation); give what --out_dir named"
 
 
 def bucket(task_type: str) -> str:
@@ -47,10 +53,14 @@ def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
 
 
 def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
-    """All finished games of a result folder, by index."""
-    files = sorted((f for f in folder.glob("*.json") if f.stem.isdigit()), key=lambda f: int(f.stem))
-    fields = {"meta": dict, "foresight_steps": list}
-    return {int(f.stem): read_object(f, fields, "delete it, and the same command plays this game again") for f in files}
+    """All finished games of a result folder, by index.  Raises UserError for a file that isn't the record of one."""
+    return {index: read_record(file) for index, file in episode_files(folder).items()}
+
+
+def episode_files(folder: Path) -> dict[int, Path]:
+    """The files of finished games, by index."""
+    files = {int(file.stem): file for file in folder.glob("*.json") if file.stem.isdecimal()}
+    return dict(sorted(files.items()))
 
 
 @dataclass(frozen=True)
@@ -130,13 +140,23 @@ def mean_k_by_golden_steps(result: Result) -> dict[int, list[float]]:
     return by_length
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """What an evaluation was made with, by the flags' own names.  Raises UserError where that isn't on record."""
+    record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if not isinstance(record.get("config"), dict) or "method" not in record["config"]:
+        raise UserError(f"{folder}: {NO_RESULTS}")
+    config = by_own_names(record["config"], AlfworldSettings, SciworldSettings)
+    if missing := [name for name in ("fixed_k", "disable_wm", "max_k") if name not in config]:
+        raise UserError(f"{folder}: {NO_RESULTS} ({RECORD} has no {', '.join(missing)})")
+    return config
+
+
 def read_results(folders: Sequence[Path]) -> list[Result]:
     """Result folders that have their ``summary.json``, by names that tell them apart.
 
     The summary's cost is that of ``cost.json``.
     """
-    records = [read_object(folder / "config.json", {"config": dict}) for folder in folders]
-    configs = [by_own_names(record["config"], AlfworldSettings, SciworldSettings) for record in records]
+    configs = [read_config(folder) for folder in folders]
     return [Result(name, config, _summary(folder), read_episodes(folder))
             for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
 
@@ -153,7 +173,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "steps": len(episode.steps),
             "reward": sum(step.reward for step in episode.steps),
             "score": episode.score,
-            "finished": episode.reason not in ("step_limit", "env_died", "prompt_too_long"),
+            "finished": episode.reason not in ("step_limit", "prompt_too_long"),
             "success": episode.success,
             "terminate_reason": episode.reason,
             "error": game.path,

@@ -21,10 +21,11 @@ from foresight_eval.summary import log_line, write_summary
 from itp.distributed import Ranks, rank_devices
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
+from itp.files import append_line, check_output_folder
 from itp.games import Game, spread
 from itp.lm.scheduler import BatchBarrier
 from itp.program import progress_bar
-from itp.rollout import run_episodes
+from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import open_run_dir
 
 log = logging.getLogger(__name__)
@@ -51,13 +52,12 @@ async def evaluate(settings: EvalSettings) -> None:
     missing = [i for i in chosen if not is_finished(folder, i)]
     if ranks.first:
         log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
-    lost = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else []
-    everyones = await ranks.finished(len(lost))
-    if everyones:
-        raise UserError(f"{everyones} games lost their environment process again and again ({', '.join(lost[:3])}); "
-                        "start the same command again to play them")
+    mine = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else LeftOut()
+    left_out = LeftOut(**await ranks.finished(dataclasses.asdict(mine)))
+    left_out.check_none_lost("games")
     if ranks.first:
         finish(folder)
+        left_out.check_none_broken()
 
 
 def choose_games(n: int, settings: EvalSettings) -> list[int]:
@@ -83,9 +83,10 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
 def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
     """The result folder, with this configuration and the identity of the models on record."""
     folder = Path(plan.settings.out_dir)
+    check_output_folder(folder)
     if start_anew:  # first: a run killed in between must not leave old results under a new configuration
-        for index in results.read_episodes(folder):
-            (folder / f"{index}.json").unlink()
+        for file in results.episode_files(folder).values():
+            file.unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
     return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",),
                         redo=functools.partial(forget_shortened, folder))
@@ -111,8 +112,8 @@ def is_finished(folder: Path, index: int) -> bool:
     return (folder / f"{index}.json").exists()
 
 
-async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> list[str]:
-    """Play this process's share of ``games``, of which ``missing`` aren't finished; the ids of those lost."""
+async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> LeftOut:
+    """Play this process's share of ``games``, of which ``missing`` aren't finished; what was left out."""
     settings, barrier = plan.settings, BatchBarrier()
     pairs = plan.uses_world_model and plan.policy_server is plan.wm_server is None
     policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
@@ -133,14 +134,14 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
                 record.add(episode)
     finally:
         seconds = time.monotonic() - start
-        cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
-                            processes=ranks.count)
         await pool.close()
         await policy.lm.close()
         if world_model:
             await world_model.lm.close()
+        cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
+                            processes=ranks.count)
     log.info("%d steps in %.1f s: %.1f steps/s", record.steps, seconds, record.steps / seconds)
-    return record.lost
+    return record.left_out
 
 
 @dataclasses.dataclass
@@ -151,30 +152,31 @@ class Recorder:
     games: Mapping[int, Game]
     episodes: int = 0
     steps: int = 0
-    lost: list[str] = dataclasses.field(default_factory=list)
-    """Games whose environment died again and again: they have no file, so that the next run plays them."""
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
+    """Games that weren't played: they have no file, so that the next run plays them."""
 
     def __post_init__(self) -> None:
         self._index = {game.game_id: i for i, game in self.games.items()}
 
     def add(self, episode: results.Episode) -> None:
-        if episode.reason == "env_died":
-            self.lost.append(episode.game.game_id)
+        if self.left_out.takes(episode):
             return
         i = self._index[episode.game.game_id]
         record = results.write_episode(self.folder, i, episode)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log_file:
-            log_file.write(log_line(i, record["meta"]) + "\n")
+        append_line(self.folder / "log.txt", log_line(i, record["meta"]))
         self.episodes, self.steps = self.episodes + 1, self.steps + len(episode.steps)
 
 
 def finish(folder: Path) -> None:
     """Write and print the summary; say what went wrong on the way, and what would mend it."""
     summary = write_summary(folder)
-    print(overview(results.read_results([folder])))
-    if too_long := summary["endings"].get("prompt_too_long"):
-        log.warning("%d episodes ended because a prompt was longer than the model's context: imagine fewer steps "
-                    "(--max_k), or let answers be shorter (--act_tokens, --wm_max_new_tokens)", too_long)
+    (result,) = results.read_results([folder])
+    print(overview([result]))
+    if too_long := [meta["game_id"] for meta in result.metas if meta["terminate_reason"] == "prompt_too_long"]:
+        log.warning("%d episodes ended because a prompt was longer than the model's context (%s), and count as no "
+                    "success: imagine fewer steps (--max_k), let answers be shorter (--act_tokens, "
+                    "--wm_max_new_tokens), or give prompts less history (--history_keep_steps), with another --out_dir",
+                    len(too_long), ", ".join(too_long[:3]) + ", ..." * (len(too_long) > 3))
     if summary["shortened_prompts"]:
         log.warning("%d prompts lost their oldest steps, since they were beyond --max_seq_len or the model's context",
                     summary["shortened_prompts"])

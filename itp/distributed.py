@@ -138,12 +138,13 @@ class Ranks:
         while (i := self._store.add("taken", 1) - 1) < len(things):
             yield things[i]
 
-    async def finished(self, lost: int) -> int:
-        """What all processes lost together, in the first process once all have finished; 0 in the others."""
+    async def finished(self, found: dict[str, list[str]]) -> dict[str, list[str]]:
+        """What all processes found, in the first process once all have finished; nothing in the others."""
         if self.count == 1:
-            return lost
-        self._store.add("lost", lost)
+            return found
+        self._store.set(f"found/{self.rank}", json.dumps(found))
         self._store.add("finished", 1)
         while self.first and self._store.add("finished", 0) < self.count:
             await asyncio.sleep(POLL_S)
-        return self._store.add("lost", 0) if self.first else 0
+        everyones = [json.loads(self._store.get(f"found/{rank}")) for rank in range(self.count)] if self.first else []
+        return {name: [one for each in everyones for one in each[name]] for name in found}

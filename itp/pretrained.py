@@ -9,9 +9,14 @@ from pathlib import Path
 
 from itp.devices import resolve_device, resolve_dtype
 from itp.errors import UserError
+from itp.files import read_json, refusal
 
 SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
 """Files that hold the prompt format and the heads.  Besides them, only weights and tokenizer are read."""
+ADAPTER = "adapter_config.json"
+"""PEFT's file in a folder that holds an adapter."""
+IS_ADAPTER = "holds a LoRA adapter, which isn't a whole model"
+MERGE_IT = "merge it with its base model first (PEFT's merge_and_unload; programs here do so with --merge)"
 TRUST_REMOTE_CODE = "ITP_TRUST_REMOTE_CODE"
 MASKED_ATTENTION = ("eager", "sdpa")
 """Implementations of attention that take a mask of any form."""
@@ -21,8 +26,7 @@ def check_model_path(model_path: str) -> None:
     """Raises UserError where ``model_path`` is neither a model folder nor a model that the hub has."""
     path = Path(model_path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{model_path}: no config.json in this folder; give a Hugging Face model folder")
+        _check_whole(path)
         return
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
         raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
@@ -32,11 +36,47 @@ def check_model_path(model_path: str) -> None:
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             _reach(huggingface_hub.constants.ENDPOINT)  # the hub's client retries for half a minute
-        huggingface_hub.snapshot_download(model_path, allow_patterns=SMALL_FILES)
+        there = Path(huggingface_hub.snapshot_download(model_path, allow_patterns=SMALL_FILES))
+        if (there / ADAPTER).is_file() and not (there / "config.json").is_file():
+            raise UserError(f"{model_path}: {IS_ADAPTER}; {MERGE_IT}")
     except (OSError, ValueError) as error:
+        if why := refusal(error):
+            raise UserError(f"{model_path}: no such folder, and nothing can be fetched from the Hugging Face hub: its "
+                            f"cache can't be written ({why}); set HF_HOME to a folder that can") from error
         if not (model_folder(model_path) / "config.json").is_file():
             raise UserError(f"{model_path}: no such folder, and the Hugging Face hub gave no such model "
                             f"({type(error).__name__}); check the name and the network") from error
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises UserError for a folder without a model, and for what a training leaves beside its model."""
+    weights = any(file for kind in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
+    otherwise = "give a Hugging Face model folder"
+    if (folder / ADAPTER).is_file() and not weights:
+        what, otherwise = IS_ADAPTER, MERGE_IT
+    elif not (folder / "config.json").is_file():
+        what = "no config.json in this folder"
+    elif _is_record(folder / "config.json"):
+        what = "the folder of a run, and not of its model"
+    else:
+        return
+    places = (folder / "merged_full", folder / "last", folder.parent / "merged_full", folder.parent)
+    model = next((place for place in places if _is_model(place)), None)
+    raise UserError(f"{folder}: {what}; {f'give {model}' if model else otherwise}")
+
+
+def _is_model(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and not _is_record(config) and not (folder / ADAPTER).is_file()
+
+
+def _is_record(config: Path) -> bool:
+    """Whether it is a program's record (:mod:`itp.run_dir`) rather than a model's configuration."""
+    try:
+        found = read_json(config)
+    except (UserError, ValueError):  # transformers says what is wrong with it
+        return False
+    return isinstance(found, dict) and {"config", "versions"} <= found.keys()
 
 
 def model_folder(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from itp.errors import UserError
+from itp.files import refusal
 
 
 def _keep_freed_memory() -> None:
@@ -50,7 +51,7 @@ class _WithoutSecrets(logging.Formatter):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program: a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a program: a UserError, or what the disk refuses, is one line on stderr and exit status 2; Ctrl-C is 130."""
     # Threads that wait leave the cores to those that have work: models and environments share them.  torch
     # reads it when it is imported, which no program has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,6 +65,11 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a file that no one thought of, such as the standard output on a full disk
+        if not refusal(error):
+            raise
+        print(f"error: {error.filename or 'output'}: {refusal(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)

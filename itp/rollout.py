@@ -16,7 +16,7 @@ from typing import Any
 
 from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
-from itp.errors import PromptTooLong
+from itp.errors import PromptTooLong, UnplayableGame, UserError
 from itp.games import Game
 from itp.lm.base import Usage, metered
 from itp.lm.scheduler import BatchBarrier
@@ -31,6 +31,9 @@ MAX_RESTARTS = 3
 
 AHEAD = 2
 """Games that are loaded while others are played, so that no model waits for that."""
+
+BROKEN_SHOWN = 10
+"""Broken games, as many as an error names."""
 
 Seat = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 """What an episode holds while it is played."""
@@ -58,8 +61,8 @@ class Step:
 class Episode:
     """A finished episode.
 
-    ``reason``: success, step_limit, env_died, prompt_too_long, or how the engine ended it (engine_end where there is
-    one way only).
+    ``reason``: success, step_limit, prompt_too_long, or how the engine ended it (engine_end where there is one way
+    only).  env_died and unplayable: nothing was played, see :class:`LeftOut`.
     """
 
     game: Game
@@ -70,6 +73,8 @@ class Episode:
     restarts: int = 0
     unfinished: dict[str, Usage] = field(default_factory=dict)
     """What was asked of each model for an action that wasn't chosen, because a prompt was too long."""
+    fault: str = ""
+    """Why the game is unplayable."""
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -82,6 +87,41 @@ class Episode:
         return total
 
 
+@dataclass
+class LeftOut:
+    """Games of a run that weren't played.
+
+    ``lost``: those whose environment died again and again, by their ids.  ``broken``: why the others can't be played.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def takes(self, episode: Episode) -> bool:
+        """Whether nothing was played in ``episode``, which is noted then."""
+        if episode.reason == "env_died":
+            self.lost.append(episode.game.game_id)
+        elif episode.reason == "unplayable":
+            self.broken.append(episode.fault)
+        return episode.reason in ("env_died", "unplayable")
+
+    def check_none_lost(self, what: str) -> None:
+        """Raises UserError where games were lost, before anything is made of the others: they only need another try.
+
+        ``what`` they are called.
+        """
+        if self.lost:
+            raise UserError(f"{len(self.lost)} {what} lost their environment process again and again "
+                            f"({', '.join(self.lost[:3])}); start the same command again to play them")
+
+    def check_none_broken(self, what_now: str = "the same command plays them once they are mended") -> None:
+        """Raises UserError where games were broken, which names them: at the end of a run."""
+        if found := list(dict.fromkeys(self.broken)):
+            more = f"; and {len(found) - BROKEN_SHOWN} more (see the warnings above)" * (len(found) > BROKEN_SHOWN)
+            raise UserError(f"{len(found)} left out: {'; '.join(found[:BROKEN_SHOWN])}{more}; the others are played, "
+                            f"and {what_now}")
+
+
 async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
                        concurrency: int, barrier: BatchBarrier | None = None) -> AsyncIterator[Episode]:
     """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
@@ -91,7 +131,7 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
 
     The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
     the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
-    as no success; any other error of a method ends the run.
+    as no success.  A broken game is left out (:class:`LeftOut`).  Any other error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -145,6 +185,9 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
         except EnvDied as died:
             log.warning("%s: %s; starting the episode again", game.game_id, died)
             continue
+        except UnplayableGame as error:
+            log.warning("left out: %s", error)
+            return Episode(game, reason="unplayable", restarts=restarts, fault=str(error))
         episode.restarts = restarts
         return episode
     return Episode(game, reason="env_died", restarts=MAX_RESTARTS)

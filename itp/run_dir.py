@@ -15,7 +15,7 @@ from typing import Any
 
 from itp.config import by_own_names, flag_fields, flags_that
 from itp.errors import UserError
-from itp.files import read_object, write_json
+from itp.files import append_row, check_output_folder, read_object, write_json, writing
 
 
 def versions() -> dict[str, str]:
@@ -38,6 +38,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+RECORD = "config.json"
+"""In the output folder of a program: its settings and versions."""
+
+
+def recorded(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` in a run's folder holds.  Raises UserError where that isn't the record of a run."""
+    return read_object(Path(folder) / RECORD, {"config": dict}, "it isn't the record of a run; choose another output "
+                       "path, or delete it where all in its folder is of one configuration")
+
+
 def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any] | None = None, override: bool = False,
                  may_grow: tuple[str, ...] = (), redo: Callable[[], None] | None = None) -> Path:
     """Make ``out_dir`` this run's: write ``config.json`` there, or check that it is the same run's.
@@ -49,26 +59,28 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     record; what else the folder holds is the caller's to remove.  Returns the path.
     """
     out_dir = Path(out_dir)
-    record = out_dir / "config.json"
+    check_output_folder(out_dir)
+    record = out_dir / RECORD
     # Of settings that aren't flags nothing is recorded: the program sets them itself.
     flags = {field.name: getattr(settings, field.name) for field in flag_fields(type(settings))}
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
-        written = read_object(record, {"config": dict}, "it isn't the record of a run; choose another output path")
-        recorded = by_own_names(written["config"], type(settings))
-        grown = {k: wanted[k] for k in may_grow if k in recorded and _grew(recorded[k], wanted[k])}
+        written = recorded(out_dir)
+        there = by_own_names(written["config"], type(settings))
+        grown = {k: wanted[k] for k in may_grow if k in there and _grew(there[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()
-        differing = [name for name in sorted(compared) if not _same(recorded.get(name), wanted[name])]
+        differing = [name for name in sorted(compared) if not _same(there.get(name), wanted[name])]
         if differing:
-            said = ", ".join(f"{k}: {recorded.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+            said = ", ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
             raise UserError(f"{out_dir} holds results of another configuration ({said}); "
                             "choose another output path, or --override to start it anew")
         if grown:
             if redo is not None:  # before the record: after a kill in between, it is called again
                 redo()
-            write_json(record, written | {"config": recorded | grown})
+            write_json(record, written | {"config": there | grown})
         return out_dir
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})
     return out_dir
 
@@ -94,5 +106,4 @@ def timed(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with open(Path(folder) / TIMING, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"seconds": round(time.monotonic() - start, 3)}) + "\n")
+        append_row(Path(folder) / TIMING, {"seconds": round(time.monotonic() - start, 3)})

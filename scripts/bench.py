@@ -44,7 +44,7 @@ from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
-from itp.files import write_json
+from itp.files import check_output_file, write_json
 from itp.games import Game, spread
 from itp.lm.base import LM, GenParams, metered
 from itp.lm.local import LocalLM
@@ -52,6 +52,7 @@ from itp.lm.memory_budget import EngineFlags, kv_bytes
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import PolicyMethod
 from itp.models import load_policy, load_world_model
+from itp.pretrained import check_model_path
 from itp.program import run_main
 from itp.rollout import Episode, run_episodes
 from itp.run_dir import versions
@@ -120,6 +121,8 @@ class Pass:
 def main() -> None:
     settings = parse_settings(BenchSettings, prog="python scripts/bench.py", description=__doc__)
     parts, numbers = check(settings)
+    if settings.out_json:
+        check_output_file(settings.out_json)
     games = spread(list_games(settings.split, settings.env_data_root), settings.games)
 
     import torch
@@ -162,6 +165,8 @@ def check(settings: BenchSettings) -> tuple[list[str], list[int]]:
         numbers = []
     if not numbers or min(numbers) < 1:
         raise UserError(f"--concurrency {settings.concurrency!r}: give numbers from 1 on, such as 1,4,16")
+    for model in filter(None, (settings.policy_model, settings.wm_model, settings.heads_model)):
+        check_model_path(model)
     return parts, numbers
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from itp.config import flag, parse_settings
 from itp.devices import DTYPES, resolve_dtype
+from itp.files import writing
 from itp.model_card import MODEL_CARD, ModelCard
 from itp.pretrained import load_tokenizer
 from itp.program import run_main
@@ -65,14 +67,20 @@ def write(settings: RandomModelSettings) -> None:
         from itp.agent.policy_with_heads import PolicyWithHeads
 
         card = ModelCard.read(settings.tokenizer) or ModelCard()
-        PolicyWithHeads.create(model, tokenizer, settings.max_k, card).save_pretrained(settings.out_dir, tokenizer)
+        with writing(settings.out_dir):
+            PolicyWithHeads.create(model, tokenizer, settings.max_k, card).save_pretrained(settings.out_dir, tokenizer)
     else:
-        model.save_pretrained(settings.out_dir)
-        tokenizer.save_pretrained(settings.out_dir)
-        card = Path(settings.tokenizer) / MODEL_CARD
-        if card.is_file():
-            shutil.copy(card, settings.out_dir)
+        with writing(settings.out_dir):
+            _save(settings, model, tokenizer)
     print(f"{settings.out_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million random weights")
+
+
+def _save(settings: RandomModelSettings, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(settings.out_dir)
+    tokenizer.save_pretrained(settings.out_dir)
+    card = Path(settings.tokenizer) / MODEL_CARD
+    if card.is_file():
+        shutil.copy(card, settings.out_dir)
 
 
 if __name__ == "__main__":

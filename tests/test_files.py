@@ -90,6 +90,9 @@ def test_files_that_only_look_like_rows(tmp_path: Path) -> None:
         parse_settings(Settings, ["--config", str(path)])
 
 
+GAME = {"conversations": [], "foresight_steps": [], "meta": {
+    "game_id": "g", "split": "train", "task_type": "look", "success": True, "score": 100.0, "reward": 1.0, "steps": 0,
+    "terminate_reason": "success", "unparsed_actions": 0, "restarts": 0, "usage": {}}}
 CARD = {"prompt_style": "tuned", "turns": {"head": "<user>", "tail": "<model>"}}
 
 
@@ -97,7 +100,7 @@ CARD = {"prompt_style": "tuned", "turns": {"head": "<user>", "tail": "<model>"}}
     (MODEL_CARD, CARD, [[], CARD | {"turns": {"head": "x"}}, CARD | {"turns": "x"}, CARD | {"control": 1}]),
     (HEADS_CONFIG, {"kmax": 5}, [[], {}, {"kmax": None}, {"kmax": "5"}]),
     ("config.json", {"config": {}}, [[], {}, {"config": []}]),
-    ("7.json", {"meta": {}, "foresight_steps": []}, [[], {}, {"meta": {}}]),
+    ("7.json", GAME, [[], {}, {"meta": {}}, GAME | {"meta": {}}, GAME | {"foresight_steps": [{}]}]),
     ("checkpoint-5/complete.json", {"sizes": {}}, [[], {}, {"sizes": 3}]),
 ])
 def test_records_that_are_none_are_one_line(tmp_path: Path, name: str, good: Any, bad: list[Any]) -> None:

@@ -15,13 +15,16 @@ from itp.agent.prompt_budget import PromptBudget
 from itp.errors import PromptTooLong, UserError
 from itp.files import read_json, write_json
 from itp.lm.base import GenParams
+from itp.lm.local import context_of
+from itp.lm.openai import _says_too_long
 from itp.model_card import ModelCard
-from itp.models import load_policy
+from itp.models import load_policy, load_world_model
 from itp.text.state import State
 from itp.training.itp_r import label
 from itp.training.itp_r.label_settings import LabelSettings
 from itp.transitions import Transition, write_transitions
 from tests.tiny import write_tiny_model
+from world_model.fidelity import measure, measure_depth
 
 CONTEXT = 100
 
@@ -150,3 +153,70 @@ def test_games_of_a_smaller_budget_are_played_again_where_it_cut(games_root: Pat
     assert len(read_episodes(tmp_path / "grown")) == len(small)
     grown = played("grown", 0)  # as much as the context holds
     assert grown == played("fresh", 0) and not any(shortened for shortened, _ in grown.values())
+
+
+# ---------------------------------------------------------------- where the context's length stands, and who says so
+
+
+@pytest.mark.parametrize("kind, options, context", [
+    ("llama", {"max_position_embeddings": 64}, 64),
+    ("gpt2", {"n_positions": 64}, 64),
+    ("mpt", {"max_seq_len": 64}, 64),
+    ("mistral", {"max_position_embeddings": 64, "sliding_window": 32}, 32),
+    ("gemma3", {"text_config": {"max_position_embeddings": 64, "sliding_window": 4096}}, 64),
+    ("bloom", {}, None),
+])
+def test_the_context_of_a_model_family(kind: str, options: dict, context: int | None) -> None:
+    from transformers import AutoConfig
+
+    assert context_of(AutoConfig.for_model(kind, **options)) == context
+
+
+@pytest.mark.parametrize("status, said, too_long", [
+    (400, "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens", True),
+    (400, "the request exceeds the available context size, try increasing it", True),
+    (400, "Your input exceeds the context window of this model", True),
+    (413, "prompt is too long: 5000 tokens > 4096 maximum", True),
+    (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096", True),
+    (400, "temperature must be positive", False),
+    (500, "maximum context length", False),
+])
+def test_what_servers_say_of_long_prompts(status: int, said: str, too_long: bool) -> None:
+    import httpx
+    import openai
+
+    answer = httpx.Response(status, request=httpx.Request("POST", "http://127.0.0.1"))
+    assert _says_too_long(openai.APIStatusError("refused", response=answer, body={"message": said})) is too_long
+
+
+def test_fidelity_leaves_such_rows_out(short_model: str) -> None:
+    short, long = State("put a plate in fridge", "You are in a room."), State("put a plate", "You see a mug 2, " * 100)
+    rows = [Transition(name, 0, state.render(), "look", "You see.") for name, state in (("a", short), ("b", long))]
+
+    async def figures(chosen: list[Transition]) -> tuple[dict, dict]:
+        world_model = load_world_model(short_model, max_new_tokens=4)
+        try:
+            return await measure(world_model, chosen), await measure_depth(world_model, [[t] for t in chosen])
+        finally:
+            await world_model.lm.close()
+
+    both, alone = asyncio.run(figures(rows)), asyncio.run(figures(rows[:1]))
+    assert both == alone and both[0]["all"]["n"] == both[1][1]["n"] == 1
+    with pytest.raises(PromptTooLong):
+        asyncio.run(figures(rows[1:]))
+
+
+def test_a_rollout_ends_where_the_context_does(short_model: str) -> None:
+    state = State("put a plate in fridge", "You are in a room.")
+    later = State("put a plate in fridge", "You see a mug 2, " * 15)
+    window = [Transition("a", t, state.render(), "look", "You see.") for t in range(2)]
+
+    class Growing:
+        """A world model whose predictions are too long for its next prompt."""
+
+        async def step(self, states: list[State], actions: list[str]) -> list[str]:
+            if any(s.history for s in states):
+                raise PromptTooLong("a prompt of 200 tokens")
+            return [later.first] * len(states)
+
+    assert list(asyncio.run(measure_depth(Growing(), [window]))) == [1]

@@ -29,8 +29,8 @@ from itp.config import flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.registry import EnvFlags, engine_of, games_of, goals_of
-from itp.errors import UserError
-from itp.files import read_appended, write_json
+from itp.errors import UnplayableGame, UserError
+from itp.files import check_output_folder, read_appended, write_json, writing
 from itp.games import Game
 from itp.lm.memory_budget import EngineFlags
 from itp.lm.scheduler import BatchBarrier
@@ -42,7 +42,7 @@ from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar, run_main
-from itp.rollout import Episode, run_episodes
+from itp.rollout import Episode, LeftOut, run_episodes
 from itp.run_dir import TIMING, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text import dialogues
@@ -92,14 +92,16 @@ def main() -> None:
     settings = parse_settings(CollectSettings, prog="python -m world_model.collect", description=__doc__)
     check(settings)
     out = open_folder(settings)
-    games = _episode_games(settings)
-    episodes = play_missing(settings, games, out)
-    write(settings, games, episodes, out)
+    games, left_out = _episode_games(settings), LeftOut()
+    episodes = play_missing(settings, games, out, left_out)
+    write(settings, games, episodes, out, left_out)
+    left_out.check_none_broken()
 
 
 def open_folder(settings: CollectSettings) -> Path:
     """The output folder, with this configuration and its models on record."""
     out, server = Path(settings.out_dir), server_of(settings, "policy")
+    check_output_folder(out)
     if settings.override:  # first: a run killed in between must not leave old episodes under a new configuration
         (out / EPISODES).unlink(missing_ok=True)
         (out / TIMING).unlink(missing_ok=True)
@@ -109,10 +111,12 @@ def open_folder(settings: CollectSettings) -> Path:
     return open_run_dir(out, settings, facts=facts, override=settings.override)
 
 
-def play_missing(settings: CollectSettings, games: Sequence[Game], out: Path) -> dict[str, list[Transition]]:
+def play_missing(settings: CollectSettings, games: Sequence[Game], out: Path,
+                 left_out: LeftOut) -> dict[str, list[Transition]]:
     """All episodes by game, after those that aren't on file have been played.
 
-    Raises UserError where an episode lost its environment's process again and again; the others are on file.
+    Broken games go into ``left_out``.  Raises UserError where an episode lost its environment's process again and
+    again; the others are on file.
     """
     done = _finished(out / EPISODES)
     todo = [game for game in games if game.game_id not in done]
@@ -120,23 +124,31 @@ def play_missing(settings: CollectSettings, games: Sequence[Game], out: Path) ->
     if not todo:
         return done
     with timed(out):
-        lost = asyncio.run(_play(settings, todo, out / EPISODES))
-    if lost:
-        raise UserError(f"{len(lost)} episodes lost their environment process again and again "
-                        f"({', '.join(lost[:3])}); start the same command again to play them")
+        asyncio.run(_play(settings, todo, out / EPISODES, left_out))
+    left_out.check_none_lost("episodes")
     return _finished(out / EPISODES)
 
 
-def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[str, list[Transition]],
-          out: Path) -> None:
-    """Write ``transitions.jsonl`` and ``dialogues.json``, and say what they hold."""
-    kept = [(game, episode) for game in games if (episode := episodes[game.game_id])]
+def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[str, list[Transition]], out: Path,
+          left_out: LeftOut) -> None:
+    """Write ``transitions.jsonl`` and ``dialogues.json``, and say what they hold.
+
+    A played game whose dialogues can't be made goes into ``left_out``.
+    """
+    played = [(game, episodes[game.game_id]) for game in games if game.game_id in episodes]
+    kept = [(game, episode) for game, episode in played if episode]
     if not kept:
+        left_out.check_none_broken()
         raise UserError(f"{out}: none of {len(games)} episodes is worth keeping; give other games, or less --noise")
     rows = write_transitions(out / "transitions.jsonl", (t for _, episode in kept for t in episode))
-    talks = [talk for game, episode in kept for talk in _dialogues(settings, game, episode)]
+    talks: list[dialogues.Dialogue] = []
+    for game, episode in kept:
+        try:
+            talks += _dialogues(settings, game, episode)
+        except UnplayableGame as error:  # its expert's knowledge can't be read any more
+            left_out.broken.append(str(error))
     write_json(out / "dialogues.json", talks)
-    if dropped := len(games) - len(kept):
+    if dropped := len(played) - len(kept):
         print(f"{dropped} episodes of the expert didn't succeed and are left out")
     won = sum(episode[-1].success for _, episode in kept)
     print(f"{len(kept)} episodes ({won} won, {rows / len(kept):.1f} steps on average), {rows} transitions, "
@@ -192,8 +204,9 @@ def _finished(path: Path) -> dict[str, list[Transition]]:
     return {row["game_id"]: [to_transition(t, str(path), REQUIRED) for t in row["transitions"]] for row in rows}
 
 
-async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) -> list[str]:
-    """Play ``games`` and put them on file; the ids of those that the environment lost, which aren't there."""
+async def _play(settings: CollectSettings, games: Sequence[Game], path: Path,
+                left_out: LeftOut) -> None:
+    """Play ``games`` and put them on file; those that weren't played go into ``left_out``."""
     barrier = BatchBarrier()
     method = _actor(settings, barrier)
     noise = _policy(settings, settings.noise_policy, barrier) if settings.noise_policy else AnyAction()
@@ -202,15 +215,13 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) ->
               "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
     pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert),
                    processes_for(settings.env_processes, settings.concurrency))
-    lost: list[str] = []
     try:
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, barrier=barrier)
-        with open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
+        with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
             async for episode in episodes:
                 bar.update()
-                if episode.reason == "env_died":
-                    lost.append(episode.game.game_id)
+                if left_out.takes(episode):
                     continue
                 # ScienceWorld's gold paths don't all lead to the goal: what didn't is an empty episode, not data.
                 kept = expert != "gold" or episode.success
@@ -220,7 +231,6 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path) ->
                 file.flush()
     finally:
         await pool.close()
-    return lost
 
 
 def episode_transitions(episode: Episode, source: str) -> list[Transition]:

@@ -20,7 +20,7 @@ from itp.envs.pool import EnvPool
 from itp.games import Game
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import Decision, View
-from itp.rollout import run_episodes
+from itp.rollout import LeftOut, run_episodes
 from itp.seeding import derive_seed
 
 IDLE = "look"
@@ -59,15 +59,19 @@ async def consistency(policy: Policy, world_model: WorldModel, games: Sequence[G
                       barrier: BatchBarrier | None = None) -> dict[str, Any]:
     """How many of the games were solved inside the world model (dreamed), by the replayed plans, by both; the ratio.
 
-    The ratio is replayed / dreamed, None where nothing was solved in the world model.
+    The ratio is replayed / dreamed, None where nothing was solved in the world model.  ``left_out``: why some of the
+    games couldn't be played, where there are such games; they aren't counted.
     """
     dreamer = Dreamer(policy, world_model, max_steps)
-    replayed = set()
+    replayed, left_out = set(), LeftOut()
     async with EnvPool(AlfworldEnv, 1) as pool:
         async for episode in run_episodes(pool, dreamer, games, max_steps=max_steps, seed=seed, concurrency=16,
                                           barrier=barrier):
-            if episode.success:
+            if left_out.takes(episode) and episode.fault:
+                dreamer.plans.pop(episode.game.game_id, None)
+            elif episode.success:
                 replayed.add(episode.game.game_id)
     dreamed = {game for game, (_, accomplished) in dreamer.plans.items() if accomplished}
-    return {"games": len(games), "dreamed": len(dreamed), "replayed": len(replayed), "both": len(dreamed & replayed),
-            "ratio": len(replayed) / len(dreamed) if dreamed else None}
+    return {"games": len(games) - len(left_out.broken), "dreamed": len(dreamed), "replayed": len(replayed),
+            "both": len(dreamed & replayed), "ratio": len(replayed) / len(dreamed) if dreamed else None,
+            **({"left_out": left_out.broken} if left_out.broken else {})}

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import random
 import re
@@ -43,14 +44,15 @@ from itp.config import by_own_names, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.scienceworld.env import INVALID
-from itp.errors import UserError
-from itp.files import read_object, short_names, write_json
+from itp.errors import PromptTooLong, UserError
+from itp.files import check_output_file, read_object, short_names, write_json
 from itp.games import ENVIRONMENTS
 from itp.lm.base import metered
 from itp.lm.scheduler import BatchBarrier
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import run_main
+from itp.rollout import LeftOut
 from itp.run_dir import versions
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents
@@ -59,6 +61,7 @@ from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
 from world_model.consistency import consistency
 
+log = logging.getLogger(__name__)
 KINDS = ("deterministic", "revisit", "first_visit", "inspect", "invalid")
 VISITS = ("go", "open", "examine")
 INSPECTIONS = ("look", "inventory", "help", "examine")
@@ -142,6 +145,8 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
     kind = scienceworld_kind if env == "scienceworld" else kind_of
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
+        if answer is None:
+            continue
         for name in (kind(state, t.action, t.next_state), "all"):
             scores[name].append(Score.of(answer, t.next_state))
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
@@ -150,11 +155,33 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
     return figures
 
 
-async def predict(world_model: WorldModel, states: Sequence[State], actions: Sequence[str]) -> tuple[list[str], int]:
-    """The predicted observations, and how many of them were cut at the limit of tokens: they count as they are."""
+async def predict(world_model: WorldModel, states: Sequence[State],
+                  actions: Sequence[str]) -> tuple[list[str | None], int]:
+    """The predicted observations, and how many of them were cut at the limit of tokens: they count as they are.
+
+    None where the model's context doesn't hold the prompt: it is left out.  Raises PromptTooLong where it holds none.
+    """
     with metered() as usage:
-        predicted = await world_model.step(states, actions)
+        try:
+            predicted = await world_model.step(states, actions)
+        except PromptTooLong:
+            predicted = await _one_by_one(world_model, states, actions)
     return predicted, sum(spent.cut for spent in usage.values())
+
+
+async def _one_by_one(world_model: WorldModel, states: Sequence[State], actions: Sequence[str]) -> list[str | None]:
+    async def one(state: State, action: str) -> str | PromptTooLong:
+        try:
+            return (await world_model.step([state], [action]))[0]
+        except PromptTooLong as error:
+            return error
+
+    answers = await asyncio.gather(*(one(state, action) for state, action in zip(states, actions, strict=True)))
+    errors = [answer for answer in answers if isinstance(answer, PromptTooLong)]
+    if len(errors) == len(answers):
+        raise errors[0]
+    log.warning("%d of %d predictions are left out: %s", len(errors), len(answers), errors[0])
+    return [None if isinstance(answer, PromptTooLong) else answer for answer in answers]
 
 
 async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Transition]]) -> dict[int, dict[str, Any]]:
@@ -162,13 +189,24 @@ async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Tran
 
     The first state is real; from there on the world model reads its own predictions.
     """
-    states = [parse(window[0].state) for window in windows]
+    states: list[State | None] = [parse(window[0].state) for window in windows]  # None: too long for the model
     by_depth = {}
     for depth, step in enumerate(zip(*windows, strict=True), start=1):
-        predicted, cut = await predict(world_model, states, [t.action for t in step])
-        by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)])
+        steps = [t for t, state in zip(step, states, strict=True) if state is not None]
+        try:
+            answers, cut = await predict(world_model, [s for s in states if s is not None], [t.action for t in steps])
+        except PromptTooLong as error:
+            if not by_depth:
+                raise
+            log.warning("depth %d and deeper is left out: %s", depth, error)
+            break
+        rest = iter(answers)
+        predicted = [None if state is None else next(rest) for state in states]
+        by_depth[depth] = summary([Score.of(p, t.next_state) for p, t in zip(predicted, step, strict=True)
+                                   if p is not None])
         by_depth[depth]["cut"] = cut
-        states = [state.after(t.action, p) for state, t, p in zip(states, step, predicted, strict=True)]
+        states = [None if p is None else state.after(t.action, p)
+                  for state, t, p in zip(states, step, predicted, strict=True)]
     return by_depth
 
 
@@ -246,12 +284,18 @@ def identify(settings: FidelitySettings) -> dict[str, Any]:
 
 
 def read_measured(out_json: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by world model that this very measurement has left; none where it is to be made."""
+    """Figures by world model that this very measurement has left; none where it is to be made, or left games out."""
     if not out_json or not Path(out_json).is_file():
         return {}
-    found = read_object(out_json, {"config": dict, "models": dict}, "choose another --out_json")
+    found = read_object(out_json, {"config": dict, "models": dict}, "delete it, or choose another --out_json")
     found["config"] = by_own_names(found["config"], FidelitySettings)
-    return found["models"] if all(found.get(key) == value for key, value in identity.items()) else {}
+    same = all(found.get(key) == value for key, value in identity.items())
+    return found["models"] if same and not left_out(found["models"]) else {}
+
+
+def left_out(models: Mapping[str, Any]) -> list[str]:
+    """Why games are missing in the figures of world models."""
+    return [fault for figures in models.values() for fault in figures.get("consistency", {}).get("left_out", ())]
 
 
 def main() -> None:
@@ -260,6 +304,8 @@ def main() -> None:
         raise UserError("--policy_model needs --env_data_root, the games that it acts in")
     if settings.policy_model and settings.env != "alfworld":
         raise UserError(f"--policy_model with --env {settings.env}: consistency is measured in ALFWorld only")
+    if settings.out_json:
+        check_output_file(settings.out_json)
     paths = settings.wm_model.split(",")
     for path in (*paths, *filter(None, [settings.policy_model])):
         check_model_path(path)
@@ -279,6 +325,7 @@ def main() -> None:
         print_figures(name, models[name])
     if settings.out_json:
         write_json(settings.out_json, identity | {"versions": versions(), "models": models})
+    LeftOut(broken=left_out(models)).check_none_broken()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from foresight_eval.report.tables import task_types
 from foresight_eval.results import Result, bucket, by_fixed_k, mean_k_by_golden_steps
 from foresight_eval.statistics import mean_interval
 from itp.errors import UserError
+from itp.files import write_atomic, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,9 +60,8 @@ class Plot:
         """Write ``NAME.svg`` and ``NAME.pdf``."""
         from matplotlib import rc_context
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.svg").write_text(self.svg, encoding="utf-8")
-        with rc_context(STYLE):
+        write_atomic(folder / f"{self.name}.svg", self.svg)
+        with writing(folder), rc_context(STYLE):
             self.figure.savefig(folder / f"{self.name}.pdf", metadata={"CreationDate": None})
 
 

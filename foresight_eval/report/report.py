@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.report import tables
-from foresight_eval.results import Result, read_results
+from foresight_eval.results import Result, read_config, read_results
 from foresight_eval.summary import write_summary
 from itp.config import add_flags, flag, from_args
 from itp.errors import UserError
-from itp.files import read_object, write_atomic
+from itp.files import check_output_folder, read_object, write_atomic
 
-FIDELITY_FILE = "--fidelity takes files of world_model.fidelity --out_json"
+FIDELITY_FILE = "--fidelity takes files of world_model.fidelity --out_json; delete one that is cut, and measure again"
 
 
 @dataclass
@@ -65,12 +65,12 @@ def main() -> None:
     add_flags(parser, ReportSettings)
     args = parser.parse_args()
     settings = from_args(ReportSettings, args)
+    fidelity = read_fidelity(settings)
+    if settings.out_dir:
+        check_output_folder(settings.out_dir)
+    for folder in args.folders:  # before anything is written: models and games have a config.json, too
+        read_config(folder)
     for folder in args.folders:
-        config = folder / "config.json"  # before anything is written: models and games have one, too
-        recorded = read_object(config).get("config") if config.exists() else None
-        if not isinstance(recorded, dict) or "method" not in recorded:
-            raise UserError(f"{folder}: not a result folder (no config.json of an evaluation); give what --out_dir "
-                            "named")
         write_summary(folder)
     results = read_results(args.folders)
     print(overview(results))
@@ -79,9 +79,33 @@ def main() -> None:
         compared = tables.comparison(results, baseline)
         print(f"\n{compared.title}\n{tables.terminal(compared)}")
     if settings.out_dir:
-        fidelity = [read_object(path, {"models": dict}, FIDELITY_FILE) for path in settings.fidelity.split(",") if path]
         write_report(results, baseline, fidelity, Path(settings.out_dir))
         print(f"\nreport: {Path(settings.out_dir) / 'index.html'}")
+
+
+def read_fidelity(settings: ReportSettings) -> list[dict[str, Any]]:
+    """The files that ``--fidelity`` names.  Raises UserError where one holds no figures of world models."""
+    if settings.fidelity and not settings.out_dir:
+        raise UserError(f"--fidelity {settings.fidelity}: its figures are drawn in the report; give --out_dir, too")
+    return [_figures_of(Path(path)) for path in settings.fidelity.split(",") if path]
+
+
+def _figures_of(path: Path) -> dict[str, Any]:
+    found = read_object(path, {"models": dict}, FIDELITY_FILE)
+    if not found["models"] or not all(map(_has_figures, found["models"].values())):
+        raise UserError(f"{path}: no figures of world models; {FIDELITY_FILE}")
+    return found
+
+
+def _has_figures(model: Any) -> bool:
+    """Whether these are the figures of a world model: by depth, for each actor, with their intervals."""
+    if not isinstance(model, dict) or not isinstance(model.get("by_depth"), dict):
+        return False
+    rows = [(depth, row) for by in model["by_depth"].values() for depth, row in
+            (by.items() if isinstance(by, dict) else [("", by)])]
+    return all(depth.isdecimal() and isinstance(row, dict) and isinstance(row.get("fact_f1"), (int, float))
+               and isinstance(row.get("fact_f1_interval"), list) and len(row["fact_f1_interval"]) == 2
+               and all(isinstance(end, (int, float)) for end in row["fact_f1_interval"]) for depth, row in rows)
 
 
 def find_baseline(results: Sequence[Result], name: str) -> Result:

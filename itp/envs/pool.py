@@ -10,8 +10,8 @@
 A process holds one environment for each of its sessions and serves requests in the order of their arrival.  A finished
 session leaves its environment to the next one.  A process that dies or doesn't answer in time is killed and replaced.
 Its sessions get :class:`EnvDied` from their current call or from their next ``step``, and they go on with ``reset``.
-An exception of an environment (a UserError for a bad game file, EnvDied where only its own engine died) reaches the
-caller unchanged, and the process lives on.
+An exception of an environment (UnplayableGame for a broken game file, EnvDied where only its own engine died) reaches
+the caller unchanged, and the process lives on.
 
 The processes are fresh interpreters that import only what ``make_env`` needs, without torch and without the program's
 main module.  They run with ``OMP_NUM_THREADS=1``, because there are several, and with ``PYTHONHASHSEED=0``, because the
@@ -360,7 +360,9 @@ def _answer(envs: dict[int, TextEnv], make_env: Callable[[], TextEnv], number: i
 
 
 def _picklable(error: Exception) -> Exception:
-    """The exception, or a RuntimeError with its text if it can't be pickled."""
+    """The exception, or a RuntimeError with its text if it can't be pickled or a future doesn't take it."""
+    if isinstance(error, StopIteration):  # a future refuses it, so that the caller would wait for ever
+        return RuntimeError(f"{type(error).__name__}: {error}")
     try:
         pickle.loads(pickle.dumps(error))
     except (TypeError, AttributeError, pickle.PicklingError):

@@ -28,6 +28,11 @@ CALLS = ("read_heads", "score", "generate")
 """The engine's calls, in the order of their answers."""
 
 
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length",
+                 "sliding_window")
+"""The names of a context's length in the configurations of model families."""
+
+
 @dataclass
 class _Job:
     """One prompt for one of the engine's calls (read_heads, generate, score).
@@ -61,10 +66,7 @@ class LocalLM:
         self._fit_batch, self._fit_cache = fit_batch, fit_cache
         self.engine = Engine(model, tokenizer, heads=heads, max_batch_tokens=max_batch_tokens,
                              max_batch_rows=max_batch_rows, cache_bytes=cache_bytes, cuda_graphs=cuda_graphs)
-        # Not every model family has limits.  The engine attends to all tokens, and so does a model with sliding
-        # attention within its window.
-        limits = [getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        self.context_length: int | None = min((limit for limit in limits if limit), default=None)
+        self.context_length = context_of(model.config)
         self.encode = self.engine.encode
         self.busy_s = 0.0
         self.batches: list[int] = []
@@ -196,6 +198,16 @@ class LocalLM:
                 job.answer.set_exception(answer)
             else:
                 job.answer.set_result(answer)
+
+
+def context_of(config: Any) -> int | None:
+    """The tokens that a model's context holds; None where its family has no limit.
+
+    The engine attends to all tokens, and so does a model with sliding attention within its window.  A model that also
+    sees images has a configuration of its own for text.
+    """
+    known = vars(config.get_text_config())
+    return min((known[name] for name in CONTEXT_NAMES if known.get(name)), default=None)
 
 
 def _check_choices(ids: list[list[int]], texts: tuple[str, ...]) -> None:

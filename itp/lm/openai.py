@@ -45,6 +45,10 @@ PATHS: dict[str, str] = {"completions": "/completions", "chat": "/chat/completio
 NO_KEY = "no-api-key-is-set"  # the client requires a key; servers without keys ignore it
 CONNECT_TIMEOUT_S = 10.0
 AWAY = (502, 503)  # the answers of a gateway or of a starting server while the model isn't available
+TOO_LONG = ("context length", "context_length_exceeded", "maximum context", "context size", "context window",
+            "maximum model length", "maximum sequence length", "prompt is too long", "input token count",
+            "max_new_tokens` must be", "too many tokens")
+"""What servers say of a prompt that their model's context doesn't hold: OpenAI, vLLM, llama.cpp, TGI and others."""
 T = TypeVar("T")
 
 
@@ -261,10 +265,10 @@ def _says_too_long(error: Any) -> bool:
     """Whether a server refused a prompt that exceeds its context: by OpenAI's code, or by words in the message."""
     import openai
 
-    if not isinstance(error, openai.BadRequestError):
+    if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 413, 422):
         return False
     said = str(error.body).lower()
-    return "context_length_exceeded" in said or "context length" in said or "maximum context" in said
+    return any(words in said for words in TOO_LONG)
 
 
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from itp.distributed import is_first_process
 from itp.errors import UserError
+from itp.files import writing
 from itp.model_card import ModelCard
 from itp.pretrained import not_loaded, remote_code
 from itp.training.settings import FinetuneSettings, UpdateFlags
@@ -109,9 +110,10 @@ def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTo
                card: ModelCard, **options: Any) -> None:
     """Write a model folder with its card.  It appears whole: written beside its place, then renamed."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(beside, **options)
-    tokenizer.save_pretrained(beside)
-    card.write(beside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(beside, folder)
+    with writing(folder, unfinished=beside):
+        model.save_pretrained(beside, **options)
+        tokenizer.save_pretrained(beside)
+        card.write(beside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from itp.devices import peak_memory
 from itp.distributed import is_first_process
 from itp.errors import UserError
-from itp.files import read_object, write_json
+from itp.files import check_output_folder, read_object, write_json, writing
 from itp.pretrained import load_tokenizer, model_fingerprint
 from itp.run_dir import open_run_dir
 from itp.training import hub
@@ -54,6 +54,8 @@ def open_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], *, ow
     The data count by their content, so that an edited file isn't taken for the same run; so does the base model, unless
     the run makes it itself (``own_base``).  Raises UserError for the folder of another run.
     """
+    for folder in (settings.out_dir, settings.merged_path):
+        check_output_folder(folder)
     _refuse_foreign_files(settings)
     if is_first_process():
         nothing_yet = not _is_finished(settings) and not whole_checkpoints(settings.out_dir)
@@ -133,14 +135,15 @@ def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     trainer = FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, eval_rows)
     metrics = trainer.run(resume_from(settings.out_dir, args.world_size, row_lengths(train_rows)))
     metrics["peak_memory_bytes"] = peak_memory()
-    if settings.lora_r:
-        task.save_adapter(trainer)
-    else:
-        task.save_complete(trainer, dtype)
     first, device = args.process_index == 0, args.device
-    if first:
-        trainer.state.save_to_json(str(Path(settings.out_dir) / "trainer_state.json"))
-        tokenizer.save_pretrained(settings.out_dir)
+    with writing(settings.out_dir):
+        if settings.lora_r:
+            task.save_adapter(trainer)
+        else:
+            task.save_complete(trainer, dtype)
+        if first:
+            trainer.state.save_to_json(str(Path(settings.out_dir) / "trainer_state.json"))
+            tokenizer.save_pretrained(settings.out_dir)
     trainer.release()
     if not first:
         return None

@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from transformers.trainer_callback import PrinterCallback
 
 from itp.errors import UserError
-from itp.files import write_json
+from itp.files import write_json, writing
 from itp.training.checkpoints import row_lengths, whole_checkpoints
 from itp.training.examples import TrainingRow
 from itp.training.from_scratch.muon import MuonAdamW
@@ -280,6 +280,10 @@ class FineTuner(Trainer):
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """Under ZeRO-3 all weights, which no process holds; every process takes part.  Else None."""
         return self.accelerator.get_state_dict(self.model_wrapped) if is_deepspeed_zero3_enabled() else None
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        with writing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -28,7 +28,7 @@ from typing import Any
 
 from itp.config import flag, parse_settings
 from itp.errors import UserError
-from itp.files import read_rows, write_json
+from itp.files import check_output_folder, read_rows, write_json
 from itp.games import ENVIRONMENTS
 from itp.program import run_main
 from itp.text import dialogues
@@ -188,6 +188,7 @@ def _add_episodes(rows: Sequence[Transition], out: Converted) -> None:
 def main() -> None:
     settings = parse_settings(ConvertSettings, prog="python -m world_model.data_processing.convert",
                               description=__doc__)
+    check_output_folder(settings.out_dir)
     out = convert(settings.input.split(","), settings)
     report = out.report()
     folder = Path(settings.out_dir)

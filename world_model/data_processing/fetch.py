@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itp.config import flag, parse_settings
-from itp.envs.alfworld.games import ALFWORLD_GAMES, list_games
+from itp.envs.alfworld.games import ALFWORLD_GAMES, is_whole, list_games
 from itp.errors import UserError
-from itp.files import read_json, write_atomic
+from itp.files import check_output_folder, read_json, refusal, write_atomic, writing
 from itp.games import SPLITS
 from itp.program import run_main
 
@@ -56,10 +56,12 @@ def fetch_dialogues(folder: Path, revision: str) -> None:
     for name, count in DIALOGUES.items():
         path = folder / name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            there = _download(name, revision, path)
             beside = path.with_name(f".{name}.tmp")
-            shutil.copyfile(_download(name, revision, path), beside)
-            beside.replace(path)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(there, beside)
+                beside.replace(path)
         rows = read_json(path)
         if not isinstance(rows, list) or len(rows) != count:
             there = len(rows) if isinstance(rows, list) else type(rows).__name__
@@ -75,6 +77,9 @@ def _download(name: str, revision: str, path: Path) -> str:
     try:
         return huggingface_hub.hf_hub_download(ETO, f"data/{name}", repo_type="dataset", revision=revision)
     except (OSError, ValueError, HTTPError) as error:
+        if why := refusal(error):
+            raise UserError(f"{path}: can't be downloaded, because the hub's cache can't be written ({why}); set "
+                            "HF_HOME to a folder that can") from error
         raise UserError(f"{path}: can't be downloaded ({type(error).__name__}); it needs the Hugging Face hub; or "
                         f"put data/{name} of the data set {ETO} there yourself") from error
 
@@ -109,7 +114,8 @@ def fetch_games(root: Path) -> None:
             shutil.which("alfworld-download")
         if tool is None:
             raise UserError("alfworld-download isn't installed; pip install alfworld")
-        root.mkdir(parents=True, exist_ok=True)
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
         # --force: where it was killed while unpacking, it would keep a file that is cut short.
         done = subprocess.run([tool, "--data-dir", str(root), "--force"], check=False)
         if done.returncode:
@@ -126,8 +132,8 @@ def _lacking(root: Path) -> str:
     lacking = []
     for split, published in ALFWORLD_GAMES.items():
         try:
-            there = len(list_games(split, root))
-        except UserError:  # none, or a file that is cut short
+            there = sum(map(is_whole, list_games(split, root)))  # a file may be cut short
+        except UserError:  # none
             there = 0
         if there < published:
             lacking.append(f"{there} of {published} games of {split}")
@@ -137,6 +143,7 @@ def _lacking(root: Path) -> str:
 def main() -> None:
     settings = parse_settings(FetchSettings, prog="python -m world_model.data_processing.fetch", description=__doc__)
     out = Path(settings.out_dir)
+    check_output_folder(out)
     if settings.what in ("all", "eto"):
         fetch_dialogues(out / "eto", settings.revision)
     if settings.what in ("all", "lists"):

@@ -17,14 +17,16 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from itp.envs.alfworld.games import read_game_file
 from itp.envs.base import Observation, StepResult
-from itp.errors import UserError
-from itp.files import read_object
+from itp.errors import UnplayableGame, UserError
+from itp.files import writing
 from itp.games import Game
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import GREETING, MOVE, NOTHING_HAPPENS, PUT, TASK, move, put
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from textworld.core import GameState
 
 EXPERT_MAX_STEPS = 200
-GAME_FIELDS = ("pddl_domain", "grammar", "pddl_problem")
 
 _IDLE_ENGINES: defaultdict[tuple[bool, str], list[Any]] = defaultdict(list)
 """Engines of closed environments.  The next environments use them, since unloading the native library can crash."""
@@ -68,46 +69,34 @@ class AlfworldEnv:
     def reset(self, game: Game) -> Observation:
         if self._engine is None:
             idle = _IDLE_ENGINES[self.fast, self.expert]
-            self._engine = idle.pop() if idle else _make_engine(self.fast, self.expert)
-        with _argv_kept():
+            with writing(tempfile.gettempdir()):  # it copies its library there
+                self._engine = idle.pop() if idle else _make_engine(self.fast, self.expert)
+        with _faults_of(game.path), writing(tempfile.gettempdir()), _argv_kept():
             self._load(Path(game.path))
             state = self._engine.reset()
-        text, self._task = split_intro(state["feedback"], game.path)
-        if self.expert == "handcoded":
-            self._expert = _HandcodedExpert(game, state)
-        self._note(state, "")
+            text, self._task = split_intro(state["feedback"], game.path)
+            if self.expert == "handcoded":
+                self._expert = _HandcodedExpert(game, state)
+            self._note(state, "")
         return self._observation(text)
 
     def _load(self, path: Path) -> None:
         """Load a game file, unless it is loaded already and nobody has written it since."""
-        try:
-            version = (str(path), path.stat().st_mtime_ns)
-            if version == self._loaded:
-                return
-        except OSError as error:
-            raise UserError(f"{path}: not a readable game file ({error}); download or make it again") from error
-        data = read_object(path, advice="not a readable game file; download or make it again")
-        missing = [name for name in GAME_FIELDS if name not in data]
-        if missing:
-            raise UserError(f"{path}: the game file has no {', '.join(missing)}; download or make it again")
-        from fast_downward.translate.pddl_parser.lisp_parser import ParseError
-        from tatsu.exceptions import FailedParse
-
+        version = (str(path), path.stat().st_mtime_ns) if path.exists() else None
+        if version is not None and version == self._loaded:
+            return
+        read_game_file(path)
         self._loaded = None
-        try:
-            self._engine.load(str(path))
-        except (FailedParse, ParseError, AssertionError, SystemExit) as error:  # the parsers raise all four
-            raise UserError(f"{path}: the engine can't read the game's PDDL or grammar ({type(error).__name__}); "
-                            "download or make it again") from error
+        self._engine.load(str(path))
         self._loaded = version
 
     def step(self, action: str) -> StepResult:
         if self._loaded is None:
             raise RuntimeError("step() before reset()")
         executed = twin_if_admissible(action.strip(), self._admissible)
-        with _argv_kept():
+        with _faults_of(self._loaded[0]), _argv_kept():
             state, _, _ = self._engine.step(executed)
-        self._note(state, executed)
+            self._note(state, executed)
         won = bool(state["won"])
         return StepResult(
             obs=self._observation(state["feedback"].strip()),
@@ -156,7 +145,7 @@ def split_intro(feedback: str, path: str) -> tuple[str, str]:
     """(observation, task) of the first text of a game."""
     observation, found, task = feedback.removeprefix(GREETING).partition(TASK)
     if not found:
-        raise UserError(f"{path}: the game's intro has no {TASK!r}; download or make it again")
+        raise UnplayableGame(f"{path}: the game's intro has no {TASK!r}; download or make it again")
     return observation.strip(), task.strip().removesuffix(".")
 
 
@@ -176,8 +165,8 @@ class _HandcodedExpert:
         try:
             self._agent.reset(game.path)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{game.path}: its traj_data.json can't be read ({error!r}); "
-                            "the handcoded expert needs it: download or make the game again") from error
+            raise UnplayableGame(f"{game.path}: its traj_data.json can't be read ({error!r}); the handcoded expert "
+                                 "needs it: download or make the game again") from error
         self._agent.observe(state["feedback"])
 
     def act(self, state: GameState, last_action: str) -> str:
@@ -216,6 +205,22 @@ def _make_engine(fast: bool, expert: str) -> Any:
         infos = textworld.EnvInfos(feedback=True, won=True, admissible_commands=True,
                                    facts=expert == "handcoded", policy_commands=expert == "planner")
         return AlfredInfos(AlfredDemangler(PddlEnv(infos)))
+
+
+@contextlib.contextmanager
+def _faults_of(path: str) -> Iterator[None]:
+    """Raises UnplayableGame, which names the game's file, for whatever the engine meets in it.
+
+    The engine's libraries check little, and what they raise says nothing of the file: a KeyError for an unknown type, a
+    StopIteration for a problem without text, a SystemExit from a parser.  There is no list of it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UnplayableGame(f"{path}: the engine can't play this game ({said}); download or make it again") from error
 
 
 @contextlib.contextmanager

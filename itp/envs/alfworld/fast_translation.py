@@ -3,7 +3,7 @@
 TextWorld translates a game's PDDL to SAS in Python at each load and reset, which takes from 0.3 to several seconds.
 The translation is a function of two texts and of the translator, so it is made once and kept.  The process keeps recent
 translations in memory, and a file of about 20 KB under ``$ITP_CACHE`` (default ``~/.cache/itp``) serves later
-processes; ``ITP_CACHE=off`` writes no files.
+processes; ``ITP_CACHE=off`` writes no files.  A folder that can't be written costs time, not the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fast_downward.translate.pddl.conditions import Atom
 from fast_downward.translate.pddl.f_expression import Assign
 from textworld.logic import Placeholder, Proposition, Variable
 
-from itp.files import cache_folder, write_atomic
+from itp.files import cache_folder, keep, read_cached
 
 log = logging.getLogger(__name__)
 WORLDS_KEPT = 256
@@ -70,8 +70,11 @@ class TranslatedWorld:
 def world(domain: str, problem: str) -> TranslatedWorld:
     """The translation of a problem, from the cache file if there is one."""
     file = _cache_file(domain, problem)
-    if file is not None and (kept := _kept(file)) is not None:
-        return _revive(kept)
+    if (kept := read_cached(file)) is not None:
+        try:
+            return _revive(json.loads(zlib.decompress(base64.b85decode(kept))))
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+            log.warning("%s: damaged (%s); the world is translated again", file, type(error).__name__)
     task, sas = translate(domain, problem, optimize=False)
     name2type = {o.name: o.type_name for o in task.objects}
     plain = {
@@ -81,20 +84,8 @@ def world(domain: str, problem: str) -> TranslatedWorld:
         "schemas": {action.name: [(p.name, p.type_name) for p in action.parameters] for action in task.actions},
         "task_facts": [fact for element in task.init if (fact := _fact(element)) is not None],
     }
-    if file is not None:
-        write_atomic(file, base64.b85encode(zlib.compress(json.dumps(plain).encode(), 1)).decode())
+    keep(file, base64.b85encode(zlib.compress(json.dumps(plain).encode(), 1)).decode())
     return _revive(plain)
-
-
-def _kept(file: Path) -> dict[str, Any] | None:
-    """What a cache file holds; None where there is none, or one that was damaged and is to be made again."""
-    try:
-        return json.loads(zlib.decompress(base64.b85decode(file.read_text(encoding="utf-8"))))
-    except FileNotFoundError:
-        return None
-    except (ValueError, zlib.error):
-        log.warning("%s: damaged; the world is translated again", file)
-        return None
 
 
 def _cache_file(domain: str, problem: str) -> Path | None:

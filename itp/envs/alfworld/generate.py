@@ -37,10 +37,10 @@ from itp.envs.alfworld.expert import Expert
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
 from itp.envs.alfworld.worlds import GeneratedGame, alternative_goals, make_game, write_game
 from itp.errors import UserError
-from itp.files import read_object
+from itp.files import check_output_folder, read_object
 from itp.games import SPLITS, Game
 from itp.program import progress_bar, run_main
-from itp.run_dir import open_run_dir
+from itp.run_dir import open_run_dir, recorded
 from itp.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ def claim(settings: GenerateSettings) -> None:
     """Refuse a folder that holds other games; record the settings of these games."""
     root = Path(settings.out_dir)
     games, record = root / "json_2.1.1", root / "config.json"
-    made_here = record.exists() and read_object(record).get("config", {}).get("generator") == GENERATOR
+    check_output_folder(root)
+    made_here = record.exists() and recorded(root)["config"].get("generator") == GENERATOR
     if (games.exists() or record.exists()) and not made_here:
         raise UserError(f"{root} holds what this program didn't make; choose another --out")
     if settings.override:

@@ -20,6 +20,8 @@ import collections
 import json
 import logging
 import os
+import queue
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +29,7 @@ import threading
 from typing import Any, Literal
 
 from itp.envs.base import EnvDied, Observation, StepResult
-from itp.errors import UserError
+from itp.errors import UnplayableGame, UserError
 from itp.games import Game
 
 JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
@@ -35,6 +37,13 @@ JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
 """Several JVMs share a machine, so each has little memory and one thread for garbage collection, and ends when it runs
 out of memory.  The simulator names things in the order of their hash codes, which are random by default.  Here all hash
 codes are equal, so that an episode's text depends on its game and actions alone."""
+
+JAVA_NEEDED = 8
+"""The oldest Java that runs the simulator."""
+JAVA_TIMEOUT = 20.0
+"""Seconds in which ``java -version`` must answer."""
+START_TIMEOUT = 60.0
+"""Seconds in which a JVM must be ready."""
 
 TASK = "Task Description:"
 INVALID = ("No known action matches that input.", "Unknown action.")
@@ -66,10 +75,13 @@ class ScienceworldEnv:
         task, variation, simplification = game.path.split("/")
         if self._engine is None:
             self._engine = JvmEngine(self.jar_path)
-        self._call("load", task, int(variation), simplification, self.expert == "gold")
-        text = self._call("step", "look around")
+        try:
+            self._call("load", task, int(variation), simplification, self.expert == "gold")
+            text = self._call("step", "look around")
+        except SimulatorFailed as failed:  # another JVM would fail as well
+            raise UnplayableGame(f"{game.path}: ScienceWorld can't load it ({failed})") from failed
         if text.startswith("ERROR"):
-            raise UserError(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
+            raise UnplayableGame(f"{game.path}: ScienceWorld can't load it ({' '.join(text.split())})")
         self._task = " ".join(self._call("freeActionTaskDesc").removeprefix(TASK).split())
         self._gold = list(self._call("getGoldActionSequence")) if self.expert == "gold" else []
         self._score = self._best = percent(self._call("getScore"))
@@ -123,15 +135,30 @@ class ScienceworldEnv:
         return Observation(text.strip(), self._task, admissible=admissible, expert_action=expert_action)
 
     def _call(self, method: str, *args: Any) -> Any:
-        from py4j.protocol import Py4JError
+        from py4j.protocol import Py4JError, Py4JJavaError
 
         try:
             return getattr(self._engine.simulator, method)(*args)
         except Py4JError as error:  # the JVM has died or doesn't answer, or the simulator failed inside it
+            said = first_line(error)  # before the JVM ends: it holds the text of its own exceptions
             engine = self._engine
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed in {method} ({str(error).splitlines()[0]}; it said: "
-                          f"{engine.last_words()})") from error
+            kind = SimulatorFailed if isinstance(error, Py4JJavaError) else EnvDied
+            raise kind(f"ScienceWorld's JVM failed in {method} ({said}; it said: {engine.last_words()})") from None
+
+
+class SimulatorFailed(EnvDied):
+    """The simulator raised an exception, for which its JVM was ended."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a py4j error.  Its text is in the JVM, which may have died meanwhile."""
+    from py4j.protocol import Py4JError
+
+    try:
+        return str(error).splitlines()[0][:200]
+    except Py4JError:
+        return type(error).__name__
 
 
 class JvmEngine:
@@ -157,33 +184,41 @@ class JvmEngine:
                                             stderr=subprocess.STDOUT, cwd=tempfile.gettempdir())
         except OSError as error:
             raise cannot_run(java, error.strerror) from error
-        port = self._read_port()
-        self._reader = threading.Thread(target=self._said.extend, args=(self.process.stdout,), daemon=True)
-        self._reader.start()  # nobody else reads the pipe, which must not fill up
-        if not port:
+        ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, args=(ports,), daemon=True)
+        self._reader.start()
+        try:
+            port = ports.get(timeout=START_TIMEOUT)
+        except queue.Empty:
+            port = -1
+        if port <= 0:
             self._stop()
             check_java(java)
-            raise EnvDied(f"ScienceWorld's JVM died while it started (exit status {self.process.returncode}; it said: "
+            fate = f"wasn't ready within {START_TIMEOUT:g} s" if port else "died while it started"
+            raise EnvDied(f"ScienceWorld's JVM {fate} (exit status {self.process.returncode}; it said: "
                           f"{self.last_words()})")
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # a JVM that dies is reported once, by EnvDied
         self._gateway = JavaGateway(gateway_parameters=GatewayParameters(port=port, enable_memory_management=False))
         try:
             self.simulator = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         except Py4JError as error:
+            said = first_line(error)
             self.close()
-            raise EnvDied(f"ScienceWorld's JVM failed at its start ({str(error).splitlines()[0]}; it said: "
-                          f"{self.last_words()})") from error
+            raise EnvDied(f"ScienceWorld's JVM failed at its start ({said}; it said: {self.last_words()})") from None
         except TypeError as error:  # py4j treats a missing class as a package
             self.close()
             raise UserError(f"{jar}: no ScienceWorld simulator in this jar; leave --jar_path out") from error
 
-    def _read_port(self) -> int:
-        """The port on which the JVM listens, which is its first line that is a number; 0 where it ends without one."""
+    def _read(self, ports: queue.SimpleQueue[int]) -> None:
+        """Read what the JVM says: nobody else reads the pipe, which must not fill up.
+
+        Its first line that is a number is the port on which it listens; 0 where it ends without one.
+        """
         for line in self.process.stdout:
             if line.strip().isdigit():
-                return int(line)
+                ports.put(int(line))
             self._said.append(line)
-        return 0
+        ports.put(0)
 
     def last_words(self) -> str:
         """The last output of a stopped JVM, in one line."""
@@ -196,18 +231,42 @@ class JvmEngine:
     def _stop(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join()
+        self._reader.join(timeout=5)
         self.process.stdin.close()
-        self.process.stdout.close()
+        if not self._reader.is_alive():  # what a wrapper of Java started may hold the pipe
+            self.process.stdout.close()
 
 
 def check_java(java: str) -> None:
-    """Raises UserError where ``java`` doesn't run any program with our options."""
+    """Raises UserError where ``java`` doesn't run any program with our options, or is too old."""
     # With little memory: if memory is short now, the next JVM may still get enough.
-    said = subprocess.run([java, *JAVA_OPTIONS, "-Xmx16m", "-version"], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, check=False)
-    if said.returncode > 0:
-        raise cannot_run(java, in_one_line(said.stdout))
+    status, said = ask_java(java, *JAVA_OPTIONS, "-Xmx16m")
+    version, number = java_version(ask_java(java)[1])  # an old one refuses our options before it says its version
+    if version and number < JAVA_NEEDED:
+        raise cannot_run(java, f"it is Java {version}, and ScienceWorld needs {JAVA_NEEDED} or newer")
+    if status > 0:
+        raise cannot_run(java, in_one_line(said))
+
+
+def ask_java(java: str, *options: str) -> tuple[int, bytes]:
+    """(exit status, answer) of ``java -version``.  Raises UserError where it doesn't run or doesn't answer."""
+    try:
+        said = subprocess.run([java, *options, "-version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=JAVA_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise cannot_run(java, f"no answer within {JAVA_TIMEOUT:g} s") from error
+    except OSError as error:
+        raise cannot_run(java, error.strerror) from error
+    return said.returncode, said.stdout
+
+
+def java_version(said: bytes) -> tuple[str, int]:
+    """Java's version and the number that it is known by, from the answer to ``-version``: "1.8.0_292" is Java 8.
+
+    An empty version where the answer doesn't say it.
+    """
+    found = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.decode(errors="replace"))
+    return (found[1], int(found[2])) if found else ("", 0)
 
 
 def cannot_run(java: str, why: str) -> UserError:

@@ -20,7 +20,7 @@ from itp.config import flag
 from itp.envs.base import EnvDied
 from itp.envs.scienceworld.env import JvmEngine, find_jar
 from itp.errors import UserError
-from itp.files import cache_folder, read_json, read_object, read_text, write_json
+from itp.files import cache_folder, keep, read_cached, read_json, read_text
 from itp.games import SPLITS, Game, resolve_split, spread
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ STEP_LIMITS = {
     "identify-life-stages-1": 30, "identify-life-stages-2": 30,
 }
 """The step limit of an episode for each of the usual protocol's 24 tasks."""
-MADE_AGAIN = "delete it, and it is made again"
 OTHER_STEP_LIMIT = 100
 """The package's own step limit, for the six tasks that the protocol leaves out."""
 
@@ -147,19 +146,22 @@ def splits(jar_path: str = "") -> dict[str, dict[str, list[int]]]:
     key = hashlib.sha256(jar.read_bytes()).hexdigest()[:16]
     cache = cache_folder("scienceworld")
     file = cache / f"{key}.json" if cache else None
-    if file is not None and file.is_file():
-        return _checked_splits(read_object(file, advice=MADE_AGAIN), file)
+    if (kept := _kept_splits(read_cached(file))) is not None:
+        return kept
     found = _query_splits(str(jar))
-    if file is not None:
-        write_json(file, found)
+    keep(file, json.dumps(found))
     return found
 
 
-def _checked_splits(found: dict[str, Any], file: Path) -> dict[str, dict[str, list[int]]]:
-    for task, lists in found.items():
-        if not isinstance(lists, dict) or not all(isinstance(lists.get(split), list) for split in SPLITS):
-            raise UserError(f"{file}: not the variations of the tasks by split ({task!r}); {MADE_AGAIN}")
-    return found
+def _kept_splits(text: str | None) -> dict[str, dict[str, list[int]]] | None:
+    """What the cache holds; None where it holds nothing or something else."""
+    try:
+        kept = json.loads(text or "null")
+    except ValueError:
+        return None
+    whole = isinstance(kept, dict) and kept and all(
+        isinstance(lists, dict) and lists.keys() == set(SPLITS) for lists in kept.values())
+    return kept if whole else None
 
 
 def _query_splits(jar: str) -> dict[str, dict[str, list[int]]]:
@@ -175,7 +177,7 @@ def _query_splits(jar: str) -> dict[str, dict[str, list[int]]]:
             simulator.load(task, 0, "", False)
             lists = (simulator.getVariationsTrain(), simulator.getVariationsDev(), simulator.getVariationsTest())
             # toString, because every element of a Java list would cost a request of its own
-            found[task] = dict(zip(("train", "valid_seen", "valid_unseen"),
+            found[task] = dict(zip(SPLITS,
                                    (json.loads(numbers.toString()) for numbers in lists), strict=True))
         return found
     finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.errors import UserError
+from itp.files import writing
 from itp.games import ENVIRONMENTS
 from itp.program import run_main
 from itp.seeding import derive_seed
@@ -151,8 +153,11 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
                 kind, number = tokenizer.convert_tokens_to_ids(list(match.groups()))
                 words[index] = words[kind] + words[number]
         model.get_output_embeddings().weight.copy_(words)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    beside = folder.with_name(f".{folder.name}.tmp")  # the next start takes what is in ``folder`` for whole
+    with writing(folder, unfinished=beside):
+        tokenizer.save_pretrained(beside)
+        model.save_pretrained(beside)
+        os.replace(beside, folder)
 
 
 def _prepare_matching(model) -> None:

@@ -32,12 +32,14 @@ from itp.envs.base import TextEnv
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.registry import engine_of, games_of, goals_of
 from itp.errors import UserError
+from itp.files import check_output_folder
 from itp.games import Game, resolve_split
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
 from itp.model_card import prompt_settings
 from itp.models import load_world_model
 from itp.pretrained import model_fingerprint
+from itp.rollout import LeftOut
 from itp.run_dir import open_run_dir
 from itp.seeding import derive_seed
 from itp.training import hub
@@ -82,6 +84,7 @@ def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game]
 
 def open_folder(settings: RlSettings, games: Sequence[Game], eval_games: Sequence[Game]) -> RunFolder:
     """The output folder, with this configuration, models and games on record."""
+    check_output_folder(settings.out_dir)
     folder = RunFolder(settings.out_dir, settings.report_to)
     if is_first_process():
         if settings.override:
@@ -130,10 +133,12 @@ class A2C:
         if self.settings.push_to_hub and is_first_process():
             hub.push(self.folder.path / "last", self.settings.push_to_hub)
         self.folder.finish(dataclasses.asdict(self.progress) | {"peak_memory_bytes": peak_memory()})
+        broken = self.processes.gather(self.player.left_out.broken)
         if is_first_process():
             done = self.progress
             print(f"{done.episodes} episodes, {done.update} updates in {done.seconds / 60:.1f} min; best held-out "
                   f"success {max(done.best, 0):.3f}; {self.folder.path}/last, {self.folder.path}/best")
+            LeftOut(broken=broken).check_none_broken("the training is finished without them")
 
     def unfinished(self) -> bool:
         """There are episodes to play, and time is left: by the first process's clock, for all alike."""

@@ -25,7 +25,7 @@ from itp.methods.imagine_then_plan import ImagineThenPlan
 from itp.methods.settings import MethodSettings
 from itp.model_card import prompt_settings
 from itp.models import load_policy
-from itp.rollout import Episode, run_episodes
+from itp.rollout import Episode, LeftOut, run_episodes
 from itp.seeding import derive_seed
 from itp.training.itp_r.a2c_settings import RlSettings
 
@@ -62,6 +62,7 @@ class Player:
             action_tokens=settings.action_max_new_tokens,
             imagined_action_tokens=settings.imagine_action_max_new_tokens, **prompt_settings(settings))
         self.kmax = kmax_of(settings.policy_model)
+        self.left_out = LeftOut()
         self.pool: EnvPool
 
     def method(self, greedy: bool) -> ImagineThenPlan:
@@ -74,11 +75,11 @@ class Player:
             record_sampling=True))
 
     async def play(self, games: Sequence[Game], *, greedy: bool = False) -> list[Episode]:
-        """One episode of each game, in their order; those lost with their environment's process are left out."""
+        """One episode of each game, in their order; some are left out (:attr:`left_out`)."""
         episodes = {e.game.game_id: e async for e in run_episodes(
             self.pool, self.method(greedy), games, max_steps=self.settings.max_steps, seed=self.settings.seed,
             concurrency=self.settings.num_envs, barrier=self.barrier)} if games else {}
-        return [episodes[game.game_id] for game in games if episodes[game.game_id].reason != "env_died"]
+        return [episodes[game.game_id] for game in games if not self.left_out.takes(episodes[game.game_id])]
 
     async def bootstraps(self, episodes: Sequence[Episode]) -> list[float]:
         """What each episode is worth after its last step: V_θ where the limit cut it, if that is wanted, else 0."""
@@ -178,7 +179,7 @@ def statistics_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     drawn = [k for row in summaries for k in row["k"]]
     if not drawn:
         raise UserError("no episode has a step: each ended at once, because the policy's context doesn't hold its "
-                        "first prompt or its environment died (see the warnings above)")
+                        "first prompt, its environment died or its game is broken (see the warnings above)")
     return {
         "return": statistics.fmean(row["return"] for row in summaries),
         "success": statistics.fmean(row["success"] for row in summaries),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from itp.distributed import is_first_process
-from itp.files import read_appended, write_atomic, write_json
+from itp.files import append_row, read_appended, write_atomic, write_json, writing
 
 STATE = "trainer_state.pt"
 
@@ -60,8 +60,7 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         if not is_first_process():
             return
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.path / "metrics.jsonl", row)
         if self.report_to == "none":
             return
         if self._tracker is None:
@@ -83,16 +82,17 @@ class RunFolder:
         beside, old, place = (self.path / f".{name}.tmp", self.path / f".{name}.old", self.path / name)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-        write(beside)
-        describe(beside)
-        if state is not None:
-            torch.save(dict(state), beside / STATE)
-        for file in filter(Path.is_file, beside.rglob("*")):  # on disk before it takes the old one's place
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        if place.exists():
-            os.replace(place, old)
-        os.replace(beside, place)
+        with writing(place, unfinished=beside):
+            write(beside)
+            describe(beside)
+            if state is not None:
+                torch.save(dict(state), beside / STATE)
+            for file in filter(Path.is_file, beside.rglob("*")):  # on disk before it takes the old one's place
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            if place.exists():
+                os.replace(place, old)
+            os.replace(beside, place)
         shutil.rmtree(old, ignore_errors=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

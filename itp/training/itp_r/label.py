@@ -34,7 +34,7 @@ from typing import Any
 
 from itp.agent.heads import has_heads, kmax_of
 from itp.errors import PromptTooLong, UserError
-from itp.files import read_appended, write_atomic, write_json
+from itp.files import check_output_file, check_output_folder, read_appended, write_atomic, write_json, writing
 from itp.lm.scheduler import BatchBarrier
 from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
@@ -98,6 +98,8 @@ def check(settings: LabelSettings) -> tuple[int, ...]:
 def claim(settings: LabelSettings) -> Path:
     """The folder of this run beside its output, with its configuration, data and models on record."""
     folder = Path(f"{settings.out_labeled_jsonl}.run")
+    check_output_file(settings.out_labeled_jsonl)
+    check_output_folder(folder)
     facts = {"expert_sha256": hashlib.sha256(Path(settings.expert_jsonl).read_bytes()).hexdigest(),
              "policy_fingerprint": model_fingerprint(settings.policy_model),
              "wm_fingerprint": model_fingerprint(settings.wm_model)}
@@ -132,7 +134,7 @@ async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows:
     barrier = BatchBarrier()
     labeler = load_labeler(settings, candidates, barrier)
     episodes = iter([list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)])
-    with open(path, "a", encoding="utf-8") as file, progress_bar(len(rows), "row") as bar:
+    with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(rows), "row") as bar:
 
         async def worker() -> None:
             barrier.add(live=1)
