@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from itp.errors import UserError
 CONTEXT = multiprocessing.get_context("spawn")
 START, TIMEOUT = 300, 60
 """Seconds that a worker may take to import what it needs, and a reader for a file."""
+MEMORY = 12 * 2**30
+"""Bytes that a worker may take: a number in a file must not take the machine's."""
 BAD = ("traceback", "hang", "died", "several lines")
 OUTCOMES = ("read", "refused", *BAD)
 
@@ -77,7 +80,8 @@ def _of_reader(name: str, valid: Path, scratch: Path, count: int, seed: int) -> 
                 said = Outcome(name, number, path.name, kind, said)
             yield said
             number += 1
-        worker.kill()
+        if not answered:
+            worker.kill()
         worker.join()
 
 
@@ -99,6 +103,7 @@ def mutation(valid: Path, name: str, seed: int, number: int) -> tuple[Path, str,
 def _work(pipe: Connection, name: str, valid: Path, scratch: Path, numbers: range, seed: int) -> None:
     """Send the outcome of a copy of the valid folder, then of each mutation."""
     logging.disable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.stdout = sys.stderr = io.StringIO()
     pipe.send(read(READERS[name], shutil.copytree(valid, scratch / f"valid {numbers.start}")))
     for number in numbers:

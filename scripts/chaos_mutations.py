@@ -26,7 +26,7 @@ BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 10 ** 9, -10 ** 9, 10 ** 30, 1.5, -0.5, 1e308, float("nan"), float("inf"), "", " ", "x",
     "\n", "1", "nan", "x" * 100_000, [], {}, [None], [[]], {"a": 1}, {"": None}, ["x", 1], "\ud800", "\u2028")
-"""What a value is replaced by; the last but one is half of a pair that UTF-8 can't hold."""
+"""What a value is replaced by; the last but one is half of a surrogate pair, which UTF-8 can't hold."""
 
 
 def mutated(path: Path, draw: random.Random) -> tuple[str, bytes]:
@@ -71,14 +71,14 @@ def _of_values(path: Path, data: bytes, draw: random.Random) -> tuple[str, bytes
         lines = text.splitlines()
         at = draw.randrange(len(lines))
         kind, value = changed(json.loads(lines[at]), draw)
-        lines[at] = _json(value, None)
+        lines[at] = _json(value, None, draw)
         return kind, ("\n".join(lines) + "\n").encode("utf-8", errors="surrogatepass")
     kind, value = changed(json.loads(text), draw)
-    return kind, _json(value, 2).encode("utf-8", errors="surrogatepass")
+    return kind, _json(value, 2, draw).encode("utf-8", errors="surrogatepass")
 
 
-def _json(value: Any, indent: int | None) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=False).replace(f'"{DEEP}"', "[" * 5000 + "]" * 5000)
+def _json(value: Any, indent: int | None, draw: random.Random) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=draw.random() < 0.5).replace(f'"{DEEP}"', "[" * 5000 + "]" * 5000)
 
 
 DEEP = "a value in 5000 lists"
@@ -132,6 +132,6 @@ def _of_header(data: bytes, draw: random.Random) -> tuple[str, bytes]:
     """A safetensors file whose header, a JSON object behind its length, is changed; the length fits, or does not."""
     size = int.from_bytes(data[:8], "little")
     kind, header = changed(json.loads(data[8:8 + size]), draw)
-    text = _json(header, None).encode("utf-8", errors="surrogatepass")
+    text = _json(header, None, draw).encode("utf-8", errors="surrogatepass")
     length = draw.choice((len(text), len(text), len(text), 0, 2 ** 63, len(text) + 1))
     return f"header {kind}", length.to_bytes(8, "little") + text + data[8 + size:]

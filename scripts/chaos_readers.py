@@ -180,16 +180,14 @@ def _loaded_model(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    """What a report reads; first as experiments do, which take summary.json and cost.json as they are."""
+    """What reports and experiments read.  They make summary.json and cost.json again."""
     from foresight_eval.report import page, tables
 
-    for again in (False, True):
-        read_config(folder)
-        if again:
-            write_summary(folder)
-        results = read_results([folder])
-        overview(results)
-        page.render(results, tables.all_tables(results, results[0]), [])
+    read_config(folder)
+    write_summary(folder)
+    results = read_results([folder])
+    overview(results)
+    page.render(results, tables.all_tables(results, results[0]), [])
 
 
 def _fidelity(folder: Path) -> None:
