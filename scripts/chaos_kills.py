@@ -1,12 +1,13 @@
 """`kill -9` at random moments: the same command again must give what an undisturbed run gives.
 
-A trial starts a program of chaos_runs.py in a folder of its own, kills something of it at a moment drawn uniformly over
-the undisturbed run's duration, runs the same command again to its end, and compares the folder with the undisturbed
-run's.  Where the victim isn't the program itself, the program may end by itself before that.
+A trial starts a program of chaos_runs.py in a folder of its own, kills something of it, runs the same command again
+to its end, and compares the folder with the undisturbed run's.  The moment of the kill is drawn uniformly over the
+processor time that the undisturbed run took, so that it doesn't depend on what else the machine does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -106,10 +107,10 @@ class Trial:
         for _ in range(TRIES):
             shutil.rmtree(self.out, ignore_errors=True)
             self.log.write_text("")
-            moment = self.random.uniform(0, self.seconds)
+            moment = self.random.uniform(0, self.seconds)  # in the processor's time
             process = self.program.start(self.root, self.out, self.log, server.url)
             if self._killed(process, moment, server):
-                outcome = {"moment": round(moment, 2)}
+                outcome = {"moment": round(moment, 2), "of": self.seconds}
                 if self.victim == "server":
                     time.sleep(AWAY)
                     server.start()
@@ -122,16 +123,15 @@ class Trial:
 
     def _killed(self, process: subprocess.Popen, moment: float, server: Server) -> bool:
         """Kill the victim at ``moment``, or as soon after it as there is one; False where the run ended before."""
-        start = time.monotonic()
         while process.poll() is None:
-            if time.monotonic() - start >= moment and (found := self._victims(process, server)):
+            if _spent(process.pid) >= moment and (found := self._victims(process, server)):
                 self.started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
                 for victim in found:
                     victim.kill()
                 if self.victim in ("program", "all"):
                     process.wait()
                 return True
-            time.sleep(0.01)
+            time.sleep(0.02)
         return False
 
     def _victims(self, process: subprocess.Popen, server: Server) -> list[psutil.Process]:
@@ -182,6 +182,16 @@ class Trial:
             odd = differences(self.program.content(self.out), self.program.content(self.root / self.program.name))
             faults += odd[:5]
         return faults
+
+
+def _spent(pid: int) -> float:
+    """Processor time of a process and of all that it started, in seconds."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):  # one ended meanwhile
+        program = psutil.Process(pid)
+        for process in (program, *program.children(recursive=True)):
+            total += sum(process.cpu_times()[:4])  # its own, and of children that have ended
+    return total
 
 
 def kill_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

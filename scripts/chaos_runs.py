@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -25,8 +26,9 @@ REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / "configs" / "demo"
 LONGEST = 900
 """Seconds that a run may take, however loaded the machine is."""
-CLOCK = ("second", "per_hour", "memory", "resumed", "cached_tokens", "restarts", "rows_per", "tokens_per_second")
-"""Parts of the names of figures that depend on the machine, or that count the disturbances themselves."""
+CLOCK = ("second", "per_hour", "memory", "resumed", "cached_tokens", "restarts", "padding_share")
+"""Parts of the names of figures that depend on the machine, that count the disturbances, or that are those of the last
+session of a training only, as its speed is."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,10 @@ NEEDS = {"games": (), "collect": ("games",), "base_lm": ("collect",), "policy": 
 
 
 def prepare(root: Path, names: Sequence[str]) -> dict[str, float]:
-    """Run what ``names`` need, and them, undisturbed; the seconds that each of all runs so far took."""
+    """Run what ``names`` need, and them, undisturbed; the processor's seconds that each of all runs so far took.
+
+    They hardly depend on what else the machine does.
+    """
     root.mkdir(parents=True, exist_ok=True)
     record = root / "seconds.json"
     seconds: dict[str, float] = read_json(record) if record.exists() else {}
@@ -211,14 +216,19 @@ def prepare(root: Path, names: Sequence[str]) -> dict[str, float]:
         if program.name in seconds:
             continue
         with Server(root, program.needs_server) as server:
-            start = time.monotonic()
+            start = _spent_by_children()
             status = program.finish(root, root / program.name, root / f"{program.name}.log", server.url)
         if status != 0:
             raise RuntimeError(f"{program.name} failed undisturbed (status {status}); see {root}/{program.name}.log")
-        seconds[program.name] = round(time.monotonic() - start, 2)
+        seconds[program.name] = round(_spent_by_children() - start, 2)
         write_json(record, seconds)
         print(f"undisturbed: {program.name} took {seconds[program.name]} s", flush=True)
     return seconds
+
+
+def _spent_by_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _with_needs(names: Iterable[str]) -> list[Program]:
