@@ -1,9 +1,10 @@
 """What the disk refuses, and two programs at once in one folder.
 
-full        a disk of half the size that the undisturbed run took.  The program ends in one line; with more space the same
-            command goes on to the undisturbed result.
+full        a disk of half the size that the undisturbed run took.  The program ends in one line; with more space the
+            same command goes on to the undisturbed result.
 read-only   a folder that can't be written: one line.
-together    the same command twice at once in one folder: the undisturbed result, or one of the two is refused in a line.
+together    the same command twice at once in one folder.  One of the two may be refused in a line; in the end the
+            result is the undisturbed one.
 
 The first two mount a small tmpfs, which needs root on Linux; where that fails they are skipped.
 """
@@ -30,7 +31,8 @@ def run_disk(out: Path) -> Iterator[dict[str, Any]]:
     """What each case gave, with its faults."""
     root, folder = out / "runs", out / "disk"
     prepare(root, FULL)
-    for case, names, work in (("full", FULL, full), ("read-only", READ_ONLY, read_only), ("together", TOGETHER, together)):
+    cases = (("full", FULL, full), ("read-only", READ_ONLY, read_only), ("together", TOGETHER, together))
+    for case, names, work in cases:
         for name in names:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -105,7 +107,8 @@ def _end(log: Path) -> str:
 @contextlib.contextmanager
 def _mounted(folder: Path, size: int) -> Iterator[None]:
     """A file system of ``size`` bytes at ``folder``.  Raises CalledProcessError where that isn't permitted."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True, capture_output=True)
     try:
         yield
     finally:
