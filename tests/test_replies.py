@@ -183,8 +183,8 @@ def test_more_of_what_chat_models_write(reply: str, action: str) -> None:
 
 @pytest.mark.parametrize("unit", [
     " ", "\t", "\n", "-", "#", "*", "'", "\"", "\"'", "“", "> ", "1. ", "`", "_", "[", "(", "{", "<", "<action>",
-    "<think>", "Action", "Action:", "Action:\n", "Thought: ", "**Action", "\"a", "the next ", "my action ", "1", "I will ",
-    ". ", "\"action\":", "k ", "Observation:", "```", "👉"])
+    "<think>", "Action", "Action:", "Action:\n", "Thought: ", "**Action", "\"a", "the next ", "my action ", "1",
+    "I will ", ". ", "\"action\":", "k ", "Observation:", "```", "👉"])
 def test_no_reply_takes_long_to_read(unit: str) -> None:
     """A model that repeats itself writes thousands of the same tokens."""
     reply = unit * (8000 // len(unit))
