@@ -13,11 +13,13 @@ from typing import Any
 
 from foresight_eval.statistics import percentile
 from itp.devices import peak_memory
-from itp.files import append_row, read_appended
+from itp.errors import UserError
+from itp.files import append_row, checked_object, read_appended
 from itp.run_dir import TIMING
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
 MEASURED = ("cached_tokens", "seconds")
+MEND = "mend or remove the line"
 
 
 def summarize_cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -41,8 +43,7 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
         cost[role] |= means
     seconds = [step["info"]["seconds"] for record in records for step in record["foresight_steps"]]
     cost["decision_seconds"] = {f"p{q}": percentile(seconds, q) for q in (50, 95, 99)}
-    fields = {"seconds": (int, float), "processes": int, "episodes": int, "peak_memory_bytes": dict}
-    sessions = read_appended(folder / TIMING, fields)
+    sessions = _sessions(folder / TIMING)
     # Processes that shared the games ran side by side, each with a line of its own.
     hours = sum(session["seconds"] / session["processes"] for session in sessions) / 3600
     cost["episodes_per_hour"] = sum(session["episodes"] for session in sessions) / hours if hours else None
@@ -50,6 +51,18 @@ def measured_cost(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, 
     cost["peak_memory_bytes"] = {
         device: max(session["peak_memory_bytes"].get(device, 0) for session in sessions) for device in sorted(devices)}
     return cost
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """The sessions on record.  Raises UserError for a line that isn't one."""
+    fields = {"seconds": (int, float), "processes": int, "episodes": int, "peak_memory_bytes": dict}
+    sessions = read_appended(path, fields)
+    for number, session in enumerate(sessions, start=1):
+        memory = session["peak_memory_bytes"]
+        checked_object(memory, f"{path}: session {number}: peak_memory_bytes", dict.fromkeys(memory, (int, float)), MEND)
+        if session["processes"] < 1:
+            raise UserError(f"{path}: session {number}: processes is {session['processes']}; {MEND}")
+    return sessions
 
 
 def _means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:

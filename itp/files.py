@@ -241,9 +241,17 @@ def _short(value: Any) -> str:
     return said if len(said) <= 40 else f"{said[:40]}..."
 
 
+def _loads(text: str) -> Any:
+    """JSON.  Raises ValueError also for a string with half of a surrogate pair, which no file and no model can take."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():  # only an escape can bring one
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _parsed(text: str, path: str | Path, advice: str) -> Any:
     try:
-        return json.loads(text)
+        return _loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); {advice}") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python takes
@@ -273,7 +281,7 @@ def read_rows(path: str | Path, skipped: list[str] | None = None) -> Iterator[tu
         line = line.removeprefix("\ufeff")  # files that were joined have a byte order mark in the middle
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _loads(line)
             except (ValueError, RecursionError) as error:  # JSONDecodeError, or a number or nesting too large
                 said = error.msg if isinstance(error, json.JSONDecodeError) else error
                 message = f"{path}:{number}: not JSON ({said}); mend or remove the line"
@@ -289,7 +297,7 @@ def _is_one_object(text: str) -> bool:
     if not re.match(r"\s*\{[^\S\n]*\n", text):
         return False
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(_loads(text), dict)
     except (ValueError, RecursionError):
         return False
 

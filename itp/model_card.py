@@ -19,7 +19,7 @@ from itp.config import flag
 from itp.errors import UserError
 from itp.files import Fields, checked_object, read_object, write_json
 from itp.pretrained import model_folder
-from itp.text.prompt_format import PLAIN, PromptFormat, PromptTemplate
+from itp.text.prompt_format import PLAIN, STYLES, PromptFormat, PromptTemplate
 from itp.text.prompts import FORESIGHT_FORMATS, INSTRUCTION, WORLD_INSTRUCTION
 
 MODEL_CARD = "itp_model.json"
@@ -62,6 +62,7 @@ class ModelCard:
         values = read_object(file, advice=COPY_AGAIN)
         checked_object(values, str(file), {name: CARD_FIELDS[name] for name in values if name in CARD_FIELDS},
                        COPY_AGAIN)
+        _check_values(values, file)
         template = PLAIN
         if "turns" in values:
             turns = checked_object(values["turns"], f"{file}: turns", {"head": str, "tail": str}, COPY_AGAIN)
@@ -87,6 +88,16 @@ class ModelCard:
     def with_format(self, form: PromptFormat) -> ModelCard:
         """The same card for prompts in ``form``."""
         return dataclasses.replace(self, style=form.style, template=form.template, control_token=form.control_token)
+
+
+def _check_values(values: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for a value that means nothing: a model would silently be prompted in another way."""
+    for name, known in (("prompt_style", STYLES), ("foresight_format", FORESIGHT_FORMATS)):
+        if values.get(name) is not None and values[name] not in known:
+            raise UserError(f"{file}: field {name!r} is {values[name][:40]!r}, not {' or '.join(known)}; {COPY_AGAIN}")
+    for name, kind in CARD_FIELDS.items():
+        if kind is _NUMBER and (values.get(name) or 0) < 0:
+            raise UserError(f"{file}: field {name!r} is {values[name]}; {COPY_AGAIN}")
 
 
 def card_digest(path: str | Path) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from itp.devices import resolve_device, resolve_dtype
@@ -112,22 +114,38 @@ def remote_code() -> dict[str, bool]:
     return {"trust_remote_code": os.environ.get(TRUST_REMOTE_CODE) == "1"}
 
 
-def not_loaded(path: str, what: str, error: Exception) -> UserError:
-    """The error to raise where a loader of the Auto classes failed at ``path``."""
-    if "trust_remote_code" in str(error):
-        return UserError(f"{path}: this model comes with Python code of its own; read it, and if you trust it, start "
-                         f"the same command with {TRUST_REMOTE_CODE}=1 in front")
-    return UserError(f"{path}: {what} ({str(error).splitlines()[0]})")
+@contextlib.contextmanager
+def loading(path: str, what: str) -> Iterator[None]:
+    """Around a loader of the Auto classes: UserError, which says ``what`` it met at ``path``.
+
+    The libraries check little, and there is no list of what they raise for a broken file: tokenizers a bare Exception,
+    safetensors an error of its own, transformers a TypeError for a value.  A device without memory isn't the file's.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported here
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{path}: this model comes with Python code of its own; read it, and if you trust it, "
+                            f"start the same command with {TRUST_REMOTE_CODE}=1 in front") from error
+        raise UserError(f"{path}: {what} ({first_line(error)}); is the folder whole?") from error
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its name where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0][:300] if said else type(error).__name__
 
 
 def load_tokenizer(path: str):
     """A model's tokenizer.  Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(path, "no tokenizer there"):
         return AutoTokenizer.from_pretrained(path, **remote_code())
-    except (OSError, ValueError) as error:
-        raise not_loaded(path, "no tokenizer there", error) from error
 
 
 def bos_ids(tokenizer) -> list[int]:
@@ -146,11 +164,10 @@ def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "fp32", attn_
 
     tokenizer = load_tokenizer(path)
     device = resolve_device(device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=resolve_dtype(dtype, device),
-                                                     attn_implementation=attn_implementation, **remote_code())
-    except (OSError, ValueError) as error:
-        raise not_loaded(path, "not a causal language model", error) from error
+    resolved = resolve_dtype(dtype, device)
+    with loading(path, "not a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=resolved, attn_implementation=attn_implementation,
+                                                     **remote_code())
     return model.to(device).eval(), tokenizer
 
 

@@ -167,7 +167,8 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
     finally:
         for task in workers:
             task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        # Also where nobody takes the next episode any more: then no one else would look at what ``everyone`` raised.
+        await asyncio.gather(*workers, everyone, return_exceptions=True)
 
 
 async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat) -> Episode:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -14,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from itp.config import by_own_names, flag_fields, flags_that
+from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import append_row, check_output_folder, read_object, write_json, writing
+
+log = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, str]:
@@ -83,6 +89,31 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
         out_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"config": wanted, "versions": versions()})
     return out_dir
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Within this block no other program works in ``folder``, which is made.  Raises UserError where one does.
+
+    The lock is the process's own, so a kill leaves none behind.  Of processes that learn together the first one has it.
+    """
+    if not is_first_process():
+        yield
+        return
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another program works there; wait for its end, or choose another output "
+                            "path") from error
+        except OSError:  # a file system without locks
+            log.debug("%s can't be locked", folder)
+        yield
+    finally:
+        os.close(place)
 
 
 def _grew(recorded: int, wanted: int) -> bool:

@@ -29,6 +29,7 @@ from typing import Any
 from foresight_eval.report import analyses, plots, tables
 from foresight_eval.results import Result, read_results
 from foresight_eval.settings import AlfworldSettings, EvalSettings, SciworldSettings
+from foresight_eval.summary import write_summary
 from itp.config import add_flags, did_you_mean, flag, from_args
 from itp.errors import UserError
 from itp.files import read_object, read_records, read_yaml, write_atomic, write_json
@@ -293,8 +294,10 @@ def show(experiment: Mapping[str, Any], values: Mapping[str, Any], runs: Sequenc
 
 def collect(runs: Sequence[Run]) -> tuple[list[Result], dict[str, Any]]:
     """The results that ``runs`` left, and the figures of world models by run."""
-    results = [dataclasses.replace(read_results([run.out])[0], name=run.name) for run in runs
-               if isinstance(run.settings, EvalSettings) and (run.out / "summary.json").is_file()]
+    finished = [run for run in runs if isinstance(run.settings, EvalSettings) and (run.out / "summary.json").is_file()]
+    for run in finished:  # from the games' files, which are checked: a summary may have been edited or cut
+        write_summary(run.out)
+    results = [dataclasses.replace(read_results([run.out])[0], name=run.name) for run in finished]
     models = {run.name: next(iter(read_object(run.out, {"models": dict})["models"].values())) for run in runs
               if isinstance(run.settings, FidelitySettings) and run.out.is_file()}
     return results, models

@@ -53,6 +53,14 @@ def test_a_game_that_is_cut(folder: Path, monkeypatch: pytest.MonkeyPatch, text:
     reported(monkeypatch, folder)
 
 
+@pytest.mark.parametrize("change", [{"peak_memory_bytes": {"cuda:0": [1]}}, {"processes": 0}, {"seconds": "1"}])
+def test_a_session_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
+    session = {"episodes": 3, "seconds": 1.0, "processes": 1, "peak_memory_bytes": {"cuda:0": 1}}
+    (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (session, session | change)))
+    with pytest.raises(UserError, match="timing.jsonl.*; mend or remove the line$"):
+        reported(monkeypatch, folder)
+
+
 def test_a_game_that_is_not_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "1.json").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="1.json.*delete it"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from itp.games import resolve_split
 from itp.model_card import ModelCard, style_of
 from itp.pretrained import model_fingerprint
 from itp.program import run_main
-from itp.run_dir import open_run_dir
+from itp.run_dir import alone_in, open_run_dir
 from itp.seeding import derive_seed
 from itp.transitions import REQUIRED, Transition, read_transitions, write_transitions
 
@@ -412,3 +415,23 @@ def test_users_errors_are_one_line_and_status_two(capsys: pytest.CaptureFixture)
             run_main(main)
         assert end.value.code == status
         assert capsys.readouterr().err.startswith(says)
+
+
+def test_a_folder_in_which_another_program_works_is_refused(tmp_path: Path) -> None:
+    """Until that program ends, also by a kill; the same process may come back to its folder."""
+    with alone_in(tmp_path):
+        pass
+    hold = (f"import itp.run_dir, time\nwith itp.run_dir.alone_in({str(tmp_path)!r}):\n"
+            "    print('in', flush=True)\n    time.sleep(99)")
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UserError, match="another program works there"), alone_in(tmp_path):
+            pass
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.communicate()
+    with alone_in(tmp_path), pytest.raises(UserError, match="another program"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir() and not any((tmp_path / "new").iterdir())

@@ -15,7 +15,7 @@ from itp.agent.heads import HEADS_CONFIG, kmax_of
 from itp.config import flag, parse_settings
 from itp.envs.alfworld.games import golden_steps, task_params
 from itp.errors import UserError
-from itp.files import read_appended, read_json, read_object, read_text, read_yaml, write_json
+from itp.files import read_appended, read_json, read_object, read_rows, read_text, read_yaml, write_json
 from itp.games import Game
 from itp.model_card import MODEL_CARD, ModelCard
 from itp.run_dir import open_run_dir
@@ -78,6 +78,16 @@ def test_an_object_that_is_none_is_one_line_with_the_remedy(tmp_path: Path, cont
     assert content is None or str(error.value).endswith("; make it again")
 
 
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    """Python reads it and can't write it again; a whole pair is a character."""
+    (tmp_path / "pair.json").write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert read_json(tmp_path / "pair.json") == {"a": "\U0001f600"}
+    (tmp_path / "half.json").write_text('{"a": "\\ud83d"}\n')
+    for read in (read_json, lambda path: list(read_rows(path))):
+        with pytest.raises(UserError, match="half.json.*surrogates not allowed"):
+            read(tmp_path / "half.json")
+
+
 def test_files_that_only_look_like_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"rows": [ROW]}, indent=2))
@@ -97,8 +107,9 @@ CARD = {"prompt_style": "tuned", "turns": {"head": "<user>", "tail": "<model>"}}
 
 
 @pytest.mark.parametrize("name, good, bad", [
-    (MODEL_CARD, CARD, [[], CARD | {"turns": {"head": "x"}}, CARD | {"turns": "x"}, CARD | {"control": 1}]),
-    (HEADS_CONFIG, {"kmax": 5}, [[], {}, {"kmax": None}, {"kmax": "5"}]),
+    (MODEL_CARD, CARD, [[], CARD | {"turns": {"head": "x"}}, CARD | {"turns": "x"}, CARD | {"control": 1},
+                        CARD | {"prompt_style": "x"}, CARD | {"foresight_format": "x"}, CARD | {"max_seq_len": -1}]),
+    (HEADS_CONFIG, {"kmax": 5}, [[], {}, {"kmax": None}, {"kmax": "5"}, {"kmax": 0}]),
     ("config.json", {"config": {}}, [[], {}, {"config": []}]),
     ("7.json", GAME, [[], {}, {"meta": {}}, GAME | {"meta": {}}, GAME | {"foresight_steps": [{}]}]),
     ("checkpoint-5/complete.json", {"sizes": {}}, [[], {}, {"sizes": 3}]),

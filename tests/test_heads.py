@@ -240,3 +240,24 @@ def test_the_heads_of_the_release_load(plain, tmp_path):
     (tmp_path / "adaptive_heads.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="not the heads of a policy"):
         kmax_of(tmp_path)
+    for content in ([], {"kmax": 3}, {"kmax": 3, "k_head": {"weight": 1}, "v_head": {}}):
+        torch.save(content, tmp_path / "adaptive_heads.pt")
+        with pytest.raises(UserError, match="not the heads of a policy"):
+            kmax_of(tmp_path)
+
+
+def test_a_broken_model_folder_is_one_line(plain, tmp_path):
+    """Each library has its own error for it: safetensors, tokenizers (a bare Exception), transformers, json."""
+    model, tokenizer = load(plain)
+    PolicyWithHeads.create(model, tokenizer, 2).save_pretrained(tmp_path, tokenizer)
+    for name, content in (("policy_heads.safetensors", b"\x00" * 20), ("model.safetensors", b"\x00" * 20),
+                          ("tokenizer.json", b'{"version": "1.0", "model": 3}'), ("config.json", b"[]"),
+                          ("config.json", b'{"model_type": "llama", "a": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+                          ("policy_heads.json", b'{"kmax": 1000000000000}')):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"^{tmp_path}") as error:
+            PolicyWithHeads.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value), name
+        (tmp_path / name).write_bytes(whole)
+    PolicyWithHeads.from_pretrained(tmp_path)

@@ -357,6 +357,11 @@ def test_poisoned_weights_stop_the_run(model_path, tmp_path):
     ({"state": None}, "'state' is None"),
     ({"imagined": [["look"]]}, "2 pairs"),
     ({"imagined": None}, "--foresight_format last_obs"),
+    ({"imagined": 1, "k_label": 0}, "'imagined' isn't a list"),
+    ({"shown": 1}, "shown: a JSON number"),
+    ({"shown": {"history_keep_steps": [6]}}, "shown: field 'history_keep_steps' is of the wrong type"),
+    ({"shown": {"foresight_format": "whole"}}, "shown is {'foresight_format': 'whole'}"),
+    ({"shown": {"history_keep_steps": -1}}, "shown is {'history_keep_steps': -1}"),
 ])
 def test_a_bad_line_is_named(tmp_path, change, said):
     good = dict(episode(0)[0], k_label=2)

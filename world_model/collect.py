@@ -43,7 +43,7 @@ from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar, run_main
 from itp.rollout import Episode, LeftOut, run_episodes
-from itp.run_dir import TIMING, open_run_dir, timed
+from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text import dialogues
 from itp.transitions import REQUIRED, Transition, to_transition, write_transitions
@@ -91,10 +91,12 @@ class CollectSettings(EnvFlags, PolicyServerFlags, EngineFlags):
 def main() -> None:
     settings = parse_settings(CollectSettings, prog="python -m world_model.collect", description=__doc__)
     check(settings)
-    out = open_folder(settings)
-    games, left_out = _episode_games(settings), LeftOut()
-    episodes = play_missing(settings, games, out, left_out)
-    write(settings, games, episodes, out, left_out)
+    check_output_folder(settings.out_dir)
+    with alone_in(settings.out_dir):
+        out = open_folder(settings)
+        games, left_out = _episode_games(settings), LeftOut()
+        episodes = play_missing(settings, games, out, left_out)
+        write(settings, games, episodes, out, left_out)
     left_out.check_none_broken()
 
 

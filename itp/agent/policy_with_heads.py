@@ -23,11 +23,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from itp.agent.heads import HEADS_CONFIG, HEADS_WEIGHTS, RELEASE_HEADS, kmax_of
+from itp.agent.heads import COPY_AGAIN, HEADS_CONFIG, HEADS_WEIGHTS, kmax_of, read_release
 from itp.errors import UserError
 from itp.files import write_json
 from itp.model_card import ModelCard
-from itp.pretrained import load_causal_lm, model_folder
+from itp.pretrained import first_line, load_causal_lm, model_folder
 from itp.text.prompts import CTRL
 
 if TYPE_CHECKING:
@@ -152,12 +152,14 @@ class PolicyWithHeads(nn.Module):
     def around(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> PolicyWithHeads:
         """The heads of ``folder`` on ``model``, which was loaded from there."""
         kmax, weights = kmax_of(folder), read_heads(folder)
-        policy = cls.create(model, tokenizer, kmax, ModelCard.read(folder) or ModelCard(style="instruct"))
+        hidden = model.config.get_text_config().hidden_size
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        wanted = {name: tuple(weight.shape) for name, weight in policy.heads.state_dict().items()}
-        if shapes != wanted:
+        wanted = {"k_head.weight": (kmax + 1, hidden), "k_head.bias": (kmax + 1,),
+                  "v_head.weight": (1, hidden), "v_head.bias": (1,)}
+        if shapes != wanted:  # before the heads are made: a wrong kmax may be of any size
             raise UserError(f"{folder}: heads of shapes {shapes} don't fit kmax {kmax} and this model, which needs "
                             f"{wanted}; train them again (train_adaptive_k sft)")
+        policy = cls.create(model, tokenizer, kmax, ModelCard.read(folder) or ModelCard(style="instruct"))
         policy.heads.load_state_dict(weights)
         policy.train(model.training)
         return policy
@@ -258,14 +260,17 @@ def save_heads(heads: PolicyHeads, folder: str | Path, state: dict[str, torch.Te
 
 def read_heads(folder: str | Path) -> dict[str, torch.Tensor]:
     """The heads' weights, ours or the release's, by their names in :class:`PolicyHeads`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = model_folder(folder)
-    if (folder / HEADS_CONFIG).is_file():
-        kmax_of(folder)  # raises UserError if it can't be read
-        if not (folder / HEADS_WEIGHTS).is_file():
-            raise UserError(f"{folder}: {HEADS_CONFIG} is there but {HEADS_WEIGHTS} is not; copy the whole folder")
+    if not (folder / HEADS_CONFIG).is_file():
+        release = read_release(folder)
+        return {f"{head}.{name}": weight.float() for head in ("k_head", "v_head")
+                for name, weight in release[head].items()}
+    if not (folder / HEADS_WEIGHTS).is_file():
+        raise UserError(f"{folder}: {HEADS_CONFIG} is there but {HEADS_WEIGHTS} is not; {COPY_AGAIN}")
+    try:
         return load_file(folder / HEADS_WEIGHTS)
-    release = torch.load(folder / RELEASE_HEADS, map_location="cpu", weights_only=True)
-    return {f"{head}.{name}": weight.float() for head in ("k_head", "v_head")
-            for name, weight in release[head].items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / HEADS_WEIGHTS}: not readable ({first_line(error)}); {COPY_AGAIN}") from error

@@ -17,7 +17,7 @@ from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import writing
 from itp.model_card import ModelCard
-from itp.pretrained import not_loaded, remote_code
+from itp.pretrained import loading, remote_code
 from itp.training.settings import FinetuneSettings, UpdateFlags
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) ->
                 "attn_implementation": settings.attn_implementation}
     if settings.q_lora:
         options |= _four_bits(dtype, int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu")
-    try:
+    with loading(settings.model_path, "no model could be loaded"):
         model = AutoModelForCausalLM.from_pretrained(settings.model_path, **options, **remote_code())
-    except (OSError, ValueError, ImportError) as error:  # the last: a bitsandbytes that is too old
-        raise not_loaded(settings.model_path, "no model could be loaded", error) from error
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.q_lora:

@@ -31,7 +31,7 @@ from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import check_output_folder, read_object, write_json, writing
 from itp.pretrained import load_tokenizer, model_fingerprint
-from itp.run_dir import open_run_dir
+from itp.run_dir import alone_in, open_run_dir
 from itp.training import hub
 from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.examples import Encoding, Example, report_counts, split_off_eval
@@ -59,7 +59,8 @@ def open_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], *, ow
     _refuse_foreign_files(settings)
     if is_first_process():
         nothing_yet = not _is_finished(settings) and not whole_checkpoints(settings.out_dir)
-        open_run_dir(settings.out_dir, settings, facts=_facts(settings, data_paths, own_base), override=nothing_yet)
+        with alone_in(settings.out_dir):  # the record there may be that of a run that has no checkpoint yet
+            open_run_dir(settings.out_dir, settings, facts=_facts(settings, data_paths, own_base), override=nothing_yet)
     if not _is_finished(settings) or settings.merge and not settings.merged_path.exists():
         return False
     if is_first_process():
@@ -118,6 +119,11 @@ def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
 
     Raises UserError where nothing can be trained on, or when the loss is no longer finite.
     """
+    with alone_in(settings.out_dir):
+        return _train(settings, task)
+
+
+def _train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     from transformers import set_seed
 
     from itp.training.models import choose_dtype

@@ -40,7 +40,7 @@ from itp.model_card import prompt_settings
 from itp.models import load_world_model
 from itp.pretrained import model_fingerprint
 from itp.rollout import LeftOut
-from itp.run_dir import open_run_dir
+from itp.run_dir import alone_in, open_run_dir
 from itp.seeding import derive_seed
 from itp.training import hub
 from itp.training.itp_r.a2c_rollout import Player, episode_games, prepare, statistics_of, summary
@@ -57,8 +57,10 @@ def run(settings: RlSettings) -> None:
     """Train; what the command line calls."""
     settings = checked(settings)
     make_env, games, eval_games = environment(settings)
-    folder = open_folder(settings, games, eval_games)
-    asyncio.run(A2C(settings, folder, games, eval_games).train(make_env))
+    check_output_folder(settings.out_dir)
+    with alone_in(settings.out_dir):
+        folder = open_folder(settings, games, eval_games)
+        asyncio.run(A2C(settings, folder, games, eval_games).train(make_env))
 
 
 # ---------------------------------------------------------------- before torch: the games, the output folder
@@ -84,7 +86,6 @@ def environment(settings: RlSettings) -> tuple[Callable[[], TextEnv], list[Game]
 
 def open_folder(settings: RlSettings, games: Sequence[Game], eval_games: Sequence[Game]) -> RunFolder:
     """The output folder, with this configuration, models and games on record."""
-    check_output_folder(settings.out_dir)
     folder = RunFolder(settings.out_dir, settings.report_to)
     if is_first_process():
         if settings.override:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from itp.errors import UserError
 from itp.lm.memory_budget import CACHE_BYTES
-from itp.pretrained import not_loaded, remote_code
+from itp.pretrained import loading, remote_code
 
 if TYPE_CHECKING:
     from itp.training.itp_r.a2c_settings import RlSettings
@@ -46,13 +46,11 @@ class Shape:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
-        try:
+        with loading(path, "not a causal language model"):
             config = AutoConfig.from_pretrained(path, **remote_code()).get_text_config()
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, **remote_code(),
                                                          dtype=torch.bfloat16)  # what experts' kernels know
-        except (OSError, ValueError) as error:
-            raise not_loaded(path, "not a causal language model", error) from error
         head = model.get_output_embeddings()
         # GPT-2's linear layers are Conv1D, with a transposed weight.
         linear = [tuple(m.weight.shape) if isinstance(m, Conv1D) else (m.in_features, m.out_features)

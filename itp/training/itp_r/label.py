@@ -40,7 +40,7 @@ from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar
-from itp.run_dir import TIMING, open_run_dir, timed
+from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.training.itp_r.expert_steps import ExpertStep, choose_rows, read_expert
 from itp.training.itp_r.label_settings import LabelSettings, parse_candidates
 from itp.training.itp_r.pseudo_labels import Labeler
@@ -58,6 +58,14 @@ def run(settings: LabelSettings) -> None:
     rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings.max_rows, settings.seed)
     for message in skipped or ():
         log.warning("skipped: %s", message)
+    folder = Path(f"{settings.out_labeled_jsonl}.run")
+    check_output_file(settings.out_labeled_jsonl)
+    check_output_folder(folder)
+    with alone_in(folder):
+        _run(settings, candidates, rows, skipped or [])
+
+
+def _run(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], skipped: list[str]) -> None:
     folder = claim(settings)
     finished = read_finished(folder / "rows.jsonl")
     todo = [row for row in rows if row.index not in finished]
@@ -74,7 +82,7 @@ def run(settings: LabelSettings) -> None:
     lines = [json.dumps({**dataclasses.asdict(row.transition), **added, **shown}, ensure_ascii=False)
              for row, added in kept]
     write_atomic(settings.out_labeled_jsonl, "".join(line + "\n" for line in lines))
-    summary = summarize([added for _, added in kept], len(skipped or ()) + len(unfit))
+    summary = summarize([added for _, added in kept], len(skipped) + len(unfit))
     write_json(folder / "summary.json", summary)
     print(report(summary))
     print(f"{len(kept)} labeled rows: {settings.out_labeled_jsonl}")
@@ -98,8 +106,6 @@ def check(settings: LabelSettings) -> tuple[int, ...]:
 def claim(settings: LabelSettings) -> Path:
     """The folder of this run beside its output, with its configuration, data and models on record."""
     folder = Path(f"{settings.out_labeled_jsonl}.run")
-    check_output_file(settings.out_labeled_jsonl)
-    check_output_folder(folder)
     facts = {"expert_sha256": hashlib.sha256(Path(settings.expert_jsonl).read_bytes()).hexdigest(),
              "policy_fingerprint": model_fingerprint(settings.policy_model),
              "wm_fingerprint": model_fingerprint(settings.wm_model)}

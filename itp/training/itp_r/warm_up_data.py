@@ -8,12 +8,16 @@ from typing import Any
 
 from itp.config import flag
 from itp.errors import UserError
-from itp.files import read_rows
+from itp.files import Fields, checked_object, read_rows
 from itp.games import ENVIRONMENTS, K_MAX
 from itp.model_card import AS_RELEASED, PromptFlags, prompt_settings, resolve
-from itp.text.prompts import foresight_text
+from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
 from itp.text.state import State, parse
 from itp.training.settings import FinetuneSettings
+
+MEND = "mend or remove the line"
+SHOWN: Fields = {"foresight_format": str, "history_keep_steps": int, "max_seq_len": int}
+"""Of a labeled row's ``shown``."""
 
 
 @dataclass
@@ -61,8 +65,8 @@ class LabeledStep:
 def as_labeled(settings: SftSettings) -> SftSettings:
     """``settings`` with the prompts' history, format and budget of stage 1; files of others don't say."""
     path = settings.train_jsonl
-    _, first = next(read_rows(path), ("", None))
-    recorded = first.get("shown", {}) if isinstance(first, dict) else {}
+    where, first = next(read_rows(path), ("", None))
+    recorded = _shown(first, where) if isinstance(first, dict) else {}
     return resolve(settings, recorded, path, AS_RELEASED)
 
 
@@ -77,10 +81,20 @@ def read_labeled(settings: SftSettings) -> list[LabeledStep]:
         if settings.act_on == "all":
             steps += [dataclasses.replace(labeled, k=None, foresight=foresight_text(
                 _imagined(row, where, k, foresight_format), foresight_format))
-                for k in range(min(kmax, len(row.get("imagined", ()))) + 1) if k != labeled.k]
+                for k in range(min(kmax, len(row.get("imagined") or ())) + 1) if k != labeled.k]
     if not steps:
         raise UserError(f"{path}: holds no labeled steps; write it with train_adaptive_k label")
     return steps
+
+
+def _shown(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """How much of the past stage 1 showed the policy; files of others don't say."""
+    shown = checked_object(row.get("shown", {}), f"{where}: shown", {}, MEND)
+    checked_object(shown, f"{where}: shown", {name: SHOWN[name] for name in SHOWN if name in shown}, MEND)
+    if shown.get("foresight_format", "full") not in FORESIGHT_FORMATS or any(
+            value < 0 for value in shown.values() if isinstance(value, int)):
+        raise UserError(f"{where}: shown is {str(shown)[:100]}, which isn't what train_adaptive_k label writes; {MEND}")
+    return shown
 
 
 def _step(row: Any, where: str, settings: SftSettings) -> LabeledStep:
@@ -90,8 +104,10 @@ def _step(row: Any, where: str, settings: SftSettings) -> LabeledStep:
     for name, kind in (("episode_id", (str, int)), ("state", str), ("action", str), ("k_label", int)):
         if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
             raise UserError(f"{where}: field {name!r} is {row.get(name)!r}, which isn't what train_adaptive_k label "
-                            "writes; mend or remove the line")
-    shown, here = row.get("shown", {}), prompt_settings(settings)
+                            f"writes; {MEND}")
+    if not isinstance(row.get("imagined"), (list, type(None))):
+        raise UserError(f"{where}: field 'imagined' isn't a list; {MEND}")
+    shown, here = _shown(row, where), prompt_settings(settings)
     if any(shown.get(name, here[name]) != here[name] for name in ("foresight_format", "history_keep_steps")):
         raise UserError(f"{where}: labeled with {shown}, and this run is {here}; label all rows the same way")
     k = row["k_label"]
@@ -101,12 +117,12 @@ def _step(row: Any, where: str, settings: SftSettings) -> LabeledStep:
     try:
         state = parse(row["state"]).last(settings.history_keep_steps)
     except ValueError as error:
-        raise UserError(f"{where}: field 'state' isn't a state ({error}); mend or remove the line") from error
+        raise UserError(f"{where}: field 'state' isn't a state ({error}); {MEND}") from error
     foresight = foresight_text(_imagined(row, where, k, foresight_format), foresight_format)
     # What was executed may have been exploration; the label was made for what the expert would have done.
     action = row.get("expert_action", row["action"])
     if not isinstance(action, str):
-        raise UserError(f"{where}: field 'expert_action' is {action!r}, which isn't an action; mend or remove the line")
+        raise UserError(f"{where}: field 'expert_action' is {action!r}, which isn't an action; {MEND}")
     return LabeledStep(str(row["episode_id"]), state, foresight, action, k)
 
 
