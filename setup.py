@@ -55,7 +55,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
-                "playwright>=1.50", *REPORT, *SERVING],
+                "playwright>=1.50", *REPORT, *SERVING, *SMOLLM2],
         "qlora": QLORA,
         "report": REPORT,
         "serving": SERVING,
