@@ -57,7 +57,7 @@ class Smollm2Settings:
 
 def main() -> None:
     settings = parse_settings(Smollm2Settings, prog="python -m itp.smollm2", description=__doc__)
-    write(Path(settings.out_dir))
+    write(Path(settings.out_dir).absolute())  # "." has no name to write beside
 
 
 def write(folder: Path) -> None:
