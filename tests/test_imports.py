@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("errors", "seeding", "files", "config", "distributed", "devices", "program", "run_dir", "pretrained", "smollm2",
-          "games", "transitions", "text", "chat_template", "model_card", "envs", "lm", "agent", "methods", "models", "rollout",
-          "training", "doctor")
+FLOORS = ("errors", "seeding", "files", "config", "distributed", "devices", "program", "run_dir", "pretrained",
+          "smollm2", "games", "transitions", "text", "chat_template", "model_card", "envs", "lm", "agent", "methods",
+          "models", "rollout", "training", "doctor")
 """The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
 PACKAGES = ("itp", "world_model", "foresight_eval")
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
