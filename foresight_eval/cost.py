@@ -59,7 +59,8 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
     sessions = read_appended(path, fields)
     for number, session in enumerate(sessions, start=1):
         memory = session["peak_memory_bytes"]
-        checked_object(memory, f"{path}: session {number}: peak_memory_bytes", dict.fromkeys(memory, (int, float)), MEND)
+        where = f"{path}: session {number}: peak_memory_bytes"
+        checked_object(memory, where, dict.fromkeys(memory, (int, float)), MEND)
         if session["processes"] < 1:
             raise UserError(f"{path}: session {number}: processes is {session['processes']}; {MEND}")
     return sessions

@@ -89,7 +89,10 @@ def test_a_game_file_that_cannot_be_read_keeps_its_place_in_the_list(games: Path
     Path(before[2].path).write_bytes(b"\xff\xfe\x00")
     Path(before[3].path).write_text("[" * 100_000)
     assert list_games("train", games) == before
-    assert [is_whole(game) for game in before] == [True, False, False, False, True, True]
+    Path(before[4].path).unlink()
+    Path(before[4].path).mkdir()
+    assert list_games("train", games) == before
+    assert [is_whole(game) for game in before] == [True, False, False, False, False, True]
 
 
 class StopsEarly:

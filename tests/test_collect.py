@@ -196,6 +196,7 @@ def test_an_episode_that_the_engine_lost_is_no_failure(monkeypatch, games_root: 
     (("--actor", "policy"), "--policy_model"),
     (("--actor", "policy", "--policy_model", "./polcy"), "./polcy: no such model folder"),
     (("--actor", "random", "--reasoning_share", "0.1"), "only --actor expert knows why"),
+    (("--env", "scienceworld", "--reasoning_share", "0.1"), "only ALFWorld's expert knows why"),
     (("--noise", "0,often"), "--noise '0,often'"),
     (("--noise", "1.5"), "between 0 and 1"),
     (("--noise_policy", "somewhere"), "never acts at --noise 0"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
-from itp import doctor
+from itp import doctor, smollm2
 from itp.config import add_flags
 from itp.envs.alfworld import generate as alfworld_games
 from itp.training.base_policy import BasePolicySettings
@@ -26,7 +26,8 @@ from world_model.data_processing import convert, fetch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SETTINGS = {
-    "itp.doctor": doctor.DoctorSettings, "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
+    "itp.doctor": doctor.DoctorSettings, "itp.smollm2": smollm2.Smollm2Settings,
+    "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
     "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,

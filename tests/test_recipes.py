@@ -71,6 +71,14 @@ def test_recipes_are_what_the_programs_take(recipe: Path) -> None:
     assert found["evaluate"].max_steps == {"alfworld": 40, "scienceworld": 0}[env]  # 0: each game has its own
 
 
+@pytest.mark.parametrize("name", ["base_policy", "world_model", "sft", "rl_k"])
+def test_sections_of_the_real_language_model(name: str) -> None:
+    program, recipe = PROGRAMS[name], ROOT / "configs/demo/real_lm.yaml"
+    required = [f"--{f.name}=x" for f in flag_fields(program) if f.metadata["flag"].required]
+    assert settings_of(program, [f"--config={recipe}:{name}", *required]).lora_r == 16
+    assert f'"$config:{name}"' in (ROOT / "scripts/real_lm.sh").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("env", EVALUATIONS)
 def test_recipes_of_an_environment_differ_in_their_model_alone(env: str) -> None:
     texts = {recipe.stem: recipe.read_text() for recipe in RECIPES if recipe.parent.name == env}

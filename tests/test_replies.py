@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.lm.base import GenParams, Generation
-from itp.text.parsing import labeled_action, parse_action, parse_horizon, parse_thought
+from itp.text.parsing import labeled_action, parse_action, parse_horizon, parse_line, parse_thought
 from itp.text.prompt_format import TUNED, PromptFormat, PromptTemplate
 from itp.text.state import State
 from world_model.data_processing.recorded import Turn, recorded
@@ -156,3 +157,43 @@ def test_recorded_dialogues_are_read_by_the_same_rules(said: str) -> None:
                "you see a drawer 1.\n\nYour task is to: look.")
     turns = [Turn("human", opening), Turn("gpt", said), Turn("human", "Observation: The drawer 1 is closed.")]
     assert recorded(turns, "alfworld").steps == ((GO, "The drawer 1 is closed."),)
+
+
+@pytest.mark.parametrize("reply, action", [
+    ('{"thought":"x","action":"go to drawer 1"}', GO),
+    ('```json\n{"thought": "x", "action":"go to drawer 1"}\n```', GO),
+    ("{'action': 'go to drawer 1'}", GO),
+    ("Action: `go to drawer 1`: it is near", GO),
+    ("Action: **go to drawer 1** because it is near", GO),
+    ("Action: <go to drawer 1>", GO),
+    ("go to drawer 1<|im_end|>", GO),
+    ("👉 Action: go to drawer 1", GO),
+    ("Action = go to drawer 1", GO),
+    ("Action - go to drawer 1", GO),
+    ("Selected action: go to drawer 1", GO),
+    ("Action to take: go to drawer 1", GO),
+    ("I need a mug first. I will go to drawer 1.", GO),
+    ("<reflection>look</reflection>go to drawer 1", GO),
+    ("I think so.\n" + "-" * 40 + "\ngo to drawer 1", GO),
+    ("<action>" * 1100 + "go to drawer 1", GO),
+])
+def test_more_of_what_chat_models_write(reply: str, action: str) -> None:
+    assert parse_action(reply) == action
+
+
+@pytest.mark.parametrize("unit", [
+    " ", "\t", "\n", "-", "#", "*", "'", "\"", "\"'", "“", "> ", "1. ", "`", "_", "[", "(", "{", "<", "<action>",
+    "<think>", "Action", "Action:", "Action:\n", "Thought: ", "**Action", "\"a", "the next ", "my action ", "1",
+    "I will ", ". ", "\"action\":", "k ", "Observation:", "```", "👉"])
+def test_no_reply_takes_long_to_read(unit: str) -> None:
+    """A model that repeats itself writes thousands of the same tokens."""
+    reply = unit * (8000 // len(unit))
+    for text in (reply, "I think so.\n" + reply + "\nlook", "Action:" + reply + "x", reply + "look"):
+        begin = time.process_time()
+        parse_action(text), parse_thought(text), parse_horizon(text, 5), parse_line(text, "Reflection")
+        labeled_action(text, anywhere=True)
+        assert time.process_time() - begin < 1
+
+
+def test_a_horizon_of_thousands_of_digits_is_the_longest() -> None:
+    assert parse_horizon("9" * 5000, 8) == 8

@@ -135,7 +135,7 @@ def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[st
           left_out: LeftOut) -> None:
     """Write ``transitions.jsonl`` and ``dialogues.json``, and say what they hold.
 
-    A played game whose dialogues can't be made goes into ``left_out``.
+    A played game whose reasoning dialogues can't be made goes into ``left_out``; the others are kept.
     """
     played = [(game, episodes[game.game_id]) for game in games if game.game_id in episodes]
     kept = [(game, episode) for game, episode in played if episode]
@@ -145,8 +145,9 @@ def write(settings: CollectSettings, games: Sequence[Game], episodes: Mapping[st
     rows = write_transitions(out / "transitions.jsonl", (t for _, episode in kept for t in episode))
     talks: list[dialogues.Dialogue] = []
     for game, episode in kept:
+        talks += _dialogues(settings, episode)
         try:
-            talks += _dialogues(settings, game, episode)
+            talks += _reasoning(settings, game, episode)
         except UnplayableGame as error:  # its expert's knowledge can't be read any more
             left_out.broken.append(str(error))
     write_json(out / "dialogues.json", talks)
@@ -179,6 +180,8 @@ def check(settings: CollectSettings) -> None:
     for role, folder in _policy_folders(settings).items():
         if role != "policy" or server is None or server.needs_template(folder, "auto"):
             check_model_path(folder)
+    if settings.reasoning_share and settings.env != "alfworld":
+        raise UserError("--reasoning_share: only ALFWorld's expert knows why it acts; leave it out")
     if settings.reasoning_share and settings.actor != "expert":
         raise UserError(f"--reasoning_share: only --actor expert knows why it acts, not {settings.actor}")
 
@@ -245,8 +248,8 @@ def episode_transitions(episode: Episode, source: str) -> list[Transition]:
     ]
 
 
-def _dialogues(settings: CollectSettings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
-    """The dialogues of one episode: the whole of it, and for some foresight, horizon and reasoning."""
+def _dialogues(settings: CollectSettings, episode: list[Transition]) -> list[dialogues.Dialogue]:
+    """The dialogues of one episode: the whole of it, and for some foresight and horizon."""
     if settings.actor == "random":
         return []
     talks = [dialogues.episode_dialogue(episode)]
@@ -259,10 +262,15 @@ def _dialogues(settings: CollectSettings, game: Game, episode: list[Transition])
         talks.append(dialogues.foresight_dialogue(episode, step, draw.randint(1, settings.max_k)))
         if i == 0:
             talks.append(dialogues.horizon_dialogue(episode, draw.randrange(len(episode)), settings.max_k))
-    draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
-    if draw.random() < settings.reasoning_share:
-        talks += reasoning_dialogues(game, episode, draw, settings.max_k)
     return talks
+
+
+def _reasoning(settings: CollectSettings, game: Game, episode: list[Transition]) -> list[dialogues.Dialogue]:
+    """For some episodes, what the expert thinks in it.  Raises UnplayableGame where its knowledge can't be read."""
+    draw = random.Random(derive_seed(settings.seed, "reasoning", episode[0].episode_id))
+    if draw.random() >= settings.reasoning_share:
+        return []
+    return reasoning_dialogues(game, episode, draw, settings.max_k)
 
 
 def _noises(text: str) -> list[float]:

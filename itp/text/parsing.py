@@ -15,28 +15,38 @@ import re
 THINK, THOUGHT = "<think>", "</think>"
 """The marks that thinking models put around their thoughts, before the answer."""
 
+# Every repetition below has a bound, because a model that repeats itself must not make a search take minutes.
 _MARKS = "`'\"*_#>“”‘’"
-_BEFORE = rf"[ \t{_MARKS}(\[{{•-]*(?:\d+[.)][ \t]+)?[ \t{_MARKS}]*"
+_SPACE = "[ \\t]{1,4}"
+_BEFORE = rf"(?:[^\w\n]|_){{0,12}}(?:\d{{1,3}}[.)]{_SPACE})?(?:[^\w\n]|_){{0,6}}"
 """Decoration, and the number of an item of a list, before a label."""
-_BEHIND = rf"[ \t{_MARKS}]*[:：][ \t]*(?:[*_]+(?=\s|$))?"
-_WORDS = r"(?:(?:my|the|your|next|final|best|chosen)[ \t]+)*(?:action|command)(?:[ \t]*\#?\d+)?"
-_ON_A_LINE = re.compile(rf"^{_BEFORE}{_WORDS}(?:{_BEHIND}|[ \t{_MARKS}]*$)", re.MULTILINE | re.IGNORECASE)
-_IN_A_LINE = re.compile(rf"(?<=[.!?;:,)\]{_MARKS}])[ \t]+[{_MARKS}]*Action(?:[ \t]*\d+)?{_BEHIND}"
-                        rf"|\b(?i:(?:my|the|next|final|best|chosen)[ \t]+(?:action|command))(?:[ \t]+is)?{_BEHIND}")
-_AFTER_A_WORD = re.compile(rf"[ \t][{_MARKS}]*Action(?:[ \t]*\d+)?{_BEHIND}", re.IGNORECASE)
-_THOUGHT_FIRST = re.compile(rf"(?:\s*{_BEFORE}(?:thoughts?|think|thinking|reasoning)(?:[ \t]*\d+)?{_BEHIND})+",
-                            re.IGNORECASE)
-_ROUND = r"(?:Observation|Thought|Human|User|Environment|Assistant|System|Task)(?:[ \t]*\d+)?"
-_NEXT_ROUND = re.compile(rf"^{_BEFORE}(?i:{_ROUND}){_BEHIND}|[ \t][{_MARKS}]*{_ROUND}{_BEHIND}", re.MULTILINE)
+_BEHIND = rf"[ \t{_MARKS}]{{0,8}}(?:[:：=]|{_SPACE}[–—-](?=[ \t]))[ \t]{{0,4}}(?:[*_]{{1,4}}(?=\s|$))?"
+_NUMBERED = r"(?:[ \t]{0,2}\#?\d{1,4})?"
+_WORDS = (rf"(?:(?:my|the|your|next|final|best|chosen|selected|suggested){_SPACE}){{0,4}}(?:action|command)"
+          rf"(?:{_SPACE}to{_SPACE}take)?{_NUMBERED}")
+_ON_A_LINE = re.compile(rf"^{_BEFORE}{_WORDS}(?:{_BEHIND}|[ \t{_MARKS}]{{0,8}}$)", re.MULTILINE | re.IGNORECASE)
+_IN_A_LINE = re.compile(rf"(?<=[.!?;:,)\]{_MARKS}]){_SPACE}[{_MARKS}]{{0,6}}Action{_NUMBERED}{_BEHIND}"
+                        rf"|\b(?i:(?:my|the|next|final|best|chosen){_SPACE}(?:action|command))(?:{_SPACE}is)?{_BEHIND}")
+_AFTER_A_WORD = re.compile(rf"[ \t][{_MARKS}]{{0,6}}Action{_NUMBERED}{_BEHIND}", re.IGNORECASE)
+_THOUGHT = rf"\s{{0,8}}{_BEFORE}(?:thoughts?|think|thinking|reasoning){_NUMBERED}{_BEHIND}"
+_THOUGHT_FIRST = re.compile(rf"(?:{_THOUGHT}){{1,4}}", re.IGNORECASE)
+_ROUND = rf"(?:Observation|Thought|Human|User|Environment|Assistant|System|Task){_NUMBERED}"
+_NEXT_ROUND = re.compile(rf"^{_BEFORE}(?i:{_ROUND}){_BEHIND}|[ \t][{_MARKS}]{{0,6}}{_ROUND}{_BEHIND}", re.MULTILINE)
 """What follows an action: the answer, or whoever speaks next."""
 _TAGGED = re.compile(r"<(action|command)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?[a-z_]+>", re.IGNORECASE)
-_THOUGHTS = re.compile(r"<(thinking|thought|thoughts|reasoning|scratchpad)>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_SPEAKER = re.compile(r"\A\s*(?:assistant|agent)[ \t]*:", re.IGNORECASE)
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*\w*[ \t]*$\n?", re.MULTILINE)
-_QUOTED = re.compile(r"`([^`\n]+)`|\"([^\"\n]+)\"|“([^”\n]+)”")
+_TAG = re.compile(r"</?[a-z_]{1,30}>", re.IGNORECASE)
+_SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>")
+"""A special token of a chat template, written as text."""
+_THOUGHTS = re.compile(r"<(thinking|thoughts?|reasoning|reflections?|plan|analysis|scratchpad)>.*?(?:</\1>|\Z)",
+                       re.DOTALL | re.IGNORECASE)
+_SPEAKER = re.compile(r"\A\s*(?:assistant|agent)[ \t]{0,4}:", re.IGNORECASE)
+_FENCE = re.compile(r"^[ \t]{0,8}(?:```|~~~)[ \t]{0,4}\w{0,20}[ \t]{0,8}$\n?", re.MULTILINE)
+_QUOTED = re.compile(r"`([^`\n]+)`|\"([^\"\n]+)\"|“([^“”\n]+)”")
+_WRAPPED = re.compile(rf"{_QUOTED.pattern}|\*\*([^*\n]+)\*\*|<([^<>\n]+)>")
+_JSON_ACTION = re.compile(r"([\"'])(?:next_?)?(?:action|command)\1\s{0,4}:\s{0,4}"
+                          r"([\"'])([^\n]{1,200}?)\2\s{0,4}(?:[,}]|$)", re.MULTILINE | re.IGNORECASE)
 _JSON_END = re.compile(r"\"\s*[},].*$", re.DOTALL)
-_ITEM = re.compile(r"^(?:[>•#-]+\s*|\d+[.)]\s+)+(?=[a-zA-Z`'\"*])")
+_ITEM = re.compile(r"^(?:[>•#-]\s{0,4}|\d{1,3}[.)]\s{1,4})+(?=[a-zA-Z`'\"*])")
 _SENTENCE_END = re.compile(r"[.!]\s+(?=[A-Z(])")
 _VERB = re.compile(
     r"(?:go|teleport|look|open|close|take|pick up|put|move|use|heat|cool|clean|slice|examine|inventory|activate|"
@@ -53,6 +63,8 @@ _SAID = re.compile(
 """The beginning of a sentence that says what the speaker does next."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = rf"(?<![\w.-])(\d+|{'|'.join(_NUMBERS)})(?!\w)"
+_TRIED_LABELS = 20
+"""Labels without an action behind them that are looked at: a model may repeat its label for ever."""
 
 
 def parse_action(reply: str) -> str | None:
@@ -103,11 +115,13 @@ def parse_horizon(reply: str, max_k: int) -> int | None:
     It is the number behind ``Horizon:`` or before the word steps, else the first number, in digits or in words.
     """
     text = without_thinking(reply)
-    for pattern in (rf"\b(?:horizon|answer|k)\b[\s{_MARKS}]*(?:[:=]|is)[\s{_MARKS}]*{_NUMBER}",
-                    rf"{_NUMBER}[\s{_MARKS}]*(?:more |further )?steps?\b", _NUMBER):
+    for pattern in (rf"\b(?:horizon|answer|k)\b[\s{_MARKS}]{{0,8}}(?:[:=]|is)[\s{_MARKS}]{{0,8}}{_NUMBER}",
+                    rf"{_NUMBER}[\s{_MARKS}]{{0,8}}(?:more |further )?steps?\b", _NUMBER):
         if match := re.search(pattern, text, re.IGNORECASE):
             said = match[1].lower()
-            return min(_NUMBERS.index(said) if said in _NUMBERS else int(said), max_k)
+            if said in _NUMBERS:
+                return min(_NUMBERS.index(said), max_k)
+            return min(int(said), max_k) if len(said) < 10 else max_k
     return None
 
 
@@ -119,7 +133,7 @@ def parse_line(reply: str, label: str) -> str:
 
 def without_label(reply: str, label: str) -> str:
     """A reply without ``label`` at its beginning."""
-    return re.sub(rf"\A\s*{_BEFORE}{label}{_BEHIND}", "", reply, flags=re.IGNORECASE)
+    return re.sub(rf"\A{_BEFORE}{label}{_BEHIND}", "", reply.lstrip(), flags=re.IGNORECASE)
 
 
 def without_thinking(reply: str) -> str:
@@ -128,14 +142,17 @@ def without_thinking(reply: str) -> str:
 
 
 def _said(reply: str) -> str:
-    """A reply without thoughts in tags, the marks of code blocks, and its speaker's name."""
-    return _SPEAKER.sub("", _FENCE.sub("", _THOUGHTS.sub("", without_thinking(reply))))
+    """A reply without thoughts in tags, the marks of code blocks, special tokens, and its speaker's name."""
+    answer = _SPECIAL.sub("\n", _THOUGHTS.sub("", without_thinking(reply)))
+    return _SPEAKER.sub("", _FENCE.sub("", answer))
 
 
 def _labeled(text: str, anywhere: bool = False) -> tuple[str, int] | None:
     """The first round's action, and where its label begins."""
+    if written := _JSON_ACTION.search(text):
+        return clean_action(written[3]), written.start()
     if tag := _TAGGED.search(text):
-        inside = tag[2].strip()
+        inside = _TAG.sub("", tag[2]).strip()
         found = _labeled(inside)
         action = found[0] if found else _command(inside.split("\n")[0])
         return (action, tag.start()) if action else None
@@ -147,7 +164,7 @@ def _labeled(text: str, anywhere: bool = False) -> tuple[str, int] | None:
         first = min(label.end() for label in labels)
         end = next((m.start() for m in _NEXT_ROUND.finditer(text, first)), len(text))
         here = [m for m in on_a_line if m.end() <= end] or [m for m in reversed(in_a_line) if m.end() <= end]
-        for label in here:
+        for label in here[:_TRIED_LABELS]:
             if action := _behind(text[label.end():end]):
                 return action, label.start()
         on_a_line, in_a_line = ([m for m in some if m.start() >= end] for some in (on_a_line, in_a_line))
@@ -162,16 +179,20 @@ def _behind(text: str) -> str:
 
 
 def _command(line: str) -> str:
-    """The command that a line consists of, or that it quotes or announces."""
+    """The command that a line consists of, or that it marks, quotes or announces."""
+    if (marked := _WRAPPED.match(line.strip())) and _VERB.match(inside := marked[marked.lastindex].strip()):
+        return clean_action(inside)
     line = _bare(line)
     if not _VERB.match(line):
         quoted = next((text for found in _QUOTED.findall(line) for text in found if _VERB.match(text)), None)
         if quoted is not None:
             return clean_action(quoted)
-    if (said := _SAID.match(line)) and _VERB.match(rest := line[said.end():].lstrip(_MARKS)):
-        inner = next((text for found in _QUOTED.findall(line) for text in found if _VERB.match(text)), None)
-        line = inner or rest
-    return _stripped(_SENTENCE_END.split(line)[0])
+    sentences = _SENTENCE_END.split(line)
+    for sentence in sentences:
+        if (said := _SAID.match(sentence)) and _VERB.match(rest := sentence[said.end():].lstrip(_MARKS)):
+            inner = next((text for found in _QUOTED.findall(sentence) for text in found if _VERB.match(text)), None)
+            return _stripped(inner or rest)
+    return _stripped(sentences[0])
 
 
 def _bare(line: str) -> str:

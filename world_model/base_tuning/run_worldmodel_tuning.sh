@@ -14,7 +14,8 @@ RUN_NAME=${RUN_NAME:-wm_run}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/$RUN_NAME}
 MERGED_DIR=${MERGED_DIR:-$OUTPUT_DIR/merged_full}
 DS_CONFIG=${DS_CONFIG:-$here/config/deepspeed_config_s2.json}
-MASTER_PORT=${MASTER_PORT:-29400}
+# Any free port, unless one is given: trainings that start together would all find a fixed one free.
+MASTER_PORT=${MASTER_PORT:-0}
 BF16=${BF16:-False}
 # BF16=True alone is enough: the default of FP16 gives way.
 case ${BF16,,} in true | 1 | yes) FP16=${FP16:-False} ;; *) FP16=${FP16:-True} ;; esac
@@ -82,6 +83,6 @@ for port in (int(sys.argv[1]), 0):
         break
 EOF
 )
-[[ $port == "$MASTER_PORT" ]] || echo "note: port $MASTER_PORT is busy; using $port" >&2
+[[ $MASTER_PORT == 0 || $port == "$MASTER_PORT" ]] || echo "note: port $MASTER_PORT is busy; using $port" >&2
 
 exec deepspeed "${launcher[@]}" --master_port "$port" --module world_model.base_tuning.finetune "${flags[@]}"

@@ -165,10 +165,10 @@ def _list_alfworld(split: str, root: Path) -> list[Game]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (give the folder that holds json_2.1.1/{split})")
     games, broken = [], []
-    for directory, _, files in sorted(os.walk(folder)):
+    for directory, folders, files in sorted(os.walk(folder)):
         # The engine's own filter: tasks with a movable receptacle or a sliced object have no text game.
         name = os.path.relpath(directory, folder)
-        if "game.tw-pddl" not in files or "movable" in name or "Sliced" in name:
+        if "game.tw-pddl" not in (*folders, *files) or "movable" in name or "Sliced" in name:
             continue
         path = Path(directory) / "game.tw-pddl"
         task_type = _task_type(Path(directory))
