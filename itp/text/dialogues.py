@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from itp.text.prompts import NO, YES, foresight_text
-from itp.text.state import ACTION, OBSERVATION, indent, parse, parse_value
+from itp.text.state import ACTION, OBSERVATION, indent, is_value, parse, parse_value
 from itp.text.turns import Turn
 from itp.transitions import Transition
 
@@ -112,6 +112,8 @@ def check_form(turns: Sequence[Turn]) -> None:
 
 def _check_context(text: str, first: bool, may_try: bool) -> None:
     """A state or an observation, and what was tried in the mind."""
+    if not first and is_value(text, OBSERVATION):  # almost all turns, so this is what a large file waits for
+        return
     seen, *tried = _TRIED.split(text)
     if first:
         parse(seen)
@@ -131,7 +133,8 @@ def _check_last_reply(turn: Turn, first_of_two: bool) -> None:
 
 
 def _check_action(turn: Turn) -> None:
-    parse_value(turn.text, ACTION)
+    if not is_value(turn.text, ACTION):
+        parse_value(turn.text, ACTION)  # says why
     if turn.correction is not None:
         parse_value(turn.correction, ACTION)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from itp.text.alfworld_phrases import OPENING, TASK, put_as_move, said_put_as_move, with_arrival
@@ -68,7 +68,7 @@ def read_turns(row: Any) -> list[Turn]:
         turns = turns_of(row)
     except NotADialogue as error:
         raise Unreadable(str(error)) from error
-    return [replace(turn, text=turn.text.replace("\r\n", "\n").strip()) for turn in turns]
+    return [turn._replace(text=turn.text.replace("\r\n", "\n").strip()) for turn in turns]
 
 
 def episode_id(row: dict[str, Any], number: int) -> str:
