@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
 _NUMBER = (bool, int, float, type(None))
+_HALVES = "a turn that isn't valid Unicode text"
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -56,19 +57,23 @@ def read_turns(row: Any) -> list[Turn]:
 
 
 def _turn(turn: Any, who: str, what: str, number: int) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
+    if not isinstance(turn, dict) or not isinstance(text := turn.get(what), str):
         raise NotADialogue(f"a turn without a text {what!r}", number)
     if not isinstance(turn.get(who), str) or turn[who] not in SPEAKERS:
         raise NotADialogue(f"a turn whose {who!r} isn't one of {', '.join(SPEAKERS)}", number)
+    if not is_text(text):
+        raise NotADialogue(_HALVES, number)
+    if len(turn) == 2:  # most turns, and a large file has a million
+        return Turn(SPEAKERS[turn[who]], text)
     correction = turn.get("correction")
     if correction is not None and not isinstance(correction, str):
         raise NotADialogue("a turn whose 'correction' isn't a text", number)
     for name in ("loss", "weight"):
         if not isinstance(turn.get(name), _NUMBER):
             raise NotADialogue(f"a turn whose {name!r} is neither a number nor true, false or null", number)
-    if not is_text(turn[what]) or correction and not is_text(correction):
-        raise NotADialogue("a turn that isn't valid Unicode text", number)
-    return Turn(SPEAKERS[turn[who]], turn[what], is_learned(turn), (correction or None) if has_loss(turn) else None)
+    if correction and not is_text(correction):
+        raise NotADialogue(_HALVES, number)
+    return Turn(SPEAKERS[turn[who]], text, is_learned(turn), (correction or None) if has_loss(turn) else None)
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ dialogue goes on from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,15 @@ def read_dialogues(path: str, template: PromptTemplate = PLAIN) -> list[Example]
     return _examples(_read(path), template)
 
 
-def _read(path: str) -> list[Dialogue]:
-    rows = [(str(row.get("id", "")), turns) for _, row, turns in read_dialogue_file(path)]
-    if not rows:
+def _read(path: str) -> Iterator[Dialogue]:
+    row = None
+    for _, row, turns in read_dialogue_file(path):
+        yield str(row.get("id", "")), turns
+    if row is None:
         raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
-    return rows
 
 
-def _examples(rows: Sequence[Dialogue], template: PromptTemplate) -> list[Example]:
+def _examples(rows: Iterable[Dialogue], template: PromptTemplate) -> list[Example]:
     plain = template == PLAIN
     return [Example(segments, eos=plain, keep_first=plain, group=group) for group, turns in rows
             for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
