@@ -170,3 +170,47 @@ def test_nothing_that_the_engines_say_is_cut(games_root: Path) -> None:
     assert len(said) > 60
     for text in said:
         assert observation_in(text) == (text.strip(), False)
+
+
+@pytest.mark.parametrize("more", [
+    "Current score: 10", "Steps left: 5", "Step 3/30", "[Step 3 of 30]", "Inventory: x", "Available objects: a",
+    "Valid objects:", "Your available actions are: look", "Available Actions\n- a", "[Available actions] a",
+    "<available_actions>a</available_actions>", "admissible actions = [a]", "Important: x", "Warning: x", "Rules:\nx",
+    "Experience: x", "Insights:", "== Hints ==\nx", "System: x", "Human: x", "Think: x", "- Note: x", "* Hint: x",
+    "1. Hint: x", "> Hint: x", "💡 Hint: x", "**Hint:** x", "⚠️ **Warning**: x", "Recent Actions: a",
+    "Your next action:", "Please respond with Action: <command>", "You have 5 steps left.", "(Hint: x)"])
+def test_all_of_a_foreign_line_is_cut(more: str) -> None:
+    for said in (WAITED, HALL, "On the desk 1, you see a mug 1."):
+        for between in ("\n", "\n\n", " ")[:2 if more[0] == "1" else 3]:  # "a mug 1. Hint: x" is of mug 1
+            assert observation_in(f"{said}{between}{more}") == (said, True)
+
+
+@pytest.mark.parametrize("text", [
+    "In your inventory, you see:\n\tan orange", "You are carrying: a mug 1.", "In the sink is: nothing.",
+    "Task Description:\nYour task is to boil water.", "a note (reading: 3 actions)", "In it, you see:\n\ta door",
+    "a book. The recipe reads: \nTo make salt water, you need to mix water.", "0:\tpick up the red - box\n1:\tlook"])
+def test_what_looks_like_a_label_stays(text: str) -> None:
+    assert observation_in(text) == (text, False)
+
+
+@pytest.mark.parametrize("again", [
+    "{task}\n{seen}\n{task}", "Remember, your task is to boil water. First, focus on it.\n{seen}",
+    'The task: "{task}"\n{seen}', "{task} {seen}", "{seen}\nReminder: {task}"])
+def test_a_task_said_again_in_other_words_is_removed(tmp_path: Path, again: str) -> None:
+    said = [again.format(task=BOILED, seen=seen) for seen in (WAITED, HALL, WAITED)]
+    out = converted(tmp_path, [science_chat([f"{BOIL}\n{HALL}"], said)])
+    assert [t.next_state for t in out.transitions] == [WAITED, HALL, WAITED]
+    assert parse(out.transitions[0].state).task == BOILED
+
+
+def test_alfworlds_task_is_its_sentence(tmp_path: Path) -> None:
+    row = eto()
+    row["conversations"][2]["value"] += " You have 30 steps. Do it well."
+    assert parse(converted(tmp_path, [row]).transitions[0].state).task == "put a clean plate in fridge"
+
+
+def test_an_episode_with_no_answer_but_ok_is_dropped(tmp_path: Path) -> None:
+    row = eto()
+    for turn in row["conversations"][4::2]:
+        turn["value"] = "OK"
+    assert dict(converted(tmp_path, [row]).dropped) == {"no answer but OK": 1}

@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from itp.text.prompts import NO, YES, foresight_text
-from itp.text.state import ACTION, OBSERVATION, indent, parse, parse_value
+from itp.text.state import ACTION, OBSERVATION, indent, is_value, parse, parse_value
 from itp.text.turns import Turn
 from itp.transitions import Transition
 
 Dialogue = dict[str, Any]
 _TRIED = re.compile(r"\n(?=If: |Then: )")
+_EMPTY_END = re.compile(r"^(?:Observation|Then):\Z", re.MULTILINE)
 _LAST_REPLY = re.compile(r"Thought: .*\nAction: .*|Horizon: \d+|Helps: (?:yes|no)")
 
 
@@ -85,6 +86,21 @@ def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
     return count
 
 
+def as_written(turn: Turn) -> Turn:
+    """A turn as the functions here write it, where an editor or another program has saved it again.
+
+    Such programs write line breaks in their own way, add one at the end, or take the blank behind a last label.
+    """
+    text = turn.text
+    if "\r" in text:
+        text = text.replace("\r\n", "\n")
+    if text.endswith("\n"):
+        text = text.rstrip("\n")
+    if text.endswith(":") and _EMPTY_END.search(text):
+        text += " "
+    return turn if text is turn.text else turn._replace(text=text)
+
+
 def check_form(turns: Sequence[Turn]) -> None:
     """Raises ValueError, which says why, unless the turns are in the form that the functions above write.
 
@@ -112,6 +128,8 @@ def check_form(turns: Sequence[Turn]) -> None:
 
 def _check_context(text: str, first: bool, may_try: bool) -> None:
     """A state or an observation, and what was tried in the mind."""
+    if not first and is_value(text, OBSERVATION):  # almost all turns, so this is what a large file waits for
+        return
     seen, *tried = _TRIED.split(text)
     if first:
         parse(seen)
@@ -131,9 +149,12 @@ def _check_last_reply(turn: Turn, first_of_two: bool) -> None:
 
 
 def _check_action(turn: Turn) -> None:
-    parse_value(turn.text, ACTION)
-    if turn.correction is not None:
-        parse_value(turn.correction, ACTION)
+    if not is_value(turn.text, ACTION):
+        parse_value(turn.text, ACTION)  # says why
+    if turn.correction is not None and not parse_value(turn.correction, ACTION).strip():
+        raise ValueError("an empty correction")
+    if turn.learned and turn.correction is None and not turn.text[len(ACTION):].strip():
+        raise ValueError("an empty action to learn")
 
 
 def _action(episode: Sequence[Transition], step: int) -> str:
@@ -153,7 +174,7 @@ def _turns(episode: Sequence[Transition], steps: int) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = [{"from": "human", "value": episode[0].state}]
     for t in episode[:steps]:
         turn: dict[str, Any] = {"from": "gpt", "value": ACTION + indent(t.action)}
-        if t.action != t.expert_action:
+        if t.action != t.expert_action or not t.expert_action:
             turn["weight"] = 0
             if t.expert_action:
                 turn["correction"] = ACTION + indent(t.expert_action)

@@ -26,9 +26,10 @@ def dialogue_segments(conversations: Sequence[dict]) -> list[Segment]:
     for turn in conversations:
         if turn["from"] == "gpt":
             label, text = _split_label(turn["value"])
+            correction = turn.get("correction")
             learned: bool | str = is_learned(turn)
-            if has_loss(turn) and turn.get("correction") is not None:
-                learned = _split_label(turn["correction"])[1]
+            if correction is not None and has_loss(turn):
+                learned = _split_label(correction)[1]
             segments += [(label, False)] * bool(label) + [(text, learned)]
         else:
             segments.append((turn["value"] + END, False))

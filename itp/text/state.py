@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 TASK, OBSERVATION, ACTION = "Task: ", "Observation: ", "Action: "
+_NEXT_PART = re.compile(r"\n(?!  )")
+"""The line break before the next value; those inside a value are indented."""
 _OMITTED = re.compile(r"\[(\d+) earlier steps omitted\]")
 
 
@@ -75,7 +77,7 @@ def dedent(text: str) -> str:
 
 def parse(text: str) -> State:
     """The state that renders as ``text``.  Raises ValueError with the line that doesn't fit."""
-    lines = _join_continuations(text)
+    lines = _NEXT_PART.split(text)
     if len(lines) < 2:
         raise ValueError("a state has at least a task and an observation")
     task, first, rest = _value(lines, 0, TASK), _value(lines, 1, OBSERVATION), 2
@@ -88,22 +90,17 @@ def parse(text: str) -> State:
     return State(task, first, history, omitted)
 
 
+def is_value(text: str, label: str) -> bool:
+    """Whether :func:`parse_value` takes the text."""
+    return text.startswith(label) and not _NEXT_PART.search(text)
+
+
 def parse_value(text: str, label: str) -> str:
     """The value that ``label + indent(value)`` is the text of.  Raises ValueError."""
-    lines = _join_continuations(text)
+    lines = _NEXT_PART.split(text)
     if len(lines) > 1:
         raise ValueError(f"{lines[1][:60]!r} after a whole value")
     return _value(lines, 0, label)
-
-
-def _join_continuations(text: str) -> list[str]:
-    lines: list[str] = []
-    for line in text.split("\n"):
-        if line.startswith("  ") and lines:
-            lines[-1] += "\n" + line
-        else:
-            lines.append(line)
-    return lines
 
 
 def _value(lines: list[str], index: int, label: str) -> str:

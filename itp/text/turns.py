@@ -5,16 +5,20 @@ Two pairs of names are read::
     {"conversations": [{"from": "human" | "gpt", "value": ...}, ...]}
     {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
 
-A gpt turn may say that it isn't to be learned: with ``"weight": 0``, or with AgentGym's ``"loss"`` of false, null or 0.
+A gpt turn may say that it isn't to be learned: with a ``"weight"`` of null, 0 or less, or with AgentGym's ``"loss"`` of
+false, null or 0.  A turn of any other weight is learned in full: fractions don't scale its loss.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 SPEAKERS = {"human": "human", "user": "human", "system": "system", "gpt": "gpt", "assistant": "gpt"}
+_NUMBER = (bool, int, float, type(None))
+_HALVES = "a turn that isn't valid Unicode text"
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class NotADialogue(ValueError):
@@ -30,8 +34,7 @@ class NotADialogue(ValueError):
         return str(self) if self.turn is None else f"turn {self.turn}: {self}"
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """``who``: human, system or gpt.  ``correction`` is learned in place of ``text``."""
 
     who: str
@@ -54,24 +57,28 @@ def read_turns(row: Any) -> list[Turn]:
 
 
 def _turn(turn: Any, who: str, what: str, number: int) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
+    if not isinstance(turn, dict) or not isinstance(text := turn.get(what), str):
         raise NotADialogue(f"a turn without a text {what!r}", number)
     if not isinstance(turn.get(who), str) or turn[who] not in SPEAKERS:
         raise NotADialogue(f"a turn whose {who!r} isn't one of {', '.join(SPEAKERS)}", number)
+    if not is_text(text):
+        raise NotADialogue(_HALVES, number)
+    if len(turn) == 2:  # most turns, and a large file has a million
+        return Turn(SPEAKERS[turn[who]], text)
     correction = turn.get("correction")
-    if not isinstance(correction, str | None):
+    if correction is not None and not isinstance(correction, str):
         raise NotADialogue("a turn whose 'correction' isn't a text", number)
     for name in ("loss", "weight"):
-        if not isinstance(turn.get(name), bool | int | float | None):
+        if not isinstance(turn.get(name), _NUMBER):
             raise NotADialogue(f"a turn whose {name!r} is neither a number nor true, false or null", number)
-    if not all(is_text(text) for text in (turn[what], correction or "")):
-        raise NotADialogue("a turn that isn't valid Unicode text", number)
-    return Turn(SPEAKERS[turn[who]], turn[what], is_learned(turn), correction if has_loss(turn) else None)
+    if correction and not is_text(correction):
+        raise NotADialogue(_HALVES, number)
+    return Turn(SPEAKERS[turn[who]], text, is_learned(turn), (correction or None) if has_loss(turn) else None)
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
     """Whether the text of a gpt turn is to be learned."""
-    return has_loss(turn) and turn.get("weight", 1) != 0
+    return has_loss(turn) and (turn.get("weight", 1) or 0) > 0
 
 
 def has_loss(turn: Mapping[str, Any]) -> bool:
@@ -81,4 +88,4 @@ def has_loss(turn: Mapping[str, Any]) -> bool:
 
 def is_text(value: str) -> bool:
     """JSON can hold halves of characters, which no file can."""
-    return not any("\ud800" <= c <= "\udfff" for c in value)
+    return value.isascii() or not _HALF.search(value)

@@ -15,6 +15,7 @@ dialogue goes on from.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ from itp.training.examples import Example
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_settings, trained_card
 
+Dialogue = tuple[str, list[Turn]]
+"""The id of a row, and its turns."""
+
 
 @dataclass
 class BasePolicySettings(FinetuneSettings):
@@ -39,14 +43,21 @@ class BasePolicySettings(FinetuneSettings):
 
 def read_dialogues(path: str, template: PromptTemplate = PLAIN) -> list[Example]:
     """The examples of all dialogues, prompted in ``template``.  Raises UserError naming the row that isn't one."""
-    examples = []
+    return _examples(_read(path), template)
+
+
+def _read(path: str) -> Iterator[Dialogue]:
+    row = None
     for _, row, turns in read_dialogue_file(path):
-        plain, group = template == PLAIN, str(row.get("id", ""))
-        examples += [Example(segments, eos=plain, keep_first=plain, group=group)
-                     for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
-    if not examples:
+        yield str(row.get("id", "")), turns
+    if row is None:
         raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
-    return examples
+
+
+def _examples(rows: Iterable[Dialogue], template: PromptTemplate) -> list[Example]:
+    plain = template == PLAIN
+    return [Example(segments, eos=plain, keep_first=plain, group=group) for group, turns in rows
+            for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
 
 
 def _plain_turn(turn: Turn) -> dict[str, Any]:
@@ -58,12 +69,11 @@ def _plain_turn(turn: Turn) -> dict[str, Any]:
 def main() -> None:
     settings = parse_settings(BasePolicySettings, prog="python -m itp.training.base_policy", description=__doc__)
     files = settings.train_json.split(",")
-    for path in files:
-        read_dialogues(path)  # refused before a tokenizer is loaded
+    rows = [row for path in files for row in _read(path)]  # refused before a tokenizer is loaded
     check_settings(settings)
     if not open_run(settings, files):
         template = trained_card(settings, load_tokenizer(settings.model_path)).template
-        finetune(settings, [example for path in files for example in read_dialogues(path, template)])
+        finetune(settings, _examples(rows, template))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from itp.games import ENVIRONMENTS
 from itp.program import run_main
 from itp.text import dialogues
 from itp.text.state import parse
+from itp.training.dialogue_files import in_form
 from itp.transitions import REQUIRED, Transition, to_transition, write_transitions
 from world_model.data_processing.first_observations import FirstObservations
 from world_model.data_processing.recorded import Recorded, Unreadable, env_of, episode_id, read_turns, recorded
@@ -42,6 +43,9 @@ WITHOUT_FIRST = ("dialogues without a first observation (their states lack what 
                  "begins with)")
 FOUND = "first observations taken from the simulator"
 NOTHING_TO_IMITATE = "episodes with nothing to imitate (no dialogue)"
+OWN_FORM = "already in the form of this project's prompts"
+NAMED = 10
+"""So many dropped rows are named; report.json counts all."""
 FORMATS = ("auto", "dialogues", "transitions")
 
 
@@ -95,7 +99,10 @@ def convert(paths: Sequence[str], settings: ConvertSettings) -> Converted:
                     out.kept += 1
                 except Unreadable as reason:
                     out.dropped[str(reason)] += 1
-                    log.info("dropped: %s: %s", where, reason)
+                    if sum(out.dropped.values()) <= NAMED:
+                        log.info("dropped: %s: %s", where, reason)
+    if sum(out.dropped.values()) > NAMED:
+        log.info("dropped: %d more rows; report.json counts them by reason", sum(out.dropped.values()) - NAMED)
     if not out.rows:
         raise UserError(f"{', '.join(paths)}: no rows; give dialogues or transitions as JSON or JSONL")
     out.transitions += single
@@ -111,6 +118,8 @@ def _is_dialogue(row: Any, wanted: str) -> bool:
 
 def _add_dialogue(row: Any, source: str, settings: ConvertSettings, firsts: FirstObservations | None, ids: Counter[str],
                   out: Converted) -> None:
+    if in_form(row):  # what was tried in the mind would become what the environment said
+        raise Unreadable(OWN_FORM)
     turns = read_turns(row)
     env = env_of(turns) if settings.env == "auto" else settings.env
     episode = recorded(turns, env, settings.put_to_move)
@@ -195,6 +204,9 @@ def main() -> None:
     write_json(folder / "report.json", {"settings": dataclasses.asdict(settings)} | report)
     said = "; ".join(f"{count} {reason}" for reason, count in (out.dropped + out.notes).most_common())
     if not out.kept or report["dropped"] > settings.max_dropped * out.rows:
+        if 2 * out.dropped[OWN_FORM] > out.rows:
+            raise UserError(f"{settings.input}: {out.dropped[OWN_FORM]} of {out.rows} rows are {OWN_FORM}; use the "
+                            "file as it is (its transitions are in the transitions.jsonl written with it)")
         raise UserError(f"{settings.input}: {report['dropped']} of {out.rows} rows can't be used ({said}); is it the "
                         "right file and --format? --max_dropped 1 takes what is left")
     write_transitions(folder / "transitions.jsonl", out.transitions)

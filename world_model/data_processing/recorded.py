@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from itp.text.alfworld_phrases import OPENING, TASK, put_as_move, said_put_as_move, with_arrival
@@ -31,6 +31,7 @@ _SCIENCE_TASK = "Your task is to "
 FIRST_OBSERVATION = re.compile(r"This (?:room|outside location) is called")
 """The beginning of ScienceWorld's first observation; a test compares with the simulator."""
 _ACKNOWLEDGED = re.compile(r"\s*ok\b", re.IGNORECASE)
+_ONLY_OK = re.compile(r"ok(?:ay)?[.!]?", re.IGNORECASE)
 NOT_ENVIRONMENT = "turns with text that isn't the environment's (cut off)"
 REPEATED_TASK = "turns that say the task again (cut off)"
 ARRIVALS = "arrivals put into alfworld's words"
@@ -68,7 +69,7 @@ def read_turns(row: Any) -> list[Turn]:
         turns = turns_of(row)
     except NotADialogue as error:
         raise Unreadable(str(error)) from error
-    return [replace(turn, text=turn.text.replace("\r\n", "\n").strip()) for turn in turns]
+    return [turn._replace(text=turn.text.replace("\r\n", "\n").strip()) for turn in turns]
 
 
 def episode_id(row: dict[str, Any], number: int) -> str:
@@ -116,6 +117,8 @@ def recorded(turns: Sequence[Turn], env: str, put_to_move: bool = False) -> Reco
         steps.append((action, observation))
     if not steps:
         raise Unreadable("no action that was answered" if final else "no action at all")
+    if all(_ONLY_OK.fullmatch(observation) for _, observation in steps):
+        raise Unreadable("no answer but OK")
     return Recorded(task, first, tuple(steps), final, tuple(learned), +notes)
 
 
@@ -162,10 +165,17 @@ def _start(turns: Sequence[Turn], env: str) -> int:
     for earlier in reversed(posing[:-1]):
         # With an opening of its own, and turns without a task before it, it is another episode with the same task.
         another = start - earlier > 2 and re.search(opening, turns[start].text)
-        if another or _posed(turns[earlier].text, env) != _posed(turns[start].text, env):
+        if another or not _same_task(_posed(turns[earlier].text, env) or "", _posed(turns[start].text, env) or ""):
             break
         start = earlier
     return start
+
+
+def _same_task(task: str, again: str) -> bool:
+    """Whether both say one task; other words, or a quotation mark, may be behind it on the line."""
+    short, long = sorted((task, again), key=len)
+    rest = long[len(short):]
+    return long.startswith(short) and (not rest or rest[0] in ".\"'”" or short.endswith(".") and rest[0] == " ")
 
 
 def _is_task_command(action: str | None, env: str) -> bool:
@@ -178,8 +188,8 @@ def _posed(text: str, env: str) -> str | None:
     if label not in text:
         return None
     task = re.split(r"\n|\bObservation:", text[text.rfind(label) + len(label):])[0]
-    if env == "alfworld":
-        return without_tail(task).removesuffix(".")
+    if env == "alfworld":  # one sentence
+        return re.split(r"\.\s", without_tail(task))[0].removesuffix(".")
     # As the environment gives it, without double spaces.
     return _SCIENCE_TASK + " ".join(without_tail(FIRST_OBSERVATION.split(task)[0]).split())
 
