@@ -23,7 +23,7 @@ from itp.text.segments import dialogue_segments
 from itp.text.state import parse
 from itp.transitions import REQUIRED, read_transitions
 from world_model.data_processing import fetch
-from world_model.data_processing.convert import NOTHING_TO_IMITATE, ConvertSettings, convert, main
+from world_model.data_processing.convert import NOTHING_TO_IMITATE, OWN_FORM, ConvertSettings, convert, main
 from world_model.data_processing.recorded import Unreadable, read_turns, recorded
 
 INSTRUCTION = "Interact with a household to solve a task. ... strictly follow \"Thought: ...\\nAction: ...\"."
@@ -240,6 +240,24 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
                                       "scienceworld"])
     with pytest.raises(UserError, match="4 of 4 rows can't be used"):
         main()
+
+
+def test_the_projects_own_dialogues_are_not_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their imagined steps would become observations."""
+    own = converted(tmp_path, [eto(i) for i in range(3)]).talks
+    out = converted(tmp_path, own)
+    assert (out.kept, dict(out.dropped)) == (0, {OWN_FORM: 3})
+    given = settings(tmp_path, own)
+    monkeypatch.setattr(sys, "argv", ["convert", "--input", given.input, "--out_dir", given.out_dir])
+    with pytest.raises(UserError, match=OWN_FORM):
+        main()
+
+
+def test_ten_dropped_rows_are_named_and_the_others_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    converted(tmp_path, [*[eto(i) for i in range(30)], *[{"id": i, "conversations": []} for i in range(25)]])
+    said = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(said) == 11 and said[-1] == "dropped: 15 more rows; report.json counts them by reason"
 
 
 def mutate(text: str, draw: random.Random) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Sequence
 
@@ -31,6 +32,7 @@ from itp.text.prompts import foresight_text, policy_prompt, proposal_text, world
 from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
 from itp.text.turns import Turn, read_turns
+from itp.training.dialogue_files import read_dialogue_file
 from itp.transitions import Transition
 
 PIECES = ["a mug 1", "\n", "\n\n", " ", "  ", "   ", "Task: ", "Observation: ", "Action: ", "\nAction: look",
@@ -264,3 +266,32 @@ def test_other_parts_of_a_reply() -> None:
     assert parse_thought("just words") == ""
     assert clean_action(" **go to  desk 1**. ") == "go to desk 1"
     assert [parse_horizon(r, 5) for r in (" 3", "about 12 steps", "0", "none", "k = 2, or 4")] == [3, 5, 0, None, 2]
+
+
+@pytest.mark.parametrize("mark, learned", [({}, True), ({"weight": None}, False), ({"weight": -1}, False),
+                                           ({"weight": 0.5}, True), ({"loss": None}, False), ({"loss": 1}, True)])
+def test_which_turns_are_learned(mark: dict, learned: bool) -> None:
+    turns = read_turns({"conversations": [{"from": "human", "value": "Task: t\nObservation: o"},
+                                          {"from": "gpt", "value": "Action: look", **mark}]})
+    assert turns[1].learned == learned
+
+
+@pytest.mark.parametrize("first", ["Task: t\nObservation:", "Task: t\r\nObservation: o\r\n",
+                                   "Task: t\nObservation: o\n"])
+def test_dialogues_that_another_program_saved_again_are_read(tmp_path, first: str) -> None:
+    row = {"conversations": [{"from": "human", "value": first},
+                             {"from": "gpt", "value": "Action: look\n", "correction": ""}]}
+    (tmp_path / "d.json").write_text(json.dumps([row]))
+    (_, _, turns), = read_dialogue_file(str(tmp_path / "d.json"))
+    assert turns[0].text in ("Task: t\nObservation: ", "Task: t\nObservation: o") and turns[1].text == "Action: look"
+
+
+def test_a_damaged_row_of_an_own_file_is_not_sent_to_convert(tmp_path) -> None:
+    whole = {"conversations": [{"from": "human", "value": "Task: t\nObservation: o"},
+                               {"from": "gpt", "value": "Action: look"}]}
+    damaged = {"conversations": [{"from": "human", "value": "o"}, {"from": "gpt", "value": "Action: look"}]}
+    for rows, advice in (([damaged, whole, whole], "mend or remove it"), ([whole, damaged], "mend or remove it"),
+                         ([damaged, damaged], "world_model.data_processing.convert")):
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=advice):
+            list(read_dialogue_file(str(tmp_path / "d.json")))

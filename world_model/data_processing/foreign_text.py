@@ -14,7 +14,8 @@ _WORDS = ("Guidelines?", "Hints?", "Tips?", "Notes?", "Instructions?", "Reminder
           "Score", "Plan", "History", "Important", "Warning", "Rules?", "Experiences?", "Insights?", "Inventory",
           "System", "Human", "User", "Assistant")
 """Labels of one word; the environment may use the word itself, but not with a capital before a colon."""
-_PHRASES = (r"(?:available|admissible|valid|possible|allowed|previous|past|recent|next) (?:actions?|commands?|objects?)",
+_PHRASES = (r"(?:available|admissible|valid|possible|allowed|previous|past|recent|next) "
+            r"(?:actions?|commands?|objects?)",
             r"(?:action|command) (?:history|format|list)", r"(?:task|state|world|action) knowledge",
             r"(?:output|response|answer) format", r"current (?:progress|status)",
             r"(?:current|total|final) (?:score|reward)", r"(?:current|remaining) steps?", r"steps? (?:left|remaining)")
