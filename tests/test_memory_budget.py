@@ -86,9 +86,10 @@ def test_on_a_cpu_sizes_are_fixed(folder: str) -> None:
 
 def test_flags_win() -> None:
     assert EngineFlags().engine == {"cache_bytes": CACHE_BYTES, "max_batch_tokens": BATCH_TOKENS, "fit_cache": True,
-                                    "fit_batch": True}
-    given = EngineFlags(cache_gb=2.0, max_batch_tokens=9)
-    assert given.engine == {"cache_bytes": 2 * GB, "max_batch_tokens": 9, "fit_cache": False, "fit_batch": False}
+                                    "fit_batch": True, "cuda_graphs": True}
+    given = EngineFlags(cache_gb=2.0, max_batch_tokens=9, cuda_graphs=False)
+    assert given.engine == {"cache_bytes": 2 * GB, "max_batch_tokens": 9, "fit_cache": False, "fit_batch": False,
+                            "cuda_graphs": False}
     assert EngineFlags(cache_gb=2.0).engine["fit_batch"] and not EngineFlags().fixed_engine["fit_batch"]
 
 

@@ -71,9 +71,10 @@ def test_evaluation_writes_scores_and_chooses_among_hundreds_of_actions(models: 
 def test_the_report_counts_scores_by_task(tmp_path: Path) -> None:
     rows = [("boil", 0, False, 30), ("boil", 100, True, 100), ("melt", 50, False, 60), ("melt", 70, False, 70)]
     for index, (task, score, success, best) in enumerate(rows):
-        write_json(tmp_path / f"{index}.json", {"foresight_steps": [], "meta": {
-            "task_type": task, "score": score, "success": success, "best_score": best, "steps": 1, "usage": {},
-            "unparsed_actions": 0, "restarts": 0, "terminate_reason": "success" if success else "step_limit"}})
+        write_json(tmp_path / f"{index}.json", {"conversations": [], "foresight_steps": [], "meta": {
+            "game_id": f"{task}/{index}", "split": "test", "task_type": task, "score": score, "reward": 0.0,
+            "success": success, "best_score": best, "steps": 1, "usage": {}, "unparsed_actions": 0, "restarts": 0,
+            "terminate_reason": "success" if success else "step_limit"}})
     summary = summarize(list(read_episodes(tmp_path).values()))
     assert summary["buckets"] == ["boil", "melt"] and summary["rates"] == {"boil": 0.5, "melt": 0.0}
     assert summary["scores"]["boil"]["score"] == 50 and summary["scores"]["boil"]["best_score"] == 65
