@@ -119,19 +119,20 @@ def loading(path: str, what: str) -> Iterator[None]:
     """Around a loader of the Auto classes: UserError, which says ``what`` it met at ``path``.
 
     The libraries check little, and there is no list of what they raise for a broken file: tokenizers a bare Exception,
-    safetensors an error of its own, transformers a TypeError for a value.  A device without memory isn't the file's.
+    safetensors an error of its own, transformers a TypeError for a value.  A fault of the device isn't the file's.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported here
+        if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):  # torch's, which isn't imported here
             raise
         if "trust_remote_code" in str(error):
             raise UserError(f"{path}: this model comes with Python code of its own; read it, and if you trust it, "
                             f"start the same command with {TRUST_REMOTE_CODE}=1 in front") from error
-        raise UserError(f"{path}: {what} ({first_line(error)}); is the folder whole?") from error
+        advice = "" if isinstance(error, ImportError) else "; is the folder whole?"  # a package is missing or too old
+        raise UserError(f"{path}: {what} ({first_line(error)}){advice}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from itp.config import flag, parse_settings
 from itp.errors import UserError
-from itp.files import write_atomic
+from itp.files import check_output_folder, write_atomic, writing
 from itp.program import run_main
 
 if TYPE_CHECKING:
@@ -69,10 +69,11 @@ def write(folder: Path) -> None:
     source = gguf_file()
     model, tokenizer = _load(source)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    write_atomic(beside / "README.md", README.format(title=TITLE, file=source.name))
-    os.replace(beside, folder)  # an empty folder may be there
+    with writing(folder, unfinished=beside):
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        write_atomic(beside / "README.md", README.format(title=TITLE, file=source.name))
+        os.replace(beside, folder)  # an empty folder may be there
     log.info("%s: %.1f M parameters, %d tokens", folder, model.num_parameters() / 1e6, len(tokenizer))
 
 
@@ -95,15 +96,10 @@ def _is_written(folder: Path) -> bool:
 
 
 def _check_free(folder: Path) -> None:
-    """Make the parent.  Raises UserError for a folder that can't be written or that holds something."""
+    """Raises UserError for a folder that can't be written or that holds something."""
+    check_output_folder(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out_dir {folder}: holds something else; give a new or an empty folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {folder}: can't be made ({error.strerror}); give another folder") from error
-    if folder.exists() and not folder.is_dir() or not os.access(folder.parent, os.W_OK):
-        raise UserError(f"--out_dir {folder}: not a folder that can be written; give another one")
     for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
         shutil.rmtree(left)
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from itp.training.base_policy import BasePolicySettings, read_dialogues
 from itp.training.itp_r import a2c
 from itp.training.run import finetune
 from tests import rl_runs
+from tests.openai_client import free_port
 from tests.tiny import write_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -133,13 +133,6 @@ def test_zero_leaves_whole_weights(tmp_path: Path, stage: str, lora_r: int) -> N
     assert {name: weight.shape for name, weight in after.items()} == {
         name: weight.shape for name, weight in before.items()}
     assert any(not torch.equal(weight.float(), before[name].float()) for name, weight in after.items())
-
-
-def free_port() -> int:
-    """One for the launcher, so that several tests can run side by side."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 # ---------------------------------------------------------------- acting

@@ -132,7 +132,7 @@ def test_output_folders_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for folder, said in (("other", "holds something else"), ("file", "not a folder"), ("file/x", "can't be made")):
+    for folder, said in (("other", "holds something else"), ("file", "is a file"), ("file/x", "is a file")):
         with pytest.raises(UserError, match=said):
             smollm2.write(tmp_path / folder)
     assert (tmp_path / "other" / "notes.txt").read_text(encoding="utf-8") == "mine"

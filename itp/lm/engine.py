@@ -40,7 +40,8 @@ class NextToken:
     logprobs: torch.Tensor
     best: int
     best_logprob: float
-    options: torch.Tensor
+    options: Sequence[int]
+    option_logprobs: torch.Tensor
     """log p of the decoder's ``options``, on the CPU."""
 
 
@@ -298,7 +299,7 @@ def next_tokens(logprobs: torch.Tensor, options: Sequence[Sequence[int]]) -> lis
     rows = torch.tensor([i for i, tokens in enumerate(options) for _ in tokens], dtype=torch.long)
     wanted = torch.tensor([token for tokens in options for token in tokens], dtype=torch.long)
     fetched = logprobs[rows.to(logprobs.device), wanted.to(logprobs.device)].cpu().split([len(o) for o in options])
-    return list(map(NextToken, logprobs, best.tolist(), best_logprobs, fetched))
+    return list(map(NextToken, logprobs, best.tolist(), best_logprobs, options, fetched))
 
 
 class _Row:
@@ -397,13 +398,13 @@ class _Choose:
         return sorted({self.choices[c][self.depth] for c in self.left}) if len(self.left) > 1 else ()
 
     def advance(self, next_token: NextToken) -> list[int]:
-        options = self.options
+        options = next_token.options
         if self.depth == 0 and len(options) == 1:
             # All choices begin alike: these logits are about the first common token, not about a choice.
             return self._forced()
         fed: list[int] = []
         if options:
-            allowed = next_token.options.log_softmax(-1)
+            allowed = next_token.option_logprobs.log_softmax(-1)
             picked = self._pick(allowed)
             self.possible[self.depth] = tuple(options)
             self.logprob += float(allowed[picked])
