@@ -13,3 +13,9 @@ class PromptTooLong(UserError):
 
 class UnplayableGame(UserError):
     """A game that can't be loaded or played, because a file of it is broken.  The other games are played."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its name where it says nothing."""
+    said = str(error).strip().splitlines()
+    return said[0][:300] if said else type(error).__name__

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from itp.devices import resolve_device, resolve_dtype
-from itp.errors import UserError
+from itp.errors import UserError, first_line
 from itp.files import read_json, refusal
 
 SMALL_FILES = ["*.json", "policy_heads.safetensors", "adaptive_heads.pt"]
@@ -133,12 +133,6 @@ def loading(path: str, what: str) -> Iterator[None]:
                             f"start the same command with {TRUST_REMOTE_CODE}=1 in front") from error
         advice = "" if isinstance(error, ImportError) else "; is the folder whole?"  # a package is missing or too old
         raise UserError(f"{path}: {what} ({first_line(error)}){advice}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, in one line; its name where it says nothing."""
-    said = str(error).strip().splitlines()
-    return said[0][:300] if said else type(error).__name__
 
 
 def load_tokenizer(path: str):

@@ -10,9 +10,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from itp.errors import UserError
+from itp.errors import UserError, first_line
 from itp.files import read_object
-from itp.pretrained import first_line, model_folder
+from itp.pretrained import model_folder
 
 HEADS_WEIGHTS, HEADS_CONFIG = "policy_heads.safetensors", "policy_heads.json"
 RELEASE_HEADS = "adaptive_heads.pt"

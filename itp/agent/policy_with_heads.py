@@ -24,10 +24,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.agent.heads import COPY_AGAIN, HEADS_CONFIG, HEADS_WEIGHTS, kmax_of, read_release
-from itp.errors import UserError
+from itp.errors import UserError, first_line
 from itp.files import write_json
 from itp.model_card import ModelCard
-from itp.pretrained import first_line, load_causal_lm, model_folder
+from itp.pretrained import load_causal_lm, model_folder
 from itp.text.prompts import CTRL
 
 if TYPE_CHECKING:

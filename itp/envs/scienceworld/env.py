@@ -29,7 +29,7 @@ import threading
 from typing import Any, Literal
 
 from itp.envs.base import EnvDied, Observation, StepResult
-from itp.errors import UnplayableGame, UserError
+from itp.errors import UnplayableGame, UserError, first_line
 from itp.games import Game
 
 JAVA_OPTIONS = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError",
@@ -140,7 +140,7 @@ class ScienceworldEnv:
         try:
             return getattr(self._engine.simulator, method)(*args)
         except Py4JError as error:  # the JVM has died or doesn't answer, or the simulator failed inside it
-            said = first_line(error)  # before the JVM ends: it holds the text of its own exceptions
+            said = said_by_java(error)  # before the JVM ends: it holds the text of its own exceptions
             engine = self._engine
             self.close()
             kind = SimulatorFailed if isinstance(error, Py4JJavaError) else EnvDied
@@ -151,12 +151,12 @@ class SimulatorFailed(EnvDied):
     """The simulator raised an exception, for which its JVM was ended."""
 
 
-def first_line(error: Exception) -> str:
+def said_by_java(error: Exception) -> str:
     """The first line of a py4j error.  Its text is in the JVM, which may have died meanwhile."""
     from py4j.protocol import Py4JError
 
     try:
-        return str(error).splitlines()[0][:200]
+        return first_line(error)
     except Py4JError:
         return type(error).__name__
 
@@ -202,7 +202,7 @@ class JvmEngine:
         try:
             self.simulator = self._gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         except Py4JError as error:
-            said = first_line(error)
+            said = said_by_java(error)
             self.close()
             raise EnvDied(f"ScienceWorld's JVM failed at its start ({said}; it said: {self.last_words()})") from None
         except TypeError as error:  # py4j treats a missing class as a package
