@@ -22,6 +22,7 @@ from itp.agent.policy import Policy
 from itp.errors import PromptTooLong, UserError
 from itp.lm.base import GenParams, Generation, Usage, metered
 from itp.lm.openai import NO_KEY, OpenAILM
+from itp.program import CHATTY
 from itp.seeding import derive_seed
 from itp.text.prompts import NO, YES
 from itp.text.state import State
@@ -257,9 +258,10 @@ def test_the_key_is_nowhere_but_in_the_header(
 
     server = scripted(quote)
     lm = server.lm()
-    with caplog.at_level(logging.DEBUG):
-        with pytest.raises(UserError) as caught:
-            ask(lm, lambda lm: lm.generate(["good", "bad"], GenParams()))
+    for name in (None, *CHATTY):  # a program that ran before in this process may have silenced them
+        caplog.set_level(logging.DEBUG, name)
+    with pytest.raises(UserError) as caught:
+        ask(lm, lambda lm: lm.generate(["good", "bad"], GenParams()))
     assert "bad key ***" in str(caught.value)
     assert "/chat/completions" in caplog.text or "/completions" in caplog.text  # the log does hold the requests
     for text in (caplog.text, str([r.__dict__ for r in caplog.records]), repr(lm), repr(vars(lm)), repr(caught.value)):
