@@ -1,12 +1,13 @@
-"""The part wm_training of ``bench.py``: the same steps on the same rows, padded to a cutoff and as the trainer pads.
+"""The part wm_training of ``bench.py``: the same transitions padded to a cutoff, as the trainer pads rows, and packed.
 
 The yardstick is what many scripts do: every row padded to the cutoff, an attention mask, logits everywhere, the
-model's own loss.  Both train a fresh LoRA adapter with AdamW from the same start, so that the losses must agree.
+model's own loss.  All train a fresh LoRA adapter with AdamW from the same start.  The first two take the same steps, so
+that their losses must agree; the packed rows hold the transitions of an episode each, so that only the loss before the
+first step can be compared.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,41 +17,44 @@ from dataclasses import dataclass
 class TrainingPass:
     how: str
     seconds: float
+    transitions: int
     tokens: int
     """Real ones, without padding."""
     padding_share: float
+    at_start: float
+    """The mean loss of all targets before the first step."""
     losses: list[float]
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds
+        """Transitions per second."""
+        return self.transitions / self.seconds
 
     def describe(self, first: TrainingPass) -> str:
-        apart = max(abs(a - b) for a, b in zip(self.losses, first.losses, strict=True))
-        return (f"wm_training {self.how:>21}: {self.rate:8.0f} tokens/s ({self.rate / first.rate:.1f} x), "
-                f"padding {self.padding_share:.0%}, mean loss {statistics.fmean(self.losses):.4f} "
-                f"(at most {apart:.1e} apart in a step)")
+        same_steps = len(self.losses) == len(first.losses)
+        apart = max(abs(a - b) for a, b in zip(self.losses, first.losses, strict=False)) if same_steps else None
+        steps = "" if apart is None else f", at most {apart:.1e} apart in a step"
+        return (f"wm_training {self.how:>21}: {self.rate:8.1f} transitions/s ({self.rate / first.rate:.1f} x), "
+                f"{self.tokens} tokens, padding {self.padding_share:.0%}, loss at the start {self.at_start:.5f}{steps}")
 
 
 def world_model_training(settings) -> list[TrainingPass]:
-    """First the yardstick, then ours, in steps of ``batch_size`` rows of similar length."""
+    """The yardstick, then ours row by row, both in steps of ``batch_size`` rows of similar length, then packed."""
     import torch
 
     from itp.pretrained import load_tokenizer
     from itp.training.examples import IGNORED, encode
+    from itp.training.packing import pack
     from itp.training.text_task import Collator, TextTask
     from itp.training.trainer import SimilarLengths
     from itp.transitions import read_transitions
-    from world_model.base_tuning.finetune import WorldModelSettings, examples_for
+    from world_model.base_tuning.examples import WorldModelSettings, examples_for, sample
 
     own = WorldModelSettings(model_path=settings.wm_model, data_path="", out_dir="", lora_dropout=0.0,
-                             max_seq_len=settings.cutoff)
+                             max_seq_len=settings.cutoff, max_rows=settings.train_rows, seed=settings.seed)
     tokenizer = load_tokenizer(own.model_path)
-    transitions = read_transitions(settings.expert_jsonl)
-    transitions = [transitions[i * len(transitions) // settings.train_rows] for i in range(settings.train_rows)]
-    rows = encode(examples_for(own, tokenizer, transitions), tokenizer, own.max_seq_len).rows
-    order = list(SimilarLengths([len(row["input_ids"]) for row in rows], settings.batch_size, settings.seed, lambda: 0))
-    steps = [[rows[i] for i in order[s:s + settings.batch_size]] for s in range(0, len(order), settings.batch_size)]
+    transitions = sample(own, read_transitions(settings.expert_jsonl))
+    rows = encode(examples_for(own, tokenizer, transitions), tokenizer, own.max_seq_len)
     task, pad = TextTask(own, []), tokenizer.pad_token_id or 0
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
 
@@ -63,14 +67,25 @@ def world_model_training(settings) -> list[TrainingPass]:
                     labels=padded([row["labels"] for row in batch], IGNORED), use_cache=False)
         return out.loss, ids.numel()
 
+    def collated(batch) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(settings.device) for name, tensor in Collator(pad)(batch).items()}
+
     def as_the_trainer(model, batch) -> tuple[torch.Tensor, int]:
-        made = {name: tensor.to(settings.device) for name, tensor in Collator(pad)(batch).items()}
+        made = collated(batch)
         return task.forward(model, made)["loss"], made["input_ids"].numel()
 
-    def run(how: str, loss_of: Callable) -> TrainingPass:
+    @torch.no_grad()
+    def loss_of_all(model, steps) -> float:
+        nll, targets = torch.stack([task.forward(model, collated(step))["sums"] for step in steps]).sum(0).tolist()
+        return nll / targets
+
+    def run(how: str, rows, loss_of: Callable) -> TrainingPass:
+        lengths = [len(row["input_ids"]) for row in rows]
+        order = list(SimilarLengths(lengths, settings.batch_size, settings.seed, lambda: 0))
+        steps = [[rows[i] for i in order[s:s + settings.batch_size]] for s in range(0, len(order), settings.batch_size)]
         torch.manual_seed(settings.seed)
         model = task.load(tokenizer, dtype).to(settings.device).train()
-        loss_of(model, steps[0])  # warm
+        at_start = loss_of_all(model, steps)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         losses, slots, start = [], 0, time.monotonic()
         for batch in steps:
@@ -80,8 +95,9 @@ def world_model_training(settings) -> list[TrainingPass]:
             optimizer.step()
             losses.append(loss.item())
             slots += width
-        seconds = time.monotonic() - start
-        tokens = sum(len(row["input_ids"]) for row in rows)
-        return TrainingPass(how, seconds, tokens, 1 - tokens / slots, losses)
+        seconds, tokens = time.monotonic() - start, sum(lengths)
+        return TrainingPass(how, seconds, len(transitions), tokens, 1 - tokens / slots, at_start, losses)
 
-    return [run("padded to the cutoff", to_the_cutoff), run("by length", as_the_trainer)]
+    packed = pack(rows, 0, own.max_seq_len)
+    return [run("padded to the cutoff", rows.rows, to_the_cutoff), run("a row each", rows.rows, as_the_trainer),
+            run("an episode a sequence", packed.rows, as_the_trainer)]

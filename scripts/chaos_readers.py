@@ -23,7 +23,7 @@ from itp.training.itp_r.expert_steps import read_expert
 from itp.training.itp_r.label import read_finished
 from itp.training.itp_r.warm_up_data import SftSettings, as_labeled, read_labeled
 from itp.transitions import read_transitions
-from world_model.base_tuning.finetune import WorldModelSettings
+from world_model.base_tuning.examples import WorldModelSettings
 from world_model.collect import _finished
 from world_model.data_processing.convert import ConvertSettings, convert
 from world_model.fidelity import read_measured

@@ -36,7 +36,7 @@ from itp.files import read_object, read_records, read_yaml, write_atomic, write_
 from itp.pretrained import check_model_path
 from itp.program import run_main
 from itp.run_dir import versions
-from world_model.base_tuning.finetune import WorldModelSettings
+from world_model.base_tuning.examples import WorldModelSettings
 from world_model.fidelity import FidelitySettings
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from itp.training.run import finetune
 from itp.transitions import Transition
 from tests.families import write_family
 from tests.tokenizers_of import KINDS, tokenizer_of
-from world_model.base_tuning.finetune import to_examples
+from world_model.base_tuning.examples import to_examples
 
 
 def episodes() -> list[list[Transition]]:

@@ -45,13 +45,14 @@ from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.label_settings import LabelSettings
 from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
 from itp.training.itp_r.warm_up_task import WarmUpTask
-from itp.training.run import finetune
+from itp.training.run import finetune, train
 from itp.training.settings import trained_card
-from itp.training.text_task import Collator, TextTask
+from itp.training.text_task import Collator
 from itp.transitions import Transition, write_transitions
 from tests.families import FAMILIES, write_family
 from tests.toy import ToyLM
-from world_model.base_tuning.finetune import WorldModelSettings, examples_for, to_examples
+from world_model.base_tuning.examples import WorldModelSettings, examples_for, to_examples
+from world_model.base_tuning.task import WorldModelTask
 
 KMAX = 1
 STEPS = [("go to cabinet 1", "The cabinet 1 is closed."), ("open cabinet 1", "You open the cabinet 1."),
@@ -150,7 +151,7 @@ def test_one_family_through_everything(family: str, form: str, q_lora: bool, tmp
 
     wm = WorldModelSettings(model_path=base, out_dir=str(tmp_path / "wm"), data_path="", **run)
     tokenizer = load_tokenizer(base)
-    finetune(wm, examples_for(wm, tokenizer, transitions()))
+    train(wm, WorldModelTask(wm, examples_for(wm, tokenizer, transitions())))
     talks = [{"id": str(i), "conversations": dialogue(State("look", "You see."), "", "Action", a)}
              for i, (a, _) in enumerate(STEPS)]
     (tmp_path / "talks.json").write_text(json.dumps(talks))
@@ -199,8 +200,8 @@ def test_what_was_trained_in_4_bits_is_what_is_saved(family: str, tmp_path: Path
                             grad_accum=1, eval_share=0.3, lr=1e-2, lora_dropout=0.0, q_lora=True)
     tokenizer = load_tokenizer(base)
     examples = examples_for(wm, tokenizer, transitions())
-    metrics = finetune(wm, examples)
-    task = TextTask(wm, examples)
+    task = WorldModelTask(wm, examples)
+    metrics = train(wm, task)
     encoding = task.encode(tokenizer)
     held = [encoding.rows[i] for i in split_off_eval(encoding.groups, wm.eval_share, wm.seed)[1]]
 

@@ -18,13 +18,16 @@ from itp.envs.alfworld.games import list_games, task_params
 from itp.errors import UserError
 from itp.games import Game
 from itp.lm.base import GenParams, Generation
+from itp.text.belief import delta_f1
 from itp.text.facts import fact_f1, facts
+from itp.text.kinds import kind_of, kinds_of
 from itp.text.state import State
 from itp.transitions import Transition
 from tests.toy import ToyLM
+from world_model.calibration import calibration, judged
 from world_model.consistency import consistency
 from world_model.fidelity import (
-    FidelitySettings, identify, kind_of, measure, measure_depth, read_measured, token_f1, windows_of,
+    FidelitySettings, identify, measure, measure_depth, read_measured, token_f1, windows_of,
 )
 
 CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
@@ -115,10 +118,10 @@ def test_measure_counts_by_kind() -> None:
               (SAW_DESK, "examine desk 1", "On the desk 1, you see a mug 1."), (START, "fly", "Nothing happens.")]
     rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
     perfect = asyncio.run(measure(Oracle(rows, {}), rows))
-    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "fact_f1_interval": [1, 1], "n": 5,
-                              "cut": 0}
+    assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "delta_f1": 1.0,
+                              "fact_f1_interval": [1, 1], "n": 5, "cut": 0}
     assert {kind: row["n"] for kind, row in perfect.items()} == {
-        "revisit": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
+        "revisit": 2, "revisit_unchanged": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
 
     figures = asyncio.run(measure(Oracle(rows, {"examine desk 1": "On the desk 1, you see nothing."}), rows))
     # 6 of 7 and 9 words in common (On the desk 1 you see | nothing / a mug 1); no fact.
@@ -131,6 +134,57 @@ def test_measure_counts_by_kind() -> None:
     assert (everything["exact_match"], everything["token_f1"], everything["fact_f1"]) == pytest.approx(
         (0.8, (4 + f1) / 5, 0.8))
     assert figures["first_visit"]["exact_match"] == 1.0
+
+
+def test_a_revisit_is_changed_where_the_place_no_longer_shows_what_it_did() -> None:
+    taken = SAW_DESK.after("take mug 1 from desk 1", "You pick up the mug 1 from the desk 1.")
+    assert kinds_of(SAW_DESK, "go to desk 1", DESK) == ("revisit", "revisit_unchanged")
+    assert kinds_of(taken, "examine desk 1", "On the desk 1, you see nothing.") == ("revisit", "revisit_changed")
+
+
+def test_delta_f1_counts_changes_only() -> None:
+    """A prediction that copies what was known gets nothing for it."""
+    taken = SAW_DESK.after("take mug 1 from desk 1", "You pick up the mug 1 from the desk 1.")
+    empty, full = "On the desk 1, you see nothing.", "On the desk 1, you see a mug 1."
+    # One stands at desk 1 and holds mug 1: to see the empty desk changes nothing ...
+    assert delta_f1(taken, "examine desk 1", empty, empty) is None
+    # ... and a mug that isn't there is one change that didn't happen.
+    assert delta_f1(taken, "examine desk 1", full, empty) == 0
+    # Arriving at shelf 1: one is there (and no longer nowhere), it was visited, and two objects are seen; of two
+    # predicted objects one is right: 4 of 5 changes on each side.
+    seen = "You arrive at shelf 1. On the shelf 1, you see a cup 1, and a pen 2."
+    wrong = "You arrive at shelf 1. On the shelf 1, you see a cup 1, and a pen 3."
+    assert delta_f1(START, "go to shelf 1", wrong, seen) == pytest.approx(4 / 5)
+    assert delta_f1(START, "go to shelf 1", seen, seen) == 1
+
+
+def test_calibration_of_hand_computed_probabilities() -> None:
+    # Three visits, five samples each; Brier: (.2² + .8² + .4²) / 3, less p (1 - p) / 4 of each.
+    figures = judged([0.2, 0.2, 0.6], [False, True, True], samples=5)
+    assert figures["brier"] == pytest.approx(((0.04 - 0.04) + (0.64 - 0.04) + (0.16 - 0.06)) / 3)
+    assert figures["brier_of_base_rate"] == pytest.approx(2 / 9) and figures["n"] == 3
+    assert figures["bins"] == [
+        {"from": 0.2, "to": 0.4, "predicted": pytest.approx(0.2), "observed": 0.5, "n": 2},
+        {"from": 0.6, "to": 0.8, "predicted": pytest.approx(0.6), "observed": 1.0, "n": 1}]
+
+
+def test_calibration_samples_first_visits_only() -> None:
+    class HalfTheTime:
+        """Shows the mug in every second sample."""
+
+        asked: list[tuple[str, int]] = []
+
+        async def sample(self, state: State, action: str, n: int, seed: int) -> list[str]:
+            self.asked.append((action, n))
+            return [DESK if i % 2 else "You arrive at desk 1. On the desk 1, you see nothing." for i in range(n)]
+
+    played = [(START, "go to desk 1", DESK), (SAW_DESK, "go to desk 1", DESK), (SAW_DESK, "look", "You see.")]
+    rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
+    model = HalfTheTime()
+    figures = asyncio.run(calibration(model, rows, 4, seed=1))
+    assert model.asked == [("go to desk 1", 4)]
+    assert figures["n"] == 1 and figures["bins"][0]["predicted"] == 0.5 and figures["bins"][0]["observed"] == 1
+    assert asyncio.run(calibration(model, rows[2:], 4, seed=1)) == {}
 
 
 def episode(name: str, actions: Sequence[str], first_step: int = 0) -> list[Transition]:

@@ -24,7 +24,7 @@ from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example, encode, split_off_eval
 from itp.training.from_scratch import base_lm
-from itp.training.run import finetune, open_run
+from itp.training.run import finetune, open_run, train
 from itp.training.settings import FinetuneSettings, check_settings
 from itp.training.text_task import Collator, TextTask
 from itp.training.trainer import SimilarLengths
@@ -209,12 +209,14 @@ def test_an_epoch_has_every_row_once_grouped_by_length_in_a_reproducible_order()
 def test_lora_run_metrics_and_merged_model(model_path, tmp_path):
     seen = {}
 
-    def measure(model, tokenizer, rows):
-        seen["rows"] = rows
-        return {"extra": 1}
+    class Measured(TextTask):
+        def measure(self, tokenizer, eval_rows, device):
+            seen["rows"] = eval_rows
+            return {"extra": 1}
 
     out = tmp_path / "out"
-    metrics = finetune(settings_for(model_path, out), EXAMPLES, measure)
+    settings = settings_for(model_path, out)
+    metrics = train(settings, Measured(settings, EXAMPLES))
     assert metrics == json.loads((out / "metrics.json").read_text()) and metrics["extra"] == 1
     assert metrics["steps"] == 18 and metrics["held_out_rows"] == len(seen["rows"]) == 4
     assert {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"} <= {f.name for f in out.iterdir()}

@@ -20,7 +20,7 @@ from itp.lm.base import GenParams
 from itp.models import load_policy
 from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, foresight_text, policy_prompt
-from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.token_tree import TokenTree, batch
 from tests.tiny import write_tiny_model
 from tests.toy import control_prompt
 

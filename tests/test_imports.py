@@ -121,6 +121,7 @@ HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.lm.decode_graph",
                    "itp.agent.policy_with_heads", "itp.training.trainer",
                    "itp.training.models", "itp.training.itp_r.a2c_update", "itp.training.itp_r.losses",
                    "itp.training.text_task", "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
+                   "world_model.base_tuning.task",
                    "itp.envs.alfworld.fast_engine", "itp.envs.alfworld.fast_translation",
                    "itp.envs.alfworld.fast_grammar"}
 """Modules that nothing imports at its top."""

@@ -43,7 +43,7 @@ from itp.training.itp_r.warm_up_task import WarmUpTask
 from itp.transitions import Transition, write_transitions
 from tests.tiny import write_tiny_model
 from world_model import collect, fidelity
-from world_model.base_tuning.finetune import WorldModelSettings, examples_for
+from world_model.base_tuning.examples import WorldModelSettings, examples_for
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = State("put a plate in fridge", "You are in a room.")

@@ -23,7 +23,7 @@ from itp.training.itp_r.a2c_settings import RlSettings, data_root
 from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
 from world_model import collect
-from world_model.base_tuning.finetune import WorldModelSettings
+from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch
 
 ROOT = Path(__file__).resolve().parents[1]

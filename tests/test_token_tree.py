@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.token_tree import TokenTree, batch
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from itp.training.examples import Example, encode
 from itp.training.run import finetune
 from itp.training.settings import FinetuneSettings
 from itp.transitions import Transition
-from world_model.base_tuning.finetune import WorldModelSettings, exact_match, examples_for, to_examples
+from world_model.base_tuning.examples import WorldModelSettings, examples_for, to_examples
+from world_model.base_tuning.task import exact_match
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "world_model" / "base_tuning" / "run_worldmodel_tuning.sh"
@@ -102,6 +103,12 @@ def test_a_state_that_is_too_long_loses_its_oldest_steps_and_keeps_its_task(mode
     assert made(5).segments[0][0] == world_model_prompt(state.last(1).render(), row.action)
 
 
+def pairs(rows):
+    """The prompt and the target of each row."""
+    return [([i for i, label in zip(row["input_ids"], row["labels"]) if label == -100],
+             [label for label in row["labels"] if label != -100]) for row in rows]
+
+
 def test_exact_match_counts_predictions_that_are_right_to_the_letter(model_path, tmp_path):
     rows = transitions(30, 2)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -120,12 +127,13 @@ def test_exact_match_counts_predictions_that_are_right_to_the_letter(model_path,
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
         right.append(ids == row["input_ids"])
     assert sum(right) > len(encoded) / 2, "the model hasn't learned what it needs to for this test"
-    assert exact_match(model, tokenizer, encoded)["exact_match"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+    measured = exact_match(model, tokenizer, pairs(encoded))["exact_match"]
+    assert measured == pytest.approx(sum(right) / len(right), abs=1e-4)
     # One word more or less in what should have been said, and the prediction is wrong.
     good = [row for row, ok in zip(encoded, right) if ok][:4]
     changed = [dict(good[0], input_ids=[*good[0]["input_ids"][:-1], 5, 0], labels=[*good[0]["labels"][:-1], 5, 0]),
                dict(good[1], input_ids=good[1]["input_ids"][:-2] + [0], labels=good[1]["labels"][:-2] + [0]), *good[2:]]
-    assert exact_match(model, tokenizer, changed) == {"exact_match": 0.5, "exact_match_rows": 4}
+    assert exact_match(model, tokenizer, pairs(changed)) == {"exact_match": 0.5, "exact_match_rows": 4}
 
 
 # ---------------------------------------------------------------- the script
@@ -170,7 +178,7 @@ def test_the_script_trains_under_deepspeed_and_a_second_run_has_nothing_to_do(tm
     (tmp_path / "model").symlink_to(model_path)
     environment = {"MODEL_PATH": "model", "DATA_PATH": "data.jsonl", "RUN_NAME": "tiny", "EPOCHS": "2", "LR": "1e-2",
                    "PER_DEVICE_BS": "4", "GRAD_ACC": "2", "SAVE_STEPS": "10", "LOGGING_STEPS": "5"}
-    run = tune(tmp_path, "--eval_rows", "3", **environment)
+    run = tune(tmp_path, "--eval_rows", "3", "--steps_per_sequence", "1", **environment)
     assert run.returncode == 0, run.stderr[-3000:]
     out = tmp_path / "outputs" / "tiny"
     metrics = json.loads((out / "metrics.json").read_text())
@@ -185,7 +193,7 @@ def test_the_script_trains_under_deepspeed_and_a_second_run_has_nothing_to_do(tm
     changed = {name for name in base if not torch.equal(merged[name], base[name])}
     assert any("q_proj" in name for name in changed) and not any("embed" in name for name in changed)
 
-    again = tune(tmp_path, "--eval_rows", "3", **environment)
+    again = tune(tmp_path, "--eval_rows", "3", "--steps_per_sequence", "1", **environment)
     assert again.returncode == 0 and "already done" in again.stderr
-    other = tune(tmp_path, "--eval_rows", "3", **environment | {"LR": "1e-3"})
+    other = tune(tmp_path, "--eval_rows", "3", "--steps_per_sequence", "1", **environment | {"LR": "1e-3"})
     assert other.returncode == 2 and "lr: 0.01 there, 0.001 now" in other.stderr

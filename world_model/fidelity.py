@@ -7,20 +7,13 @@ Several world models (comma-separated) are judged on the same samples, those of 
 * one step: share of next observations that are predicted exactly, token F1, and Fact-F1
   (:mod:`itp.text.facts`), by kind of action;
 * open loop: the same by depth 1..K, the world model fed with its own predictions under the recorded actions;
+* calibration (with ``--calibration_samples``): see :mod:`world_model.calibration`;
 * consistency (with ``--policy_model`` and ``--env_data_root``): see :mod:`world_model.consistency`.
 
 Figures that ``--out_json`` has already, of the same models and data, are printed and not measured again.
 
-Kinds (ALFWorld): what the state determines, what nobody can know, and what must be remembered:
-
-=============  ==========================================================================================
-deterministic  take, move, heat, cool, clean, use, close, slice, and arriving at something that is closed
-revisit        contents that the history has shown before (and perhaps changed since): go to, open, examine
-first_visit    contents seen for the first time: unknowable, a guess from common sense at best
-inspect        look, inventory, examining an object
-invalid        the engine's "Nothing happens."
-=============  ==========================================================================================
-
+ALFWorld's kinds are those of :mod:`itp.text.kinds`.  There Delta-F1 is the F1 of the changes that a prediction makes to
+the belief about the room (:mod:`itp.text.belief`), so that what stays as it was counts for nothing.
 ScienceWorld's (``--env scienceworld``) are the verbs of the actions; with two words where the first says little
 (``look around``, ``look at``, ``look in``), and ``invalid``.
 """
@@ -55,16 +48,15 @@ from itp.program import run_main
 from itp.rollout import LeftOut
 from itp.run_dir import versions
 from itp.seeding import derive_seed
-from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents
+from itp.text.belief import delta_f1
 from itp.text.facts import fact_f1
+from itp.text.kinds import KINDS, kinds_of
 from itp.text.state import State, parse
 from itp.transitions import Transition, read_transitions
+from world_model.calibration import calibration
 from world_model.consistency import consistency
 
 log = logging.getLogger(__name__)
-KINDS = ("deterministic", "revisit", "first_visit", "inspect", "invalid")
-VISITS = ("go", "open", "examine")
-INSPECTIONS = ("look", "inventory", "help", "examine")
 
 
 @dataclass
@@ -76,6 +68,8 @@ class FidelitySettings:
     max_rows: int = flag(2000, at_least=0, help="a random sample of so many transitions of each actor (0: all)")
     max_depth: int = flag(5, at_least=0, help="how deep to look in open loop: K_max (0: not at all)")
     max_starts: int = flag(200, at_least=0, help="open-loop rollouts of each actor, from random steps of its episodes")
+    calibration_samples: int = flag(0, at_least=0, help="ALFWorld: sampled observations of each first visit, for the "
+                                                        "calibration of what can't be known (0: none; 10 are enough)")
     policy_model: str = flag("", help="policy that acts inside the world model, to measure consistency")
     env_data_root: str = flag("", help="folder that holds json_2.1.1, for the games that it acts in")
     split: str = flag("unseen", help="split of these games")
@@ -86,18 +80,6 @@ class FidelitySettings:
     wm_max_new_tokens: int = flag(256, at_least=1, help="new tokens of a prediction at most",
                                   aliases=("foresight_tokens",))
     seed: int = flag(123, help="seed of the samples")
-
-
-def kind_of(state: State, action: str, next_state: str) -> str:
-    """Which of KINDS a transition is."""
-    if next_state == NOTHING_HAPPENS:
-        return "invalid"
-    verb = action.split(" ", 1)[0]
-    shown = contents(next_state)
-    if verb in VISITS and shown:
-        seen = {before.place for _, observation in state.history for before in contents(observation)}
-        return "revisit" if shown[0].place in seen else "first_visit"
-    return "inspect" if verb in INSPECTIONS else "deterministic"
 
 
 def scienceworld_kind(state: State, action: str, next_state: str) -> str:
@@ -117,21 +99,28 @@ def token_f1(predicted: str, true: str) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """One prediction against what the environment answered."""
+    """One prediction against what the environment answered.  ``delta_f1``: None where it isn't judged."""
 
     exact_match: float
     token_f1: float
     fact_f1: float
+    delta_f1: float | None = None
 
     @classmethod
-    def of(cls, predicted: str, true: str) -> Score:
-        return cls(float(predicted == true), token_f1(predicted, true), fact_f1(predicted, true))
+    def of(cls, predicted: str, true: str, delta: float | None = None) -> Score:
+        return cls(float(predicted == true), token_f1(predicted, true), fact_f1(predicted, true), delta)
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means and their number, with the 95 % interval (normal approximation) of Fact-F1."""
+    """Means and their number, with the 95 % interval (normal approximation) of Fact-F1.
+
+    ``delta_f1`` is the mean over the transitions that change the belief, or are predicted to, if there are any.
+    """
     n = len(scores)
     means = {name: sum(getattr(score, name) for score in scores) / n for name in ("exact_match", "token_f1", "fact_f1")}
+    deltas = [score.delta_f1 for score in scores if score.delta_f1 is not None]
+    if deltas:
+        means["delta_f1"] = sum(deltas) / len(deltas)
     deviation = math.sqrt(sum((score.fact_f1 - means["fact_f1"]) ** 2 for score in scores) / n)
     half = 1.96 * deviation / math.sqrt(n)
     return {**means, "fact_f1_interval": [max(0.0, means["fact_f1"] - half), min(1.0, means["fact_f1"] + half)], "n": n}
@@ -142,13 +131,17 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
     """One-step predictions against what the environment answered: :func:`summary` by kind and for all."""
     states = [parse(t.state) for t in transitions]
     predicted, cut = await predict(world_model, states, [t.action for t in transitions])
-    kind = scienceworld_kind if env == "scienceworld" else kind_of
     scores = defaultdict(list)
     for state, t, answer in zip(states, transitions, predicted, strict=True):
         if answer is None:
             continue
-        for name in (kind(state, t.action, t.next_state), "all"):
-            scores[name].append(Score.of(answer, t.next_state))
+        if env == "scienceworld":
+            kinds, score = (scienceworld_kind(state, t.action, t.next_state),), Score.of(answer, t.next_state)
+        else:
+            kinds = kinds_of(state, t.action, t.next_state)
+            score = Score.of(answer, t.next_state, delta_f1(state, t.action, answer, t.next_state))
+        for name in (*kinds, "all"):
+            scores[name].append(score)
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
     figures = {name: summary(scores[name]) for name in (*names, "all") if scores[name]}
     figures["all"]["cut"] = cut
@@ -241,6 +234,9 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
         if windows:
             windows = _sample(settings, "windows", windows, settings.max_starts)
             figures["by_depth"][source] = await measure_depth(world_model, windows)
+        if settings.calibration_samples and settings.env == "alfworld":
+            figures.setdefault("calibration", {})[source] = await calibration(
+                world_model, rows, settings.calibration_samples, settings.seed)
     if settings.policy_model:
         games = list_games(settings.split, settings.env_data_root)
         # It writes freely: nobody knows what an imagined state admits.
@@ -255,9 +251,10 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
 
 def print_figures(model: str, figures: Mapping[str, Any]) -> None:
     def block(title: str, rows: Mapping[Any, Mapping[str, Any]]) -> None:
-        print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'n':>7}")
+        print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'Delta-F1':>10}{'n':>7}")
         for name, row in rows.items():
-            print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{row['n']:7}")
+            delta = f"{row['delta_f1']:10.3f}" if "delta_f1" in row else f"{'-':>10}"
+            print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{delta}{row['n']:7}")
         if cut := sum(row.get("cut", 0) for row in rows.values()):  # figures on file may be of before it was counted
             print(f"{cut} of these predictions were cut at the limit of tokens: raise --wm_max_new_tokens")
 
@@ -265,6 +262,12 @@ def print_figures(model: str, figures: Mapping[str, Any]) -> None:
         block(f"{model}, one step of {source}", rows)
         if source in figures["by_depth"]:
             block(f"{model}, depth on {source}", figures["by_depth"][source])
+    for source, row in figures.get("calibration", {}).items():
+        if row:
+            print(f"\n{model}, first visits of {source}: is the task's object there?  Brier score {row['brier']:.3f} "
+                  f"(always the base rate: {row['brier_of_base_rate']:.3f}, n {row['n']})")
+            for part in row["bins"]:
+                print(f"  predicted {part['predicted']:.2f}   seen {part['observed']:.2f}   n {part['n']}")
     if "consistency" in figures:
         c = figures["consistency"]
         ratio = "-" if c["ratio"] is None else f"{c['ratio']:.2f}"

@@ -95,8 +95,8 @@ class PolicyWithHeads(nn.Module):
         options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         only = contextlib.nullcontext() if logits_at is None else logits_only_at(self.causal_lm, logits_at)
         with self._last_hidden() as kept, only:
-            out = self.backbone(input_ids=input_ids, attention_mask=self._additive(attention_mask), use_cache=False,
-                                **options)
+            mask = additive_mask(attention_mask, self.causal_lm.dtype)
+            out = self.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
         hidden = kept.pop()  # (B, T, H)
         logits = out.logits if logits_at is None else out.logits[0]
         if ctrl_pos.dim() == 1:
@@ -115,13 +115,6 @@ class PolicyWithHeads(nn.Module):
             yield kept
         finally:
             hook.remove()
-
-    def _additive(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None or mask.dim() == 2:
-            return mask
-        hidden = ~mask if mask.dtype == torch.bool else mask < 0
-        dtype = self.causal_lm.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
     def add_lora(self, config: peft.LoraConfig, ctrl: int) -> None:
         """Freeze the backbone and put LoRA's layers into it; the row of the control token learns with them."""
@@ -185,6 +178,11 @@ class PolicyWithHeads(nn.Module):
         self.card.write(folder)
 
 
+def causal_lm_of(module: nn.Module) -> PreTrainedModel:
+    """The causal LM in whatever wrapping."""
+    return next(inner for inner in module.modules() if isinstance(inner, PreTrainedModel))
+
+
 @contextlib.contextmanager
 def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
     """Within this context, ``model`` computes logits (1, M, V) at ``places`` only.
@@ -192,7 +190,7 @@ def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
     ``model``: a causal LM in whatever wrapping.  ``places``: (M, 2), rows and columns.  Logits of all positions would
     be the largest tensor of a training step, and the loss uses few of them.
     """
-    causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    causal_lm = causal_lm_of(model)
 
     def gather(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *others = inputs  # (B, T, H)
@@ -203,6 +201,14 @@ def logits_only_at(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask (B, 1, T, T), boolean or additive, of who sees whom as ``dtype`` needs it; others as they are."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    hidden = ~mask if mask.dtype == torch.bool else mask < 0
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def add_control_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -36,7 +36,7 @@ from itp.training import hub
 from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.examples import Encoding, Example, report_counts, split_off_eval
 from itp.training.settings import FinetuneSettings
-from itp.training.task import Measure, Task
+from itp.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,15 +103,11 @@ def _push_if_asked(settings: FinetuneSettings) -> None:
 # ---------------------------------------------------------------- the run
 
 
-def finetune(settings: FinetuneSettings, examples: Sequence[Example], measure: Measure | None = None,
-             ) -> dict[str, Any] | None:
-    """:func:`train` on text.
-
-    ``measure(trained model, tokenizer, evaluation rows)`` may add metrics; it runs in the first process.
-    """
+def finetune(settings: FinetuneSettings, examples: Sequence[Example]) -> dict[str, Any] | None:
+    """:func:`train` on text."""
     from itp.training.text_task import TextTask
 
-    return train(settings, TextTask(settings, examples, measure))
+    return train(settings, TextTask(settings, examples))
 
 
 def train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:

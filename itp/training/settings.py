@@ -83,6 +83,16 @@ class FinetuneSettings(UpdateFlags):
         return Path(self.merged_dir) if self.merged_dir else Path(self.out_dir) / "merged_full"
 
 
+@dataclass
+class PackingFlags:
+    """How many examples of an episode share a training sequence (:mod:`itp.training.packing`)."""
+
+    steps_per_sequence: int = flag(1, at_least=0,
+                                   help="steps of one episode in a sequence, which share their common beginning; "
+                                        "0: as many as fit into max_packed_len")
+    max_packed_len: int = flag(0, at_least=0, help="tokens of a sequence of several steps (0: max_seq_len)")
+
+
 def trained_card(settings: FinetuneSettings, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
     """The card of this run's model: the template around its prompts, and the budget that they are cut to."""
     before = ModelCard.read(settings.model_path)

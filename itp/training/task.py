@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from itp.agent.policy_with_heads import PolicyWithHeads
-
-Measure = Callable[..., dict[str, Any]]
-"""(trained model, tokenizer, evaluation rows) -> more metrics."""
 
 
 class TrainedModule(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from itp.agent.policy_with_heads import logits_only_at
+from itp.agent.policy_with_heads import additive_mask, causal_lm_of, logits_only_at
 from itp.model_card import ModelCard
 from itp.pretrained import remote_code
+from itp.training import token_tree
 from itp.training.examples import IGNORED, Encoding, Example, TrainingRow, encode
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
 from itp.training.settings import FinetuneSettings, trained_card
-from itp.training.task import Measure, TrainedModule
+from itp.training.task import TrainedModule
+from itp.training.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from itp.agent.policy_with_heads import PolicyWithHeads
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 class TextTask:
     """Text, of which a part is supervised.  Stage 2 of ITP-R is a subclass."""
 
-    def __init__(self, settings: FinetuneSettings, examples: Sequence[Example], measure: Measure | None = None) -> None:
-        self.settings, self.examples, self._measure = settings, examples, measure
+    def __init__(self, settings: FinetuneSettings, examples: Sequence[Example]) -> None:
+        self.settings, self.examples = settings, examples
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         return encode(self.examples, tokenizer, self.settings.max_seq_len)
@@ -50,7 +52,7 @@ class TextTask:
         """``sums``: of the negative log-likelihood, and of what it is a mean over."""
         targets = batch["target_ids"]
         with logits_only_at(model, batch["target_pos"]):
-            logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]  # (M, V)
+            logits = model(input_ids=batch["input_ids"], use_cache=False, **_seen(model, batch)).logits[0]  # (M, V)
         nll = functional.cross_entropy(logits.float(), targets, reduction="sum")
         return {"loss": nll / (len(targets) if items is None else items),
                 "sums": torch.stack([nll.detach(), nll.new_tensor(len(targets))])}
@@ -84,22 +86,32 @@ class TextTask:
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
         return merge_adapter(load_plain_base(self.settings), self.settings.out_dir)
 
+    def trained(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
+        """The model that was trained, as it was saved."""
+        if self.settings.merged_path.is_dir():
+            return AutoModelForCausalLM.from_pretrained(self.settings.merged_path, **remote_code())
+        return self.merged(tokenizer)
+
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
                 device: torch.device) -> dict[str, Any]:
-        if self._measure is None:
-            return {}
-        merged = self.settings.merged_path
-        model = (AutoModelForCausalLM.from_pretrained(merged, **remote_code()) if merged.is_dir()
-                 else self.merged(tokenizer))
-        return self._measure(model.to(device).eval(), tokenizer, eval_rows)
+        return {}
+
+
+def _seen(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """Which tokens each token sees, where it isn't all on its left."""
+    if "attention_mask" not in batch:
+        return {}
+    mask = additive_mask(batch["attention_mask"], causal_lm_of(model).dtype)
+    return {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
 
 class Collator:
     """Rows of different length to one batch, padded on the right; counts tokens and padding.
 
-    There is no attention mask: a causal LM sees nothing on the right, and without a mask its attention is a
-    fused one.  What is supervised comes as ``target_pos`` (M, 2), the rows and columns that predict it, and
-    ``target_ids`` (M,), so that where the pad token is also the stop token, the stop token stays supervised.
+    Rows have ``labels``, or they are packed (:mod:`itp.training.packing`).  Without a branching row there is no
+    attention mask: a causal LM sees nothing on the right, and without a mask its attention is a fused one.  What is
+    supervised comes as ``target_pos`` (M, 2), the rows and columns that predict it, and ``target_ids`` (M,), so that
+    where the pad token is also the stop token, the stop token stays supervised.
     """
 
     def __init__(self, pad_id: int, multiple: int = 1):
@@ -109,13 +121,25 @@ class Collator:
     def __call__(self, rows: list[TrainingRow]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.multiple) * self.multiple
+        batch = self._inputs(rows, width)
+        targets = torch.tensor([(i, node, token) for i, row in enumerate(rows) for node, token in _targets(row)])
+        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        self.slots += len(rows) * width
+        return {**batch, "target_pos": targets[:, :2], "target_ids": targets[:, 2]}
+
+    def _inputs(self, rows: list[TrainingRow], width: int) -> dict[str, torch.Tensor]:
+        if any("tree" in row for row in rows):
+            trees = [row.get("tree") or TokenTree.of(row["input_ids"]) for row in rows]
+            ids, mask, positions = token_tree.batch(trees, self.pad_id, width=width)
+            return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         ids = torch.full((len(rows), width), self.pad_id)
-        labels = torch.full((len(rows), width), IGNORED)
         for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[i, :length] = torch.tensor(row["input_ids"])
-            labels[i, :length] = torch.tensor(row["labels"])
-            self.tokens += length
-        self.slots += ids.numel()
-        supervised = labels[:, 1:] != IGNORED  # a column predicts the token after it
-        return {"input_ids": ids, "target_pos": supervised.nonzero(), "target_ids": labels[:, 1:][supervised]}
+            ids[i, :len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        return {"input_ids": ids}
+
+
+def _targets(row: TrainingRow) -> Iterable[tuple[int, int]]:
+    """Pairs of a token's place and the id that is to follow it."""
+    if "targets" in row:
+        return row["targets"]
+    return ((i - 1, label) for i, label in enumerate(row["labels"]) if i and label != IGNORED)

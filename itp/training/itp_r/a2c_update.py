@@ -1,7 +1,7 @@
 """One update of online A2C (eq. 8): from whole episodes to new weights.
 
 The prompts of an episode grow out of one another, so an episode is one row in which every shared beginning
-is computed once (:mod:`itp.training.itp_r.token_tree`), or several where it would be too long for the GPU;
+is computed once (:mod:`itp.training.token_tree`), or several where it would be too long for the GPU;
 P_θ(K|s_t), V_θ(s_t) and π_θ(a_t|·) of its steps are read from there.  The module that is trained is the one
 that acts: there is no copy.
 """
@@ -22,7 +22,7 @@ from itp.errors import UserError
 from itp.lm.base import Trace
 from itp.text.prompts import CTRL
 from itp.training.itp_r.losses import a2c_loss, k_entropy, token_logprobs
-from itp.training.itp_r.token_tree import TokenTree, batch
+from itp.training.token_tree import TokenTree, batch
 from itp.training.models import lora_config
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ Departure: ``--act_on all`` also trains L_π on the trajectories of the other k.
 imagined steps as real ones.  Eq. 6 doesn't correct this if nearly all labels are 0.
 
 By default a step is a sequence of its own, as in the paper.  ``--steps_per_sequence`` packs steps of an
-episode into one (:mod:`itp.training.itp_r.token_tree`), which computes their common beginning once: same loss,
+episode into one (:mod:`itp.training.token_tree`), which computes their common beginning once: same loss,
 several times cheaper.  An optimizer step then covers as many times more steps of the expert.
 
 ``OUT/merged_full`` is a policy with heads (:mod:`itp.agent.policy_with_heads`); the rest is as

@@ -13,7 +13,7 @@ from itp.games import ENVIRONMENTS, K_MAX
 from itp.model_card import AS_RELEASED, PromptFlags, prompt_settings, resolve
 from itp.text.prompts import FORESIGHT_FORMATS, foresight_text
 from itp.text.state import State, parse
-from itp.training.settings import FinetuneSettings
+from itp.training.settings import FinetuneSettings, PackingFlags
 
 MEND = "mend or remove the line"
 SHOWN: Fields = {"foresight_format": str, "history_keep_steps": int, "max_seq_len": int}
@@ -21,7 +21,7 @@ SHOWN: Fields = {"foresight_format": str, "history_keep_steps": int, "max_seq_le
 
 
 @dataclass
-class SftSettings(PromptFlags, FinetuneSettings):
+class SftSettings(PromptFlags, PackingFlags, FinetuneSettings):
     train_jsonl: str = flag(help="labeled steps, as stage 1 (label) writes them", affects_result=False, holds="data")
     policy_model: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub",
                              affects_result=False, holds="path", aliases=("policy_model_path",))
@@ -33,12 +33,8 @@ class SftSettings(PromptFlags, FinetuneSettings):
     act_on: str = flag("label", choices=("label", "all"),
                        help="which imagined trajectories of a step the policy learns to act on: the labeled K's "
                             "(eq. 6), or every K's from 0 to kmax")
-    steps_per_sequence: int = flag(1, at_least=0,
-                                   help="steps of one episode in a sequence, which share their common beginning; "
-                                        "0: as many as fit into max_packed_len")
     max_seq_len: int = flag(-1, at_least=1, help="tokens of a prompt and its action; where a prompt has more, its "
                                                  "oldest steps are left out (-1: as it was labeled, else 1536)")
-    max_packed_len: int = flag(0, at_least=0, help="tokens of a sequence of several steps (0: max_seq_len)")
     padding_side: str = flag("left", choices=("left", "right"), help="where shorter sequences of a batch are padded")
     device_map: str = flag("", choices=("", "auto", "balanced", "sequential"),
                            help="spread the layers of a large model over the GPUs of one process; empty: every "

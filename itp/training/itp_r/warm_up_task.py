@@ -28,8 +28,8 @@ from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, action_target, policy_prompt
 from itp.text.state import State
 from itp.training.examples import COUNTS, Encoding, TrainingRow
-from itp.training.itp_r import token_tree
-from itp.training.itp_r.token_tree import TokenTree
+from itp.training import token_tree
+from itp.training.token_tree import TokenTree
 from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
 from itp.training.settings import trained_card

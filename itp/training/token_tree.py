@@ -28,6 +28,13 @@ class TokenTree:
         self.parents: list[int] = []
         self._children: dict[tuple[int, int], int] = {}
 
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> TokenTree:
+        """The tree of one sequence."""
+        tree = cls()
+        tree.add(ids)
+        return tree
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -59,6 +66,18 @@ class TokenTree:
         shared = next((i for i, (a, b) in enumerate(zip(ids, branch, strict=False)) if a != b),
                       min(len(ids), len(branch)))
         return len(ids) - self.known(ids) + len(branch) - max(self.known(branch), shared)
+
+    def path(self, node: int) -> list[int]:
+        """The ids from the root to ``node``."""
+        ids = []
+        while node >= 0:
+            ids.append(self.ids[node])
+            node = self.parents[node]
+        return ids[::-1]
+
+    def close(self) -> None:
+        """Free what finds known beginnings: no sequence comes any more."""
+        self._children.clear()
 
     @property
     def is_chain(self) -> bool:

@@ -1,0 +1,53 @@
+"""World-model training as a task of the fine-tuning core: packed rows, and the exact match of held-out transitions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from itp.lm.base import GenParams
+from itp.lm.engine import Engine, Request
+from itp.training.examples import Encoding, TrainingRow
+from itp.training.packing import examples_of, pack
+from itp.training.text_task import TextTask
+from world_model.base_tuning.examples import WorldModelSettings
+
+
+class WorldModelTask(TextTask):
+    """Transitions, several of an episode in a sequence, and the exact match of those that are held out."""
+
+    settings: WorldModelSettings
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+        settings = self.settings
+        return pack(super().encode(tokenizer), settings.steps_per_sequence,
+                    settings.max_packed_len or settings.max_seq_len,
+                    branches=settings.attn_implementation != "flash_attention_2")  # which knows no such mask
+
+    def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
+                device: torch.device) -> dict[str, Any]:
+        held_out = [example for row in eval_rows for example in examples_of(row)]
+        wanted = min(self.settings.eval_rows, len(held_out))
+        if not wanted:
+            return {}
+        model = self.trained(tokenizer).to(device).eval()
+        return exact_match(model, tokenizer, random.Random(self.settings.seed).sample(held_out, wanted))
+
+
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                examples: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """How many targets the model completes exactly, decoding greedily to its stop token.
+
+    ``examples``: the ids of each prompt and of its target.
+    """
+    engine = Engine(model, tokenizer)
+    # One token more than the target, so that a longer prediction can't pass for it.
+    answers = engine.generate([Request(prompt, GenParams(max_new_tokens=len(target) + 1), 0, [])
+                               for prompt, target in examples])
+    right = sum(answer.text == engine.encode.decode(target) and answer.finish_reason == "stop"
+                for answer, (_, target) in zip(answers, examples, strict=True))
+    return {"exact_match": round(right / len(examples), 4), "exact_match_rows": len(examples)}
