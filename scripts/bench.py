@@ -11,7 +11,7 @@ foresight     evaluation: game steps/s, once for every number in --concurrency
 rap           the same with tree search, over the first --rap_steps steps of each game
 label         pseudo-labels (stage 1): rows/s
 rl_k          rollouts of online A2C (stage 3): game steps/s
-wm_training   world-model training, transitions/s: rows padded to --cutoff, rows as they are, episodes packed; and losses
+wm_training   world-model training, transitions/s: rows padded to --cutoff, rows as they are, packed episodes; losses
 
 Each part reports generated tokens/s, rows per model batch, the share of time that each model and the environments'
 processes were busy and that no model was ("waiting"), peak memory, and the bytes that generation read per second.  Peak

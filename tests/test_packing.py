@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itp.lm.tokenize import Encoder
 from itp.text.prompt_format import PLAIN, PromptFormat, PromptTemplate
+from itp.text.segments import dialogue_examples
 from itp.text.state import State
-from itp.training.examples import encode
+from itp.training.base_policy import BasePolicySettings
+from itp.training.examples import Example, encode
 from itp.training.packing import examples_of, pack
 from itp.training.text_task import Collator, TextTask
 from itp.transitions import Transition
@@ -86,6 +88,9 @@ def test_the_examples_of_a_packed_row_are_those_that_went_in(model_path):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     for template in (PLAIN, CHAT):
         alone = encode(list(to_examples(episodes(2, 3), PromptFormat(template=template))), tokenizer, 999)
+        assert [example for row in alone.rows for example in examples_of(row)] == [
+            ([*row["input_ids"][:-len(target)]], target) for row in alone.rows
+            for target in [[label for label in row["labels"] if label != -100]]]
         wanted = [(row["input_ids"][:sum(label == -100 for label in row["labels"])],
                    [label for label in row["labels"] if label != -100]) for row in alone.rows]
         assert [example for row in pack(alone, 0, 999).rows for example in examples_of(row)] == wanted
@@ -119,6 +124,25 @@ def test_transitions_whose_history_was_cut_do_not_share_what_they_do_not_have(mo
     alone = encode(list(to_examples(episodes(1, 8), budget=budget, encode=encoder)), tokenizer, 80)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     (expected, n), (total, m) = losses(model, alone.rows), losses(model, pack(alone, 0, 80).rows)
+    assert n == m and total == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_replies_of_a_chat_dialogue_share_a_sequence(model_path):
+    """base_policy, in chat turns: the same loss in one row of a dialogue as in a row for each reply."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    state = State("put a mug in shelf 1.", "You see a shelf 0.")
+    turns = [{"from": "human", "value": state.render()}, {"from": "gpt", "value": "Action: go to shelf 0"},
+             {"from": "human", "value": "Observation: You arrive at shelf 0."},
+             {"from": "gpt", "value": "Action: look", "weight": 0, "correction": "Action: go to shelf 1"},
+             {"from": "human", "value": "Observation: You see."}, {"from": "gpt", "value": "Action: go to shelf 2"}]
+    examples = [Example(segments, eos=False, group="talk") for segments in dialogue_examples(turns, CHAT)]
+    rows = {}
+    for steps in (1, 0):
+        settings = BasePolicySettings(model_path=str(model_path), out_dir="", train_json="", steps_per_sequence=steps)
+        rows[steps] = TextTask(settings, examples).encode(tokenizer).rows
+    assert len(rows[1]) == 3 and len(rows[0]) == 1
+    (expected, n), (total, m) = losses(model, rows[1]), losses(model, rows[0])
     assert n == m and total == pytest.approx(expected, rel=1e-5)
 
 

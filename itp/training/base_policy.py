@@ -11,6 +11,9 @@ A dialogue is ``{"id": ..., "conversations": [{"from": "human" | "gpt", "value":
 What gpt says is learned, except turns with ``"weight": 0`` (explored, not the expert's) or ``"loss": false``.  A
 ``"correction"`` of a turn of weight 0 is learned in its place, up to where it parts from what was said, which the
 dialogue goes on from.
+
+In plain text a dialogue is one sequence.  In chat turns each reply is an example of its own; ``--steps_per_sequence 0``
+packs those of an episode into one sequence, with the same losses for a fraction of the time.
 """
 
 from __future__ import annotations
@@ -23,20 +26,21 @@ from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.pretrained import load_tokenizer
 from itp.program import run_main
+from itp.text.dialogues import episode_of
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.segments import dialogue_examples
 from itp.text.turns import Turn
 from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example
 from itp.training.run import finetune, open_run
-from itp.training.settings import FinetuneSettings, check_settings, trained_card
+from itp.training.settings import FinetuneSettings, PackingFlags, check_settings, trained_card
 
 Dialogue = tuple[str, list[Turn]]
 """The id of a row, and its turns."""
 
 
 @dataclass
-class BasePolicySettings(FinetuneSettings):
+class BasePolicySettings(PackingFlags, FinetuneSettings):
     train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas",
                            affects_result=False, holds="data")
 
@@ -56,7 +60,8 @@ def _read(path: str) -> Iterator[Dialogue]:
 
 def _examples(rows: Iterable[Dialogue], template: PromptTemplate) -> list[Example]:
     plain = template == PLAIN
-    return [Example(segments, eos=plain, keep_first=plain, group=group) for group, turns in rows
+    # The short forms of an episode repeat its text: they are held out together, and share a sequence if packed.
+    return [Example(segments, eos=plain, keep_first=plain, group=episode_of(name)) for name, turns in rows
             for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
 
 

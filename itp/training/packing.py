@@ -36,7 +36,11 @@ def pack(encoding: Encoding, most: int, max_len: int, *, branches: bool = True) 
 
 
 def examples_of(row: TrainingRow) -> Iterator[tuple[list[int], list[int]]]:
-    """The examples of a packed row: the ids of each prompt and of its target."""
+    """The examples of a row, packed or of one prompt and its target: the ids of each."""
+    if "labels" in row:
+        prompt = sum(label == IGNORED for label in row["labels"])
+        yield row["input_ids"][:prompt], row["labels"][prompt:]
+        return
     tree, targets = row.get("tree"), row["targets"]
     for start, end in zip(row["starts"], [*row["starts"][1:], len(targets)], strict=True):
         node = targets[start][0]

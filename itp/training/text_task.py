@@ -17,7 +17,8 @@ from itp.pretrained import remote_code
 from itp.training import token_tree
 from itp.training.examples import IGNORED, Encoding, Example, TrainingRow, encode
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
-from itp.training.settings import FinetuneSettings, trained_card
+from itp.training.packing import pack
+from itp.training.settings import FinetuneSettings, PackingFlags, trained_card
 from itp.training.task import TrainedModule
 from itp.training.token_tree import TokenTree
 
@@ -32,7 +33,12 @@ class TextTask:
         self.settings, self.examples = settings, examples
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-        return encode(self.examples, tokenizer, self.settings.max_seq_len)
+        settings = self.settings
+        encoding = encode(self.examples, tokenizer, settings.max_seq_len)
+        if not isinstance(settings, PackingFlags) or settings.steps_per_sequence == 1:
+            return encoding
+        return pack(encoding, settings.steps_per_sequence, settings.max_packed_len or settings.max_seq_len,
+                    branches=settings.attn_implementation != "flash_attention_2")  # which knows no such mask
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
         model = load_base(self.settings, dtype)

@@ -11,22 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.lm.base import GenParams
 from itp.lm.engine import Engine, Request
-from itp.training.examples import Encoding, TrainingRow
-from itp.training.packing import examples_of, pack
+from itp.training.examples import TrainingRow
+from itp.training.packing import examples_of
 from itp.training.text_task import TextTask
 from world_model.base_tuning.examples import WorldModelSettings
 
 
 class WorldModelTask(TextTask):
-    """Transitions, several of an episode in a sequence, and the exact match of those that are held out."""
+    """Transitions, and the exact match of those that are held out."""
 
     settings: WorldModelSettings
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-        settings = self.settings
-        return pack(super().encode(tokenizer), settings.steps_per_sequence,
-                    settings.max_packed_len or settings.max_seq_len,
-                    branches=settings.attn_implementation != "flash_attention_2")  # which knows no such mask
 
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
                 device: torch.device) -> dict[str, Any]:
