@@ -57,7 +57,8 @@ step "5/8 world model: LoRA under DeepSpeed on D_exp and D_roll"
 cat "$run"/{d_exp,d_roll,walks}/transitions.jsonl > "$run/world_model_data.jsonl"
 MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT_DIR=$run/world_model \
   EPOCHS=$WM_EPOCHS LR=2e-3 PER_DEVICE_BS=16 GRAD_ACC=1 LORA_R=16 LORA_ALPHA=32 SAVE_STEPS=0 FP16=False \
-  bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false
+  bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" --eval_every_epoch false \
+  --steps_per_sequence 1
 
 step "6/8 ITP-R, stages 1 and 2: pseudo-labels for $LABEL_ROWS steps, warm-up"
 python -m itp.training.train_adaptive_k label --env scienceworld --expert_jsonl "$run/d_exp/transitions.jsonl" \

@@ -17,12 +17,12 @@ source scripts/environment.sh
 
 # Sizes for about two hours on 2 cores that do nothing else.  Of these the evaluation takes more than half.
 : "${BASE_MODEL:=$run/smollm2}"  # another model folder, or a name on the hub, takes SmolLM2's place
-: "${TRAIN_GAMES:=40}" "${UNSEEN_GAMES:=24}" "${POLICY_GAMES:=40}" "${POLICY_EPOCHS:=4}" "${REASONING_SHARE:=0.1}"
-: "${WM_ROWS:=0}" "${WM_EPOCHS:=3}" "${LABEL_ROWS:=60}" "${RL_EPISODES:=16}" "${RL_STEPS:=15}" "${MAX_K:=2}"
-: "${EVAL_GAMES:=20}" "${MAX_STEPS:=20}" "${ACT_TOKENS:=48}" "${WM_TOKENS:=80}" "${FIDELITY_ROWS:=40}"
+: "${TRAIN_GAMES:=40}" "${UNSEEN_GAMES:=24}" "${POLICY_GAMES:=32}" "${POLICY_EPOCHS:=1}" "${REASONING_SHARE:=0.1}"
+: "${WM_ROWS:=400}" "${WM_EPOCHS:=1}" "${LABEL_ROWS:=60}" "${RL_EPISODES:=16}" "${RL_STEPS:=15}" "${MAX_K:=2}"
+: "${EVAL_GAMES:=20}" "${MAX_STEPS:=15}" "${ACT_TOKENS:=48}" "${WM_TOKENS:=80}" "${FIDELITY_ROWS:=40}"
 : "${METHODS:=sft,foresight,react,cot,rap}" "${UNTOUCHED:=sft,react,foresight}"  # of the trained model, of the other
 : "${RAP_ACTIONS:=2}" "${RAP_DEPTH:=2}" "${RAP_ROLLOUTS:=2}"
-: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${SW_TRAIN:=2}" "${SW_GAMES:=5}" "${SW_STEPS:=10}"
+: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${SW_TRAIN:=2}" "${SW_GAMES:=1}" "${SW_STEPS:=10}"
 : "${CPUS:=$(nproc)}"
 
 config=configs/demo/real_lm.yaml

@@ -27,7 +27,6 @@ from itp.text.turns import Turn
 from itp.transitions import Transition
 
 Dialogue = dict[str, Any]
-_SHORT_FORM = re.compile(r"/(?:foresight|horizon|thought|reflection|helps)-[\d-]+\Z")
 _TRIED = re.compile(r"\n(?=If: |Then: )")
 _EMPTY_END = re.compile(r"^(?:Observation|Then):\Z", re.MULTILINE)
 _LAST_REPLY = re.compile(r"Thought: .*\nAction: .*|Horizon: \d+|Helps: (?:yes|no)")
@@ -85,11 +84,6 @@ def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:
         seen.add(t.next_state)
         count += 1
     return count
-
-
-def episode_of(dialogue_id: str) -> str:
-    """The episode that a dialogue is of, by its id: a short form has the episode's id and a name behind it."""
-    return _SHORT_FORM.sub("", dialogue_id)
 
 
 def as_written(turn: Turn) -> Turn:

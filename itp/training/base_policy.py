@@ -13,7 +13,7 @@ What gpt says is learned, except turns with ``"weight": 0`` (explored, not the e
 dialogue goes on from.
 
 In plain text a dialogue is one sequence.  In chat turns each reply is an example of its own; ``--steps_per_sequence 0``
-packs those of an episode into one sequence, with the same losses for a fraction of the time.
+packs those of a dialogue into one sequence, with the same losses for a fraction of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.pretrained import load_tokenizer
 from itp.program import run_main
-from itp.text.dialogues import episode_of
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.segments import dialogue_examples
 from itp.text.turns import Turn
@@ -60,8 +59,7 @@ def _read(path: str) -> Iterator[Dialogue]:
 
 def _examples(rows: Iterable[Dialogue], template: PromptTemplate) -> list[Example]:
     plain = template == PLAIN
-    # The short forms of an episode repeat its text: they are held out together, and share a sequence if packed.
-    return [Example(segments, eos=plain, keep_first=plain, group=episode_of(name)) for name, turns in rows
+    return [Example(segments, eos=plain, keep_first=plain, group=group) for group, turns in rows
             for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
 
 
