@@ -36,7 +36,8 @@ class Flag:
     ``affects_result``: whether another value changes what the run computes; if not, the run may go on with another
     one (:func:`itp.run_dir.open_run_dir`).  ``aliases``: other names that the flag is known by.  ``bounds``: where its
     value must lie, as word -> limit.  ``holds``: "data" where it names training data, "path" where it leads to another
-    place of this machine.  ``selects_games``: whether it decides which games are played, and how long.
+    place of this machine.  ``selects_games``: whether it decides which games are played, and how long.  ``before``: the
+    value that runs had before the flag was there, if it wasn't off.
     """
 
     help: str
@@ -47,18 +48,19 @@ class Flag:
     aliases: tuple[str, ...]
     holds: str
     selects_games: bool
+    before: Any = None
 
 
 def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None = None, at_least: float | None = None,
          above: float | None = None, below: float | None = None, affects_result: bool = True,
-         aliases: tuple[str, ...] = (), holds: str = "", selects_games: bool = False) -> Any:
+         aliases: tuple[str, ...] = (), holds: str = "", selects_games: bool = False, before: Any = None) -> Any:
     """A dataclass field with what its flag needs (:class:`Flag`).  Without a default the flag is required.
 
     ``at_least``, ``above``, ``below``: where its value must lie; :func:`from_args` refuses others.
     """
     limits = {"at least": at_least, "above": above, "below": below}
     about = Flag(help, choices, default is _REQUIRED, {word: n for word, n in limits.items() if n is not None},
-                 affects_result, aliases, holds, selects_games)
+                 affects_result, aliases, holds, selects_games, before)
     return dataclasses.field(default=None if about.required else default, metadata={"flag": about})
 
 

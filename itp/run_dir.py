@@ -72,7 +72,9 @@ def open_run_dir(out_dir: str | Path, settings: Any, *, facts: Mapping[str, Any]
     wanted = json.loads(json.dumps(flags | dict(facts or {}), default=str))
     if record.exists() and not override:
         written = recorded(out_dir)
-        there = by_own_names(written["config"], type(settings))
+        before = {field.name: about.before for field in flag_fields(type(settings))
+                  if (about := field.metadata["flag"]).before is not None}
+        there = before | by_own_names(written["config"], type(settings))
         grown = {k: wanted[k] for k in may_grow if k in there and _grew(there[k], wanted[k])}
         compared = wanted.keys() - flags_that(type(settings), lambda about: not about.affects_result) - grown.keys()
         differing = [name for name in sorted(compared) if not _same(there.get(name), wanted[name])]

@@ -308,6 +308,19 @@ def test_a_result_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
     assert read_json(record)["config"]["max_steps"] == 50
 
 
+def test_a_flag_may_say_which_value_runs_had_before_it_was_there(tmp_path: Path) -> None:
+    """Packing is new and on by default: a run of earlier code had a row for each step."""
+    @dataclass
+    class Run:
+        steps: int = flag(0, help="", before=1)
+        packed: int = flag(0, help="")
+
+    write_json(tmp_path / "config.json", {"config": {}, "versions": {}})
+    open_run_dir(tmp_path, Run(steps=1))
+    with pytest.raises(UserError, match="steps: 1 there, 0 now"):
+        open_run_dir(tmp_path, Run())
+
+
 def test_some_numbers_of_a_run_may_grow(tmp_path: Path) -> None:
     @dataclass
     class Run:

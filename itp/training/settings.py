@@ -89,7 +89,7 @@ class PackingFlags:
 
     steps_per_sequence: int = flag(1, at_least=0,
                                    help="steps of one episode in a sequence, which share their common beginning; "
-                                        "0: as many as fit into max_packed_len")
+                                        "0: as many as fit into max_packed_len", before=1)
     max_packed_len: int = flag(0, at_least=0, help="tokens of a sequence of several steps (0: max_seq_len)")
 
 

@@ -28,8 +28,9 @@ class WorldModelSettings(PackingFlags, FinetuneSettings):
                           holds="data")
     max_seq_len: int = flag(2048, at_least=1,
                             help="tokens per transition; longer ones lose their oldest steps, never s'")
-    steps_per_sequence: int = flag(0, at_least=0, help="transitions of one episode in a sequence, which share their "
-                                                       "common beginning; 0: as many as fit into max_packed_len")
+    steps_per_sequence: int = flag(0, at_least=0, before=1,
+                                   help="transitions of one episode in a sequence, which share their common "
+                                        "beginning; 0: as many as fit into max_packed_len")
     max_rows: int = flag(0, at_least=0, help="train on a random sample of so many transitions, in whole episodes where "
                                              "they share sequences; 0: all")
     eval_rows: int = flag(200, at_least=0,
