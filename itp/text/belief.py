@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from itp.text.alfworld_phrases import MOVE_OR_PUT, NOTHING_HAPPENS, TAKE, TRANSFORM, contents, receptacles
+from itp.text.alfworld_phrases import MOVE_OR_PUT, NOTHING_HAPPENS, TAKE, contents, receptacles
 from itp.text.facts import Fact, facts
 from itp.text.state import State
 
-_MADE = {"heat": "hot", "cool": "cool", "clean": "clean"}
 _ENDS = {"hot": "cool", "cool": "hot"}
 """A condition that ends another one."""
 
@@ -49,8 +48,8 @@ class Belief:
         """The belief after ``action`` was answered with ``observation``."""
         if observation.strip() == NOTHING_HAPPENS:
             return self
-        belief = self._moved(action.strip(), observation)
         said = facts(observation)
+        belief = self._moved(action.strip(), said)
         for predicate, name, *_ in said:
             if predicate == "at":
                 belief = replace(belief, location=name)
@@ -65,9 +64,8 @@ class Belief:
                                         open=True if opened else belief._place(place).open)
         return belief
 
-    def _moved(self, action: str, observation: str) -> Belief:
-        """What the action itself does, if the engine confirms it."""
-        said = facts(observation)
+    def _moved(self, action: str, said: frozenset[Fact]) -> Belief:
+        """The belief after an object was taken or put down, if the engine confirms it."""
         if (match := TAKE.fullmatch(action)) and ("held", match[1]) in said:
             place = self._place(match[2])
             return replace(self._with_place(match[2], objects=place.objects - {match[1]}),
@@ -76,8 +74,6 @@ class Belief:
             place = self._place(match[2])
             return replace(self._with_place(match[2], objects=place.objects | {match[1]}),
                            inventory=self.inventory - {match[1]})
-        if (match := TRANSFORM.fullmatch(action)) and (_MADE[match[1]], match[2]) in said:
-            return self._with_condition(match[2], _MADE[match[1]])
         return self
 
     def _place(self, name: str) -> Place:

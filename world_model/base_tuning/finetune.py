@@ -4,8 +4,8 @@ Usually started by ``run_worldmodel_tuning.sh``.  The prompt is the one of
 :func:`itp.text.prompts.world_model_prompt`, the same that inference uses.  Besides the held-out loss,
 ``metrics.json`` has the share of held-out transitions whose s' is predicted exactly (greedy).
 
-The transitions of an episode share one sequence (:mod:`itp.training.packing`), with the losses of a row each, for about
-a tenth of the time.  A batch therefore counts sequences; ``--steps_per_sequence 1`` makes it count transitions.
+The transitions of an episode share one sequence (:mod:`itp.training.packing`), with the losses of a row each, for a
+fraction of the time.  A batch therefore counts sequences; ``--steps_per_sequence 1`` makes it count transitions.
 """
 
 from __future__ import annotations
