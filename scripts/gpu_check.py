@@ -7,7 +7,8 @@ demo      the quickstart's base LM, base policy and world model, --demo_scale ti
           episodes, evaluated on unseen games; runs beside `tests`
 bench     scripts/bench.py with random models of real ones' shapes (--sizes) in bf16, for policy and world model alike;
           and `foresight` again without CUDA graphs
-memory    peak memory of stage 3 and of a step of world-model training (--size), and what stage 3 printed before
+memory    peak memory of stage 3 and of a step of world-model training (--size), and what stage 3 printed before; runs
+          beside `tests`, too: none of these is timed
 
 The models speak the tokenizer of a small base LM that is trained first (`inputs`).  OUT/gpu_check.json gets a part's
 figures as soon as it ends, OUT/PART.log what its programs said.  Exit status 1 where a part failed.
@@ -88,16 +89,12 @@ class Check:
         side = threading.Thread(target=self.part, args=("tests", self.tests)) if "tests" in chosen else None
         if side:
             side.start()
-        if "demo" in chosen:
-            self.part("demo", self.demo)
+        for name, work in (("demo", self.demo), ("memory", self.memory)):
+            if name in chosen:
+                self.part(name, work)
         if side:
             side.join()
-        smallest, *larger = self.settings.sizes.split(",") if "bench" in chosen else [None]
-        if smallest:
-            self.part(f"bench_{smallest}", functools.partial(self.bench, size=smallest))
-        if "memory" in chosen:
-            self.part("memory", self.memory)
-        for size in larger:
+        for size in self.settings.sizes.split(",") if "bench" in chosen else []:
             self.part(f"bench_{size}", functools.partial(self.bench, size=size))
         return all(figures["ok"] for name, figures in self.figures.items() if name not in ("settings", "versions"))
 
@@ -230,9 +227,11 @@ class Check:
                   "--train_rows", 64, "--batch_size", 8, "--env_processes", min(8, settings.processes),
                   "--device", settings.device, "--dtype", self.dtype,
                   "--peak_bandwidth_gbs", round(self.figures["machine"].get("copy_gbs", 0)))
-        for name, flags in (
-                ("bench", ("--parts", settings.bench_parts, "--sequential_games", 1)),
-                ("without_graphs", ("--parts", "foresight", "--sequential_games", 0, "--cuda_graphs", "false"))):
+        passes = [("bench", ("--parts", settings.bench_parts, "--sequential_games", 1))]
+        if "foresight" in settings.bench_parts.split(","):
+            passes.append(("without_graphs",
+                           ("--parts", "foresight", "--sequential_games", 0, "--cuda_graphs", "false")))
+        for name, flags in passes:
             out = self.scratch / f"{name}.json"
             call(*common, *flags, "--out_json", out)
             found[name] = {key: value for key, value in read_json(out).items() if key in ("passes", "training")}

@@ -184,10 +184,14 @@ def test_repeated_steps_write_what_single_ones_do(tmp_path: Path, dtype: str) ->
 def test_a_model_that_no_graph_can_repeat_is_computed_step_by_step(tmp_path: Path, caplog) -> None:
     folder = str(write_tiny_model(tmp_path / "model"))
 
+    def from_the_cpu(*_) -> None:
+        """What PEFT does for tokens that it trains; a graph can't wait for it."""
+        torch.tensor([1]).to("cuda")
+
     async def write(spoil: bool) -> list[str]:
         lm = LocalLM.load(folder, device="cuda", dtype="fp32")
-        if spoil:  # what PEFT does for tokens that it trains
-            lm.model.register_forward_pre_hook(lambda *_: torch.tensor([1]).to("cuda"))
+        if spoil:
+            lm.model.register_forward_pre_hook(from_the_cpu)
         answers = await lm.generate(PROMPTS, GenParams(max_new_tokens=30))
         assert lm.engine.memory.graphs != spoil
         await lm.close()
