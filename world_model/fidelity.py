@@ -245,7 +245,7 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
             policy, world_model, _sample(settings, "games", games, settings.max_games),
             max_steps=settings.max_steps, seed=settings.seed, barrier=barrier)
         await policy.lm.close()
-    await world_model.lm.close()
+    await world_model.close()
     return figures
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from itp.agent.world_model import WorldModel
+from itp.agent.world_model import Dynamics
 from itp.seeding import derive_seed
 from itp.text.prompts import foresight_text
 from itp.text.state import State
@@ -46,7 +46,7 @@ class ImaginedTrajectory:
         return ImaginedTrajectory(self.start, (*self.steps, (action, observation)))
 
 
-async def imagine(policy: Proposer, world_model: WorldModel, state: State, k: int, seed: int,
+async def imagine(policy: Proposer, world_model: Dynamics, state: State, k: int, seed: int,
                   first: str = "") -> ImaginedTrajectory:
     """Imagine ``k`` steps from ``state``.  The trajectory for a smaller k is this one's beginning.
 
@@ -59,7 +59,7 @@ async def imagine(policy: Proposer, world_model: WorldModel, state: State, k: in
     return trajectory
 
 
-async def extend(world_model: WorldModel, trajectory: ImaginedTrajectory, action: str) -> ImaginedTrajectory:
+async def extend(world_model: Dynamics, trajectory: ImaginedTrajectory, action: str) -> ImaginedTrajectory:
     """One more step: ŝ' ~ M_φ(·|ŝ, ``action``) from where ``trajectory`` ends."""
     observation, = await world_model.step([trajectory.end], [action])
     return trajectory.then(action, observation)

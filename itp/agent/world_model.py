@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from itp.agent.prompt_budget import PromptBudget
 from itp.lm.base import LM, GenParams, Generation
@@ -18,6 +19,16 @@ from itp.text.prompt_format import TUNED, PromptFormat
 from itp.text.state import State, dedent
 
 log = logging.getLogger(__name__)
+
+
+class Dynamics(Protocol):
+    """p(s'|s, a), as methods ask for it: a world model, or the game itself (:mod:`itp.agent.engine_world_model`)."""
+
+    async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
+        """The observations after ``actions`` in ``states`` (same length)."""
+
+    async def sample(self, state: State, action: str, n: int, seed: int, temperature: float = 1.0) -> list[str]:
+        """``n`` observations after ``action`` in ``state``, sampled."""
 
 
 class WorldModel:
@@ -46,6 +57,9 @@ class WorldModel:
         """``n`` observations sampled from p_φ(·|s, a) at ``temperature``."""
         params = replace(self.params, temperature=temperature, seed=seed)
         return self._observations(await self.lm.generate([self.prompt(state, action)] * n, params))
+
+    async def close(self) -> None:
+        await self.lm.close()
 
     def prompt(self, state: State, action: str) -> str:
         """:func:`itp.text.prompts.world_model_prompt` on what the model is shown of ``state``, within the budget."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Choice, Policy
-from itp.agent.world_model import WorldModel
+from itp.agent.world_model import Dynamics
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import Trace
@@ -85,7 +85,7 @@ class PolicyMethod:
 
     name: str
 
-    def __init__(self, policy: Policy, world_model: WorldModel | None, settings: MethodSettings) -> None:
+    def __init__(self, policy: Policy, world_model: Dynamics | None, settings: MethodSettings) -> None:
         self.policy, self.world_model, self.settings = policy, world_model, settings
 
     @property

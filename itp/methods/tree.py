@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Choice, Policy, distinct
-from itp.agent.world_model import WorldModel
+from itp.agent.world_model import Dynamics
 from itp.methods.base import Decision, decide
 from itp.seeding import derive_seed
 from itp.text.state import State
@@ -56,7 +56,7 @@ Path = list[tuple[Node, Edge]]
 class Tree:
     """``actions``: how many proposals a node has at most.  ``reward``: r(s,a), asked once for every edge."""
 
-    def __init__(self, root: Node, policy: Policy, world_model: WorldModel, actions: int, reward: Reward) -> None:
+    def __init__(self, root: Node, policy: Policy, world_model: Dynamics, actions: int, reward: Reward) -> None:
         self.root, self.policy, self.world_model = root, policy, world_model
         self.actions, self.reward = actions, reward
 

@@ -103,7 +103,7 @@ class Player:
     async def close(self) -> None:
         await self.lm.close()
         if self.world_model is not None:
-            await self.world_model.lm.close()
+            await self.world_model.close()
 
 
 def rewards_of(episode: Episode, settings: RlSettings) -> list[float]:
