@@ -76,6 +76,16 @@ class Result:
     records: dict[int, dict[str, Any]]
 
     @property
+    def title(self) -> str:
+        """The name that tables and figures show."""
+        return self.name + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What is shown behind the name where the game itself was the world model; else nothing."""
+        return f": {self.config['world_model']}" if self.config.get("world_model") else ""
+
+    @property
     def metas(self) -> list[dict[str, Any]]:
         return [record["meta"] for record in self.records.values()]
 

@@ -13,6 +13,7 @@ from foresight_eval.cost import measured_cost, summarize_cost
 from foresight_eval.results import BUCKETS, bucket, read_episodes
 from foresight_eval.statistics import mean, mean_interval, wilson
 from itp.files import write_atomic, write_json
+from itp.run_dir import RECORD, recorded
 
 
 def buckets_of(metas: list[dict[str, Any]]) -> list[str]:
@@ -61,9 +62,14 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first."""
+    """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first.
+
+    Its ``world_model`` says so where the game itself was the world model; others have none.
+    """
     records = read_episodes(folder)
     summary = summarize(list(records.values()))
+    if (folder / RECORD).is_file() and (world_model := recorded(folder)["config"].get("world_model")):
+        summary["world_model"] = world_model
     write_json(folder / "summary.json", summary)
     write_json(folder / "cost.json", measured_cost(folder, list(records.values())))
     rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]

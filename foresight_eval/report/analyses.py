@@ -23,7 +23,7 @@ def deployment(results: Sequence[Result]) -> Table:
         generated = sum(usage["completion_tokens"] for step in result.steps for usage in step["usage"].values())
         asked = sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
         memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
-        rows.append((result.name, *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")), *waited,
+        rows.append((result.title, *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")), *waited,
                      number(asked, 1), number(spent["tokens_per_episode"]),
                      number(generated / sum(seconds) if seconds else None, 1),
                      number(spent["episodes_per_hour"], 1), memory or "-"))
@@ -67,7 +67,8 @@ def depth(results: Sequence[Result], models: Mapping[str, Any]) -> Table:
                      number(fixed[k].summary["cost"]["tokens_per_episode"]) if k in fixed else "-"))
     return Table("depth", "Success and accuracy by depth",
                  "Success with K fixed, and Fact-F1 of the K-th imagined step, in percent with 95 % intervals: "
-                 "on recorded actions by actor; own: what the agent itself imagined, as long as it then did that.",
+                 "on recorded actions by actor; own: what the agent itself imagined, as long as it then did that."
+                 + "".join(f"  World model of the agent{mark}." for mark in sorted({r.mark for r in results} - {""})),
                  ("K", "success", *(f"Fact-F1, {name}" for name in curves), "Fact-F1, own", "tokens/ep"), tuple(rows))
 
 
@@ -80,7 +81,7 @@ def k_by_length(results: Sequence[Result]) -> Table:
         rows.append((str(length), *cells))
     return Table("k_by_length", "Mean k by the length of the expert's solution",
                  "Mean over games of an episode's mean k; in brackets, how many games have a solution of that length.",
-                 ("steps", *(result.name for result in results)), tuple(rows))
+                 ("steps", *(result.title for result in results)), tuple(rows))
 
 
 def training(metrics: Mapping[str, Mapping[str, Any] | None]) -> Table:

@@ -30,7 +30,7 @@ def render(results: Sequence[Result], tables: Sequence[Table], plots: Sequence[P
     """The page's text."""
     rows, records = _episodes(results)
     games = {(meta["split"], meta["game_id"]) for result in results for meta in result.metas}
-    index = {"results": [result.name for result in results], "types": task_types(results), "episodes": rows}
+    index = {"results": [result.title for result in results], "types": task_types(results), "episodes": rows}
     parts = {
         "CSS": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "JS": (ASSETS / "page.js").read_text(encoding="utf-8"),
@@ -130,6 +130,6 @@ def _settings(results: Sequence[Result]) -> str:
     rows = tuple((key, *(v.strip('"') for v in value[key])) for key in differ)
     shared = "\n".join(f"{key}: {value[key][0]}" for key in keys if len(set(value[key])) == 1)
     table = Table("settings", "What they were made with", "Settings in which they differ.",
-                  ("", *(result.name for result in results)), rows)
+                  ("", *(result.title for result in results)), rows)
     return (f"{_table(table) if rows else ''}<details><summary>Settings that they share</summary>"
             f"<pre>{html.escape(shared)}</pre></details>")

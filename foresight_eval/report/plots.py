@@ -85,7 +85,7 @@ def success_against_budget(results: Sequence[Result]) -> Plot | None:
     tokens = [result.summary["cost"]["tokens_per_episode"] for result in results]
     for i, (result, spent) in enumerate(zip(results, tokens, strict=True)):
         overall = result.summary["overall"]
-        _errorbar(axes, [spent], [overall["rate"]], [overall["interval"]], i, label=result.name)
+        _errorbar(axes, [spent], [overall["rate"]], [overall["interval"]], i, label=result.title)
     if min(tokens) > 0 and max(tokens) > 5 * min(tokens):
         axes.set_xscale("log", subs=[2, 5])
         axes.xaxis.set_major_formatter(_thousands)
@@ -138,7 +138,7 @@ def _accuracies(results: Sequence[Result],
     for result in results:
         scores = {d: s for d, s in sorted(fact_f1_by_depth(result.records).items()) if len(s) >= MIN_JUDGED}
         if scores:
-            yield result.name, {d: (sum(s) / len(s), mean_interval(s, high=1.0)) for d, s in scores.items()}
+            yield result.title, {d: (sum(s) / len(s), mean_interval(s, high=1.0)) for d, s in scores.items()}
     for report in fidelity:
         for model, figures in report["models"].items():
             for source, rows in figures["by_depth"].items():
@@ -158,7 +158,7 @@ def k_histogram(result: Result) -> Plot:
     _shares(progress, ks, fifths, lambda meta, t: fifths[5 * t // meta["steps"]], result)
     progress.set(title="by progress", xlabel="% of the episode's steps")
     progress.legend(title="k", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
-    return Plot(f"k_of_{result.name.replace('/', '-')}", f"How far {result.name} looks ahead",
+    return Plot(f"k_of_{result.name.replace('/', '-')}", f"How far {result.title} looks ahead",
                 "Share of the steps at which each k was chosen.", figure)
 
 
@@ -188,7 +188,7 @@ def k_against_golden_steps(results: Sequence[Result]) -> Plot | None:
             lengths = sorted(by_length)
             axes.scatter(lengths, [sum(by_length[n]) / len(by_length[n]) for n in lengths],
                          s=[12 + 6 * len(by_length[n]) for n in lengths], color=COLOURS[i % len(COLOURS)], alpha=0.75,
-                         label=result.name)
+                         label=result.title)
             drawn += 1
     if not drawn:
         return None
@@ -206,7 +206,8 @@ def _chooses(result: Result) -> bool:
 def _policy_name(by_k: dict[int, Result]) -> str:
     """A name for the policy of some results that differ in K: the beginning that theirs have in common."""
     names = [result.name for result in by_k.values()]
-    return os.path.commonprefix(names).rstrip("-_k") or names[0]
+    name = os.path.commonprefix(names).rstrip("-_k") or names[0]
+    return name + max(result.mark for result in by_k.values())  # with K fixed at 0 none was asked, and none is marked
 
 
 def _canvas(panels: int, width: float = 4.4) -> tuple[Figure, Sequence[Axes]]:

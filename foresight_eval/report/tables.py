@@ -43,7 +43,7 @@ def overview(results: Sequence[Result]) -> Table:
     for result, budget in zip(results, budgets(results), strict=True):
         summary, overall = result.summary, result.summary["overall"]
         low, high = overall["interval"]
-        rows.append((result.name, *(percent(summary["rates"].get(b)) for b in buckets), percent(overall["rate"]),
+        rows.append((result.title, *(percent(summary["rates"].get(b)) for b in buckets), percent(overall["rate"]),
                      f"{100 * low:.0f}-{100 * high:.0f}", str(overall["n"]), percent(summary["invalid_action_rate"]),
                      number(summary["mean_k"], 2), number(_calls_per_step(summary["cost"]), 1),
                      number(summary["cost"]["tokens_per_episode"]), number(budget, 2),
@@ -66,7 +66,7 @@ def success(results: Sequence[Result]) -> Table:
         rate = result.summary["rates"].get(bucket)
         return "-" if rate is None else with_interval(rate, result.summary["intervals"][bucket])
 
-    rows = [(result.name, *(cell(result, b) for b in buckets),
+    rows = [(result.title, *(cell(result, b) for b in buckets),
              with_interval(overall["rate"], overall["interval"]), str(overall["n"]))
             for result in results if (overall := result.summary["overall"])["n"]]
     return _upright(Table("success", "Success by task type", "Success in percent with its 95 % Wilson interval.",
@@ -85,7 +85,7 @@ def scores(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         by = {b: [m["score"] for m in result.metas if bucket(m["task_type"]) == b] for b in buckets}
-        rows.append((result.name, *(cell(by[b]) for b in buckets), cell([m["score"] for m in result.metas])))
+        rows.append((result.title, *(cell(by[b]) for b in buckets), cell([m["score"] for m in result.metas])))
     return _upright(Table("scores", "Mean score by task type", "Mean final score, 0 to 100, with its 95 % interval.",
                           ("", *buckets, "All"), tuple(rows)))
 
@@ -110,13 +110,13 @@ def comparison(results: Sequence[Result], baseline: Result) -> Table:
         pair = paired(result.outcomes, baseline.outcomes)
         if result.name != baseline.name and pair is not None:
             low, high = pair.interval
-            rows.append((result.name, str(pair.n), f"{100 * pair.difference:+.1f}",
+            rows.append((result.title, str(pair.n), f"{100 * pair.difference:+.1f}",
                          f"{100 * low:+.1f} to {100 * high:+.1f}", str(pair.wins), str(pair.losses),
                          "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}"))
-    return Table("comparison", f"Compared with {baseline.name} on the same games",
+    return Table("comparison", f"Compared with {baseline.title} on the same games",
                  "Difference of success in points with its 95 % interval; games that only one of the two solved; "
                  "exact McNemar test.",
-                 ("", "games", "difference", "95 %", "only it", f"only {baseline.name}", "p"), tuple(rows))
+                 ("", "games", "difference", "95 %", "only it", f"only {baseline.title}", "p"), tuple(rows))
 
 
 def cost(results: Sequence[Result]) -> Table:
@@ -124,7 +124,7 @@ def cost(results: Sequence[Result]) -> Table:
     rows = []
     for result, budget in zip(results, budgets(results), strict=True):
         spent = result.summary["cost"]
-        cells = [result.name, number(result.summary["mean_k"], 2), number(result.summary["steps_per_episode"], 1)]
+        cells = [result.title, number(result.summary["mean_k"], 2), number(result.summary["steps_per_episode"], 1)]
         for role in ROLES:
             cells += [number(spent[role]["calls_per_episode"], 1), number(spent[role]["prompt_tokens_per_episode"]),
                       number(spent[role]["completion_tokens_per_episode"])] if role in spent else ["-"] * 3
