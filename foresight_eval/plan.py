@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from foresight_eval.settings import EvalSettings
+from itp.agent import engine_world_model
+from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
+from itp.envs.pool import processes_for
 from itp.errors import UserError
 from itp.lm.base import LM
 from itp.lm.scheduler import BatchBarrier
-from itp.lm.server import Server, server_of
+from itp.lm.server import ENGINE, Server, server_of
 from itp.lm.tokenize import Encoder
-from itp.methods.base import PolicyMethod
+from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
     DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
@@ -52,6 +55,11 @@ class EvalPlan:
         return _uses_world_model(self.settings)
 
     @property
+    def imagines_in_engine(self) -> bool:
+        """Whether the game itself is in the place of the world model."""
+        return self.uses_world_model and self.settings.wm_backend == ENGINE
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
@@ -61,7 +69,9 @@ class EvalPlan:
         else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted
             facts |= {"policy_fingerprint": self.policy_server.identity,
                       "policy_card": card_digest(settings.policy_model)}
-        if self.uses_world_model and self.wm_server is None:
+        if self.imagines_in_engine:
+            facts["world_model"] = engine_world_model.NAME  # marks the results: see Result.title
+        elif self.uses_world_model and self.wm_server is None:
             facts["wm_fingerprint"] = model_fingerprint(settings.wm_model)
         elif self.uses_world_model:
             facts["wm_card"] = card_digest(settings.wm_model)
@@ -80,16 +90,20 @@ class EvalPlan:
             top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens,
             thinking_tokens=s.thinking_tokens, **tokens, **prompt_settings(s))
 
-    def load_world_model(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> WorldModel:
-        """The world model on ``device``, or on ``lm`` where that is loaded already."""
+    def load_world_model(self, barrier: BatchBarrier, device: str = "cpu",
+                         lm: LM | None = None) -> WorldModel | EngineWorldModel:
+        """The world model on ``device``, or on ``lm`` where that is loaded already; or the engine in its place."""
         s = self.settings
+        if self.imagines_in_engine:  # with the text alone: what is admissible takes long to list
+            return EngineWorldModel(s.make_env(want_admissible=False), processes_for(s.env_processes, s.concurrency),
+                                    simulators=s.concurrency)
         limit = "rap_wm_pred_tokens" if s.method in TREE_SEARCH else "wm_max_new_tokens"
         return load_world_model(
             s.wm_model, env=s.env, lm=lm, server=self.wm_server, device=device, dtype=s.wm_dtype, barrier=barrier,
             engine=s.engine, concurrency=s.concurrency, style=s.wm_prompt_style, chat=s.chat_template,
             max_new_tokens=getattr(s, limit), limit_flag=f"--{limit}")
 
-    def build_method(self, policy: Policy, world_model: WorldModel | None) -> PolicyMethod:
+    def build_method(self, policy: Policy, world_model: WorldModel | EngineWorldModel | None) -> Method:
         """What acts."""
         return build(self.settings.method, policy, world_model, self.method_settings)
 
@@ -97,11 +111,11 @@ class EvalPlan:
 def make_plan(settings: EvalSettings) -> EvalPlan:
     """Resolve ``settings``.  Raises UserError for what can't work, before any model is loaded."""
     servers = {prefix: server_of(settings, prefix) for prefix in ("policy", "wm")}
-    if _uses_world_model(settings) and servers["wm"] is None and not settings.wm_model:
-        raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
+    if _uses_world_model(settings):
+        _check_one_world_model(settings, servers["wm"])
     _check_method(settings)
     _check_model(settings, servers["policy"], settings.policy_model, settings.prompt_style)
-    if _uses_world_model(settings):
+    if _uses_world_model(settings) and settings.wm_backend != ENGINE:
         _check_model(settings, servers["wm"], settings.wm_model, settings.wm_prompt_style)
     heads = has_heads(settings.policy_model)
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings)}
@@ -134,6 +148,16 @@ def _check_model(settings: EvalSettings, server: Server | None, path: str, style
     """Refuse a model that isn't there, where it, or the tokenizer of what a server runs, is to be loaded."""
     if server is None or settings.chat_template and server.needs_template(path, style):
         check_model_path(path)
+
+
+def _check_one_world_model(settings: EvalSettings, server: Server | None) -> None:
+    """Refuse a missing world model, and one beside the engine, which nobody would ask."""
+    if settings.wm_backend == ENGINE:
+        if settings.wm_model:
+            raise UserError("--wm_backend engine imagines in the game itself and asks no world model: leave --wm_model "
+                            "out, or --wm_backend")
+    elif server is None and not settings.wm_model:
+        raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
 
 
 def _check_countable(settings: EvalSettings) -> None:

@@ -115,7 +115,8 @@ def is_finished(folder: Path, index: int) -> bool:
 async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> LeftOut:
     """Play this process's share of ``games``, of which ``missing`` aren't finished; what was left out."""
     settings, barrier = plan.settings, BatchBarrier()
-    pairs = plan.uses_world_model and plan.policy_server is plan.wm_server is None
+    pairs = (plan.uses_world_model and not plan.imagines_in_engine
+             and plan.policy_server is plan.wm_server is None)
     policy_device, wm_device = rank_devices(settings.policy_device or settings.device,
                                             settings.wm_device or settings.device, pairs=pairs)
     policy = plan.load_policy(barrier, policy_device)
@@ -137,7 +138,7 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
         await pool.close()
         await policy.lm.close()
         if world_model:
-            await world_model.lm.close()
+            await world_model.close()
         cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,
                             processes=ranks.count)
     log.info("%d steps in %.1f s: %.1f steps/s", record.steps, seconds, record.steps / seconds)

@@ -28,7 +28,8 @@ class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSer
                              affects_result=False)
     out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
                         affects_result=False, aliases=("output_path",))
-    wm_model: str = flag("", help="world model (not needed by methods without imagination or with a server)",
+    wm_model: str = flag("", help="world model (not needed by methods without imagination, with a server or with "
+                                "--wm_backend engine)",
                          affects_result=False)
     override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
     debug: bool = flag(False, help="play the first 5 games only", affects_result=False)

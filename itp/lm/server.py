@@ -14,6 +14,8 @@ from itp.model_card import trained_format
 from itp.pretrained import load_tokenizer
 
 BACKENDS = ("local", "openai", "deepseek_api")
+ENGINE = "engine"
+"""The world model's backend that is no model: the game itself (:mod:`itp.agent.engine_world_model`)."""
 DEEPSEEK_URL = "https://api.deepseek.com"
 
 
@@ -31,7 +33,9 @@ class PolicyServerFlags:
 
 @dataclass
 class WorldModelServerFlags:
-    wm_backend: str = flag("local", help="where the world model runs", choices=BACKENDS)
+    wm_backend: str = flag("local", choices=(*BACKENDS, ENGINE),
+                           help="where the world model runs; engine: there is none, and the game itself says what is "
+                                "imagined (perfect imagination)")
     wm_api_base_url: str = flag("", help="server of --wm_backend openai, such as http://127.0.0.1:8000/v1")
     wm_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key",
                                affects_result=False)
@@ -76,7 +80,7 @@ class Server:
 
 
 def server_of(settings: Any, prefix: str) -> Server | None:
-    """The server that ``--{prefix}_backend`` and the flags beside it name; None for a model in this process.
+    """The server that ``--{prefix}_backend`` and the flags beside it name; None for a model here, or for the engine.
 
     Raises UserError for flags that hold a key, before anything is written.
     """
@@ -88,7 +92,7 @@ def server_of(settings: Any, prefix: str) -> Server | None:
     if key_env and not (re.fullmatch(r"[A-Z_][A-Z0-9_]*", key_env) or key_env in os.environ):
         raise UserError(f"--{prefix}_api_key_env takes the name of an environment variable, and what was given is none "
                         "that is set; a key itself goes into such a variable")
-    if backend == "local":
+    if backend in ("local", ENGINE):
         return None
     if backend == "openai" and not url:
         raise UserError(f"--{prefix}_backend openai needs --{prefix}_api_base_url, such as http://127.0.0.1:8000/v1")

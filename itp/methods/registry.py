@@ -6,9 +6,10 @@ To add one: write a file in this folder with a subclass of :class:`itp.methods.b
 
 from __future__ import annotations
 
+from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
-from itp.methods.base import PolicyMethod
+from itp.methods.base import Method, PolicyMethod
 from itp.methods.beam import Rafa, Tot
 from itp.methods.compute_matched import KCandidates, MultiAttempt, SelfRefine
 from itp.methods.imagine_then_plan import ImagineThenPlan
@@ -16,6 +17,7 @@ from itp.methods.implement import Implement
 from itp.methods.mcts import Mcts
 from itp.methods.mpc import Mpc
 from itp.methods.prompting import Cot, React
+from itp.methods.perfect_imagination import PerfectImagination
 from itp.methods.rap import Rap
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
@@ -24,6 +26,9 @@ METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Sft, React, Cot, SelfRefine, MultiAttempt, KCandidates)}
 
 
-def build(name: str, policy: Policy, world_model: WorldModel | None, settings: MethodSettings) -> PolicyMethod:
+def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,
+          settings: MethodSettings) -> Method:
     """The method called ``name``.  ``world_model``: None where it imagines nothing."""
+    if isinstance(world_model, EngineWorldModel):
+        return PerfectImagination(METHODS[name], policy, world_model, settings)
     return METHODS[name](policy, world_model, settings)
