@@ -92,7 +92,8 @@ class SciworldSettings(EvalSettings, ScienceworldFlags):
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 3")
     min_k: int = flag(0, help="steps to imagine at least (not with --fixed_k)")
     concurrency: int = flag(4, help="episodes at a time; each has a JVM of some 250 MB, and two more "
-                                    "load the next games", affects_result=False)
+                                    "load the next games; --wm_backend engine starts as many more at most",
+                            affects_result=False)
     env: ClassVar[str] = "scienceworld"
     max_steps: ClassVar[int] = 0  # each game has its own
     max_k_without_head: ClassVar[int] = 3
