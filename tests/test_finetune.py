@@ -17,8 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from itp.errors import UserError
+from itp.text.dialogues import (
+    episode_dialogue, foresight_dialogue, horizon_dialogue, judge_dialogue, reflection_dialogue, thought_dialogue,
+)
 from itp.text.prompt_format import PromptTemplate
+from itp.text.prompts import foresight_text
 from itp.text.segments import dialogue_examples, dialogue_segments
+from itp.text.state import State
 from itp.training import base_policy
 from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.dialogue_files import read_dialogue_file
@@ -28,6 +33,7 @@ from itp.training.run import finetune, open_run, train
 from itp.training.settings import FinetuneSettings, check_settings
 from itp.training.text_task import Collator, TextTask
 from itp.training.trainer import SimilarLengths
+from itp.transitions import Transition
 from tests.killed import kill
 
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
@@ -387,6 +393,35 @@ def test_gpt_turns_are_learned_except_those_of_weight_zero(tmp_path):
     assert [text for text, learned in first.segments if learned] == [" b\n"] and first.group == "7"
     assert "".join(text for text, _ in first.segments) == f"{STATE}\nAction: b\nObservation: c\nAction: d\n"
     assert second.segments == [(f"{STATE}\n", False), ("Action:", False), (" b\n", True)]
+
+
+def test_all_dialogues_of_an_episode_are_held_out_together(tmp_path):
+    """A foresight dialogue repeats the text of the episode that it is of."""
+    talks = []
+    for name in ("room/trial#0", "room/trial#1"):
+        state, steps = State("a", "b"), []
+        for step in range(3):
+            steps.append(Transition(name, step, state.render(), "go", "c", "go"))
+            state = state.after("go", "c")
+        talks += [episode_dialogue(steps), foresight_dialogue(steps, 1, 2), horizon_dialogue(steps, 2, 3),
+                  thought_dialogue(steps, 1, "d"),
+                  reflection_dialogue(steps, 2, foresight_text([("go", "c")]), "e"),
+                  judge_dialogue(steps, 0, foresight_text([("go", "c")]), True)]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(talks))
+    groups = [example.group for example in base_policy.read_dialogues(str(path))]
+    assert groups == ["room/trial#0"] * 6 + ["room/trial#1"] * 6
+
+
+@pytest.mark.parametrize("name", [{}, {"id": None}])
+def test_the_replies_of_a_dialogue_without_an_id_are_held_out_together(tmp_path, name):
+    """In chat turns each is an example of its own."""
+    turns = [{"from": "human", "value": STATE}, {"from": "gpt", "value": "Action: b"},
+             {"from": "human", "value": "Observation: c"}, {"from": "gpt", "value": "Action: d"}]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{**name, "conversations": turns}] * 2))
+    groups = [example.group for example in base_policy.read_dialogues(str(path), PromptTemplate("<user> ", "<model> "))]
+    assert groups[0] == groups[1] != groups[2] == groups[3] and all(groups)
 
 
 @pytest.mark.parametrize("loss", [False, None, 0, 0.0])
