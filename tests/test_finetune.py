@@ -195,6 +195,14 @@ def test_episodes_are_held_out_whole_and_always_the_same():
     assert split_off_eval(["only"], 0.5, seed=1) == ([0], [])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_larger_than_the_share_is_trained_on(seed):
+    """One group may have most of the rows: files in which many episodes have one name."""
+    groups = ["large"] * 99 + [f"e{i}" for i in range(30)]
+    assert len(split_off_eval(groups, 0.05, seed)[1]) == 6
+    assert len(split_off_eval(["large"] * 99 + ["small"] * 11, 0.05, seed)[1]) == 11
+
+
 def test_an_epoch_has_every_row_once_grouped_by_length_in_a_reproducible_order():
     lengths = [(i * 37) % 101 + 1 for i in range(203)]
 

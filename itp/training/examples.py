@@ -197,7 +197,8 @@ def report_counts(counts: dict[str, int], max_len: int) -> None:
 def split_off_eval(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices (train, held out): about ``share`` of them, whole groups where there are several.
 
-    Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.
+    Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.  A group with
+    more rows than are wanted is held out only where every group has more; then it is a smallest one.
     """
     keys = [f"group {group}" if group else f"row {i}" for i, group in enumerate(groups)]
     if len(set(keys)) == 1:
@@ -210,7 +211,7 @@ def split_off_eval(groups: Sequence[str], share: float, seed: int) -> tuple[list
     random.Random(seed).shuffle(order)
     held: set[str] = set()
     count = 0
-    for key in order:
+    for key in [key for key in order if sizes[key] <= wanted] or sorted(order, key=sizes.__getitem__)[:1]:
         if count < wanted and count + sizes[key] < len(keys):
             held.add(key)
             count += sizes[key]
