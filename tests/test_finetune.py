@@ -175,8 +175,8 @@ def test_too_long_examples_lose_the_left_of_their_context_never_their_target():
     assert words(plain, 7) == ("a b c d e f <eos>", words(plain, 7)[1])
     text, counts = words(plain, 5)
     assert text == "c d e f <eos>" and (counts["cut"], counts["lost_tokens"], counts["lost_supervised"]) == (1, 2, 0)
-    assert words(plain, 3)[0] == "e f <eos>"
-    text, counts = words(plain, 2)
+    assert words(plain, 4)[0] == "d e f <eos>"
+    text, counts = words(plain, 3)  # "e" would be predicted from nothing
     assert text == "" and counts["too_long"] == 1
     episode = Example([("a b", False), (" c", True), (" d", False), (" e f", True)], keep_first=True)
     text, counts = words(episode, 5)
