@@ -24,10 +24,11 @@ from itp.text.kinds import kind_of, kinds_of
 from itp.text.state import State
 from itp.transitions import Transition
 from tests.toy import ToyLM
+from world_model import fidelity
 from world_model.calibration import calibration, judged
 from world_model.consistency import consistency
 from world_model.fidelity import (
-    FidelitySettings, identify, measure, measure_depth, read_measured, token_f1, windows_of,
+    FidelitySettings, identify, measure, measure_depth, read_measured, scienceworld_kind, token_f1, windows_of,
 )
 
 CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
@@ -202,6 +203,30 @@ def test_windows_are_runs_of_one_episode() -> None:
     assert {tuple(t.action for t in w) for w in windows} == {("x", "y"), ("y", "z"), ("u", "v")}
     assert windows_of([a[0], a[2]], 2) == []  # a step is missing
     assert len(windows_of([*a, *b], 3)) == 1
+
+
+def test_no_window_mixes_episodes_of_one_id() -> None:
+    """Files that were joined: an expert and a random walk played the same game."""
+    rows = episode("a", ["x", "y", "z"]) + episode("a", ["u", "v", "w"])
+    assert [[t.action for t in w] for w in windows_of(rows, 2)] == [["x", "y"], ["y", "z"], ["u", "v"], ["v", "w"]]
+    assert [[t.action for t in w] for w in windows_of(rows, 3)] == [["x", "y", "z"], ["u", "v", "w"]]
+
+
+def test_rows_in_another_form_are_refused_before_a_model_is_loaded(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"state": "You see a mug.", "action": "look", "next_state": "o"}\n')
+    monkeypatch.setattr("sys.argv", ["fidelity", "--wm_model", str(tmp_path / "model"), "--transitions",
+                                     str(tmp_path / "rows.jsonl")])
+    with pytest.raises(UserError, match="rows.jsonl:1: field 'state' isn't a state .*; convert the file first"):
+        fidelity.main()
+
+
+def test_kinds_of_scienceworld_are_verbs() -> None:
+    kinds = [scienceworld_kind(START, action, "o") for action in ("look around", "pick up fork", "", "look")]
+    assert kinds == ["look around", "pick", "", "look"]
+    assert scienceworld_kind(START, "dance", "No known action matches that input.") == "invalid"
 
 
 class Brief(ToyLM):

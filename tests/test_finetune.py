@@ -33,7 +33,7 @@ from itp.training.run import finetune, open_run, train
 from itp.training.settings import FinetuneSettings, check_settings
 from itp.training.text_task import Collator, TextTask
 from itp.training.trainer import SimilarLengths
-from itp.transitions import Transition
+from itp.transitions import Transition, write_transitions
 from tests.killed import kill
 
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
@@ -471,6 +471,19 @@ def test_files_that_convert_has_not_seen_are_refused(tmp_path, monkeypatch):
     rows.write_text(json.dumps(row))
     with pytest.raises(UserError, match="rows.jsonl:1: field 'state' isn't a state .*data_processing.convert"):
         list(base_lm._episodes(str(rows)))
+
+
+def test_no_transcript_joins_two_episodes_of_one_id(tmp_path):
+    """In files that were joined, the last episode of one and the first of the next may be of the same game."""
+    rows = []
+    for actions in ("ab", "cd"):
+        state = State("a", "b")
+        for step, action in enumerate(actions):
+            rows.append(Transition("game#0", step, state.render(), action, "c"))
+            state = state.after(action, "c")
+    write_transitions(tmp_path / "joined.jsonl", rows)
+    episodes = list(base_lm._episodes(str(tmp_path / "joined.jsonl")))
+    assert [[t.action for t in episode] for episode in episodes] == [["a", "b"], ["c", "d"]]
 
 
 def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp_path):

@@ -49,10 +49,11 @@ from itp.rollout import LeftOut
 from itp.run_dir import versions
 from itp.seeding import derive_seed
 from itp.text.belief import delta_f1
+from itp.text.episodes import episodes_of, read_steps
 from itp.text.facts import fact_f1
 from itp.text.kinds import KINDS, kinds_of
 from itp.text.state import State, parse
-from itp.transitions import Transition, read_transitions
+from itp.transitions import Transition
 from world_model.calibration import calibration
 from world_model.consistency import consistency
 
@@ -87,7 +88,7 @@ def scienceworld_kind(state: State, action: str, next_state: str) -> str:
     if next_state.startswith(INVALID):
         return "invalid"
     words = action.split()
-    return " ".join(words[:2] if words[0] == "look" else words[:1])
+    return " ".join(words[:2] if words[:1] == ["look"] else words[:1])
 
 
 def token_f1(predicted: str, true: str) -> float:
@@ -205,15 +206,9 @@ async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Tran
 
 def windows_of(transitions: Sequence[Transition], depth: int) -> list[list[Transition]]:
     """All runs of ``depth`` successive transitions of one episode."""
-    episodes: dict[str, list[Transition]] = {}
-    for t in transitions:
-        episodes.setdefault(t.episode_id, []).append(t)
-    windows = []
-    for rows in episodes.values():
-        rows.sort(key=lambda t: t.step)
-        windows += [run for i in range(len(rows) - depth + 1)
-                    if (run := rows[i:i + depth])[-1].step - run[0].step == depth - 1]
-    return windows
+    episodes = episodes_of([(t, parse(t.state)) for t in transitions])
+    return [[transitions[i] for i in episode[start:start + depth]]
+            for episode in episodes for start in range(len(episode) - depth + 1)]
 
 
 def _sample(settings: FidelitySettings, what: str, rows: list, n: int) -> list:
@@ -319,7 +314,7 @@ def main() -> None:
         return
     sources: dict[str, list[Transition]] = {}
     for path in settings.transitions.split(","):
-        for t in read_transitions(path):
+        for t, _ in read_steps(path):
             sources.setdefault(t.source or Path(path).stem, []).append(t)
     names = short_names([path.removesuffix("/merged_full") for path in paths])
     models = {}
