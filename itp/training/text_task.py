@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from itp.agent.policy_with_heads import additive_mask, causal_lm_of, logits_only_at
 from itp.model_card import ModelCard
-from itp.pretrained import remote_code
+from itp.pretrained import loading, remote_code
 from itp.training import token_tree
 from itp.training.examples import IGNORED, Encoding, Example, TrainingRow, encode
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
@@ -47,7 +47,9 @@ class TextTask:
         """
         if self.settings.attn_implementation == "flash_attention_2":
             return False
-        config = AutoConfig.from_pretrained(self.settings.model_path, **remote_code())
+        path = self.settings.model_path
+        with loading(path, "not a causal language model"):
+            config = AutoConfig.from_pretrained(path, **remote_code())
         window = vars(config.get_text_config()).get("sliding_window")
         return not window or self.settings.max_seq_len <= window
 
