@@ -82,6 +82,8 @@ def to_transition(row: Any, where: str, required: tuple[str, ...]) -> Transition
     """A row as a transition.  Raises UserError naming the field that is missing or of a wrong type."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a row of named fields; each must have {', '.join(required)}")
+    if row.get("episode_id", "") is None:  # null is none, as tables are exported, and not an episode of its own
+        row = {name: value for name, value in row.items() if name != "episode_id"}
     for name in required:
         if name not in row:
             raise UserError(f"{where}: field {name!r} is missing; each row must have {', '.join(required)}")

@@ -11,6 +11,7 @@ set -euo pipefail
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:-$repo/runs/real_lm}"
 run=$(cd -- "${1:-$repo/runs/real_lm}" && pwd)
+[[ ! -d ${BASE_MODEL:-} ]] || BASE_MODEL=$(cd -- "$BASE_MODEL" && pwd)  # it may be given from where one is
 cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh

@@ -161,6 +161,10 @@ def test_foreign_rows_need_three_fields_only(tmp_path: Path) -> None:
     assert read_transitions(path) == [Transition("", 0, "state", "action", "next_state", "action")]
     path.write_text(lines({**ROW, "episode_id": 12}))
     assert read_transitions(path)[0].episode_id == "12"
+    path.write_text(lines({**ROW, "episode_id": None}))  # not one episode of all such rows
+    assert read_transitions(path)[0].episode_id == ""
+    with pytest.raises(UserError, match=":1: field 'episode_id' is missing"):
+        read_transitions(path, required=("episode_id", *REQUIRED))
 
 
 @pytest.mark.parametrize("text, says", [

@@ -15,7 +15,7 @@ from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.expert import Expert
 from itp.envs.alfworld.games import list_games, task_params
-from itp.errors import UserError
+from itp.errors import PromptTooLong, UserError
 from itp.games import Game
 from itp.lm.base import GenParams, Generation
 from itp.text.belief import delta_f1
@@ -24,10 +24,12 @@ from itp.text.kinds import kind_of, kinds_of
 from itp.text.state import State
 from itp.transitions import Transition
 from tests.toy import ToyLM
+from world_model import fidelity
 from world_model.calibration import calibration, judged
 from world_model.consistency import consistency
 from world_model.fidelity import (
-    FidelitySettings, identify, measure, measure_depth, read_measured, token_f1, windows_of,
+    FidelitySettings, identify, measure, measure_depth, print_figures, read_measured, scienceworld_kind, token_f1,
+    windows_of,
 )
 
 CARRIED = ("pick_and_place_simple", "pick_clean_then_place_in_recep")
@@ -119,7 +121,7 @@ def test_measure_counts_by_kind() -> None:
     rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
     perfect = asyncio.run(measure(Oracle(rows, {}), rows))
     assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "delta_f1": 1.0,
-                              "fact_f1_interval": [1, 1], "n": 5, "cut": 0}
+                              "delta_n": 1, "fact_f1_interval": [1, 1], "n": 5, "cut": 0}
     assert {kind: row["n"] for kind, row in perfect.items()} == {
         "revisit": 2, "revisit_unchanged": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
 
@@ -158,6 +160,23 @@ def test_delta_f1_counts_changes_only() -> None:
     assert delta_f1(START, "go to shelf 1", seen, seen) == 1
 
 
+def test_delta_f1_of_invalid_actions_is_not_a_figure() -> None:
+    """Only where it is predicted that something changes would there be one, and it would always be 0."""
+    rows = [Transition("e", 0, START.render(), f"fly {i}", "Nothing happens.") for i in range(9)]
+    rows.append(Transition("e", 0, START.render(), "go to desk 1", DESK))
+    figures = asyncio.run(measure(Oracle(rows, {"fly 3": DESK}), rows))
+    assert figures["invalid"]["exact_match"] == pytest.approx(8 / 9) and "delta_f1" not in figures["invalid"]
+    assert (figures["all"]["delta_f1"], figures["all"]["delta_n"], figures["all"]["n"]) == (0.5, 2, 10)
+
+
+def test_figures_are_printed_with_how_many_delta_f1_is_of(capsys: pytest.CaptureFixture) -> None:
+    row = {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "n": 9}
+    judged_rows = {"all": {**row, "delta_f1": 0.5, "delta_n": 4}, "look": row, "old": {**row, "delta_f1": 0.25}}
+    print_figures("m", {"one_step": {"walk": judged_rows}, "by_depth": {}})
+    said = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[3:] for line in said] == [["0.500", "4", "9"], ["-", "-", "9"], ["0.250", "-", "9"]]
+
+
 def test_calibration_of_hand_computed_probabilities() -> None:
     # Three visits, five samples each; Brier: (.2² + .8² + .4²) / 3, less p (1 - p) / 4 of each.
     figures = judged([0.2, 0.2, 0.6], [False, True, True], samples=5)
@@ -187,6 +206,21 @@ def test_calibration_samples_first_visits_only() -> None:
     assert asyncio.run(calibration(model, rows[2:], 4, seed=1)) == {}
 
 
+def test_calibration_leaves_out_what_the_context_does_not_hold(caplog: pytest.LogCaptureFixture) -> None:
+    """As the figures of one step do; it comes after them, and all of them would be lost."""
+    class Small:
+        async def sample(self, state: State, action: str, n: int, seed: int) -> list[str]:
+            if "desk" in action:
+                raise PromptTooLong("too long")
+            return ["On the shelf 1, you see a mug 2."] * n
+
+    played = [("go to desk 1", DESK), ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a mug 2.")]
+    rows = [Transition("e", 0, START.render(), action, seen) for action, seen in played]
+    figures = asyncio.run(calibration(Small(), rows, 3, seed=1))
+    assert figures["n"] == 1 and figures["brier"] == 0 and "1 of 2 first visits are left out" in caplog.text
+    assert asyncio.run(calibration(Small(), rows[:1], 3, seed=1)) == {}
+
+
 def episode(name: str, actions: Sequence[str], first_step: int = 0) -> list[Transition]:
     """A recorded episode in which every action is answered by its own name."""
     state, rows = START, []
@@ -202,6 +236,30 @@ def test_windows_are_runs_of_one_episode() -> None:
     assert {tuple(t.action for t in w) for w in windows} == {("x", "y"), ("y", "z"), ("u", "v")}
     assert windows_of([a[0], a[2]], 2) == []  # a step is missing
     assert len(windows_of([*a, *b], 3)) == 1
+
+
+def test_no_window_mixes_episodes_of_one_id() -> None:
+    """Files that were joined: an expert and a random walk played the same game."""
+    rows = episode("a", ["x", "y", "z"]) + episode("a", ["u", "v", "w"])
+    assert [[t.action for t in w] for w in windows_of(rows, 2)] == [["x", "y"], ["y", "z"], ["u", "v"], ["v", "w"]]
+    assert [[t.action for t in w] for w in windows_of(rows, 3)] == [["x", "y", "z"], ["u", "v", "w"]]
+
+
+def test_rows_in_another_form_are_refused_before_a_model_is_loaded(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"state": "You see a mug.", "action": "look", "next_state": "o"}\n')
+    monkeypatch.setattr("sys.argv", ["fidelity", "--wm_model", str(tmp_path / "model"), "--transitions",
+                                     str(tmp_path / "rows.jsonl")])
+    with pytest.raises(UserError, match="rows.jsonl:1: field 'state' isn't a state .*; convert the file first"):
+        fidelity.main()
+
+
+def test_kinds_of_scienceworld_are_verbs() -> None:
+    kinds = [scienceworld_kind(START, action, "o") for action in ("look around", "pick up fork", "", "look")]
+    assert kinds == ["look around", "pick", "", "look"]
+    assert scienceworld_kind(START, "dance", "No known action matches that input.") == "invalid"
 
 
 class Brief(ToyLM):

@@ -17,8 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from itp.errors import UserError
+from itp.text.dialogues import (
+    episode_dialogue, foresight_dialogue, horizon_dialogue, judge_dialogue, reflection_dialogue, thought_dialogue,
+)
 from itp.text.prompt_format import PromptTemplate
+from itp.text.prompts import foresight_text
 from itp.text.segments import dialogue_examples, dialogue_segments
+from itp.text.state import State
 from itp.training import base_policy
 from itp.training.checkpoints import resume_from, row_lengths, whole_checkpoints
 from itp.training.dialogue_files import read_dialogue_file
@@ -28,6 +33,7 @@ from itp.training.run import finetune, open_run, train
 from itp.training.settings import FinetuneSettings, check_settings
 from itp.training.text_task import Collator, TextTask
 from itp.training.trainer import SimilarLengths
+from itp.transitions import Transition, write_transitions
 from tests.killed import kill
 
 WORDS = "<eos> <bos> <unk> \n a b c d e f g h Task : Action Observation . , 1 2 3 go to see you".split(" ")
@@ -169,8 +175,8 @@ def test_too_long_examples_lose_the_left_of_their_context_never_their_target():
     assert words(plain, 7) == ("a b c d e f <eos>", words(plain, 7)[1])
     text, counts = words(plain, 5)
     assert text == "c d e f <eos>" and (counts["cut"], counts["lost_tokens"], counts["lost_supervised"]) == (1, 2, 0)
-    assert words(plain, 3)[0] == "e f <eos>"
-    text, counts = words(plain, 2)
+    assert words(plain, 4)[0] == "d e f <eos>"
+    text, counts = words(plain, 3)  # "e" would be predicted from nothing
     assert text == "" and counts["too_long"] == 1
     episode = Example([("a b", False), (" c", True), (" d", False), (" e f", True)], keep_first=True)
     text, counts = words(episode, 5)
@@ -187,6 +193,14 @@ def test_episodes_are_held_out_whole_and_always_the_same():
     train, held = split_off_eval([""] * 40, 0.05, seed=1)
     assert (len(train), len(held)) == (38, 2)
     assert split_off_eval(["only"], 0.5, seed=1) == ([0], [])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_larger_than_the_share_is_trained_on(seed):
+    """One group may have most of the rows: files in which many episodes have one name."""
+    groups = ["large"] * 99 + [f"e{i}" for i in range(30)]
+    assert len(split_off_eval(groups, 0.05, seed)[1]) == 6
+    assert len(split_off_eval(["large"] * 99 + ["small"] * 11, 0.05, seed)[1]) == 11
 
 
 def test_an_epoch_has_every_row_once_grouped_by_length_in_a_reproducible_order():
@@ -389,6 +403,35 @@ def test_gpt_turns_are_learned_except_those_of_weight_zero(tmp_path):
     assert second.segments == [(f"{STATE}\n", False), ("Action:", False), (" b\n", True)]
 
 
+def test_all_dialogues_of_an_episode_are_held_out_together(tmp_path):
+    """A foresight dialogue repeats the text of the episode that it is of."""
+    talks = []
+    for name in ("room/trial#0", "room/trial#1"):
+        state, steps = State("a", "b"), []
+        for step in range(3):
+            steps.append(Transition(name, step, state.render(), "go", "c", "go"))
+            state = state.after("go", "c")
+        talks += [episode_dialogue(steps), foresight_dialogue(steps, 1, 2), horizon_dialogue(steps, 2, 3),
+                  thought_dialogue(steps, 1, "d"),
+                  reflection_dialogue(steps, 2, foresight_text([("go", "c")]), "e"),
+                  judge_dialogue(steps, 0, foresight_text([("go", "c")]), True)]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(talks))
+    groups = [example.group for example in base_policy.read_dialogues(str(path))]
+    assert groups == ["room/trial#0"] * 6 + ["room/trial#1"] * 6
+
+
+@pytest.mark.parametrize("name", [{}, {"id": None}])
+def test_the_replies_of_a_dialogue_without_an_id_are_held_out_together(tmp_path, name):
+    """In chat turns each is an example of its own."""
+    turns = [{"from": "human", "value": STATE}, {"from": "gpt", "value": "Action: b"},
+             {"from": "human", "value": "Observation: c"}, {"from": "gpt", "value": "Action: d"}]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{**name, "conversations": turns}] * 2))
+    groups = [example.group for example in base_policy.read_dialogues(str(path), PromptTemplate("<user> ", "<model> "))]
+    assert groups[0] == groups[1] != groups[2] == groups[3] and all(groups)
+
+
 @pytest.mark.parametrize("loss", [False, None, 0, 0.0])
 def test_turns_without_loss_are_not_learned(tmp_path, loss):
     """AgentGym's mark.  It also holds for a correction, and for a turn of weight 1."""
@@ -428,6 +471,19 @@ def test_files_that_convert_has_not_seen_are_refused(tmp_path, monkeypatch):
     rows.write_text(json.dumps(row))
     with pytest.raises(UserError, match="rows.jsonl:1: field 'state' isn't a state .*data_processing.convert"):
         list(base_lm._episodes(str(rows)))
+
+
+def test_no_transcript_joins_two_episodes_of_one_id(tmp_path):
+    """In files that were joined, the last episode of one and the first of the next may be of the same game."""
+    rows = []
+    for actions in ("ab", "cd"):
+        state = State("a", "b")
+        for step, action in enumerate(actions):
+            rows.append(Transition("game#0", step, state.render(), action, "c"))
+            state = state.after(action, "c")
+    write_transitions(tmp_path / "joined.jsonl", rows)
+    episodes = list(base_lm._episodes(str(tmp_path / "joined.jsonl")))
+    assert [[t.action for t in episode] for episode in episodes] == [["a", "b"], ["c", "d"]]
 
 
 def test_a_correction_is_learned_up_to_where_it_parts_from_what_was_executed(tmp_path):

@@ -287,6 +287,26 @@ def test_what_is_not_to_be_imitated_has_no_label(make, expert: Path, tmp_path: P
         read_expert(str(path), None)
 
 
+def test_the_experts_next_actions_are_those_of_its_own_episode(tmp_path: Path) -> None:
+    """In files that were joined, two episodes of one game have one id."""
+    rows = []
+    for actions in (("x", "y", "z"), ("u", "v")):
+        state = State("t", "o")
+        for step, action in enumerate(actions):
+            rows.append(Transition("game#0", step, state.render(), action, "seen", action))
+            state = state.after(action, "seen")
+    write_transitions(tmp_path / "joined.jsonl", rows)
+    assert [row.forced for row in read_expert(str(tmp_path / "joined.jsonl"), None)] == [
+        ("x", "y", "z"), ("y", "z"), ("z",), ("u", "v"), ("v",)]
+    # A step that is missing ends what follows; a state that has lost its oldest steps doesn't.
+    state = State("t", "o").after("x", "seen").after("y", "seen").last(1)
+    rows = [*rows[:2], dataclasses.replace(rows[2], state=state.render())]
+    write_transitions(tmp_path / "short.jsonl", rows)
+    assert [row.forced for row in read_expert(str(tmp_path / "short.jsonl"), None)][0] == ("x", "y", "z")
+    write_transitions(tmp_path / "short.jsonl", [rows[0], rows[2]])
+    assert [row.forced for row in read_expert(str(tmp_path / "short.jsonl"), None)] == [("x",), ("z",)]
+
+
 def test_history_is_dropped_oldest_first_until_it_fits() -> None:
     state = State("t", "o", tuple((f"a{i}", f"o{i}") for i in range(9)))
     for room in range(5, 60):  # in words: four before the history, four a step, four to say what was left out

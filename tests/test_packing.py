@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from itp.lm.tokenize import Encoder
 from itp.text.prompt_format import PLAIN, PromptFormat, PromptTemplate
@@ -142,6 +142,26 @@ def test_the_replies_of_a_chat_dialogue_share_a_sequence(model_path):
         settings = BasePolicySettings(model_path=str(model_path), out_dir="", train_json="", steps_per_sequence=steps)
         rows[steps] = TextTask(settings, examples).encode(tokenizer).rows
     assert len(rows[1]) == 3 and len(rows[0]) == 1
+    (expected, n), (total, m) = losses(model, rows[1]), losses(model, rows[0])
+    assert n == m and total == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("longest, packed", [(32, True), (999, False)])
+def test_no_row_branches_beyond_the_window_of_sliding_attention(model_path, tmp_path, longest, packed):
+    """The mask of a tree replaces that of the window, so each token would see more than in a row of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, sliding_window=32)).eval()
+    model.save_pretrained(tmp_path)
+    rows = {}
+    for steps in (1, 0):
+        settings = WorldModelSettings(model_path=str(tmp_path), out_dir="", data_path="", max_seq_len=longest,
+                                      max_packed_len=999, steps_per_sequence=steps)
+        examples = list(to_examples(episodes(2, 5), PromptFormat(template=CHAT)))
+        rows[steps] = TextTask(settings, examples).encode(tokenizer).rows
+    assert packed == any("tree" in row for row in rows[0]) == all(len(row["input_ids"]) <= 32 for row in rows[1])
     (expected, n), (total, m) = losses(model, rows[1]), losses(model, rows[0])
     assert n == m and total == pytest.approx(expected, rel=1e-5)
 

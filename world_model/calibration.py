@@ -12,17 +12,20 @@ forecasts".
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.vocabulary import task_object
+from itp.errors import PromptTooLong
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import contents, kind
 from itp.text.kinds import kind_of
 from itp.text.state import State, parse
 from itp.transitions import Transition
 
+log = logging.getLogger(__name__)
 EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
 """The bins of the reliability diagram; most first visits don't show the object, so the lowest are narrow."""
 
@@ -32,21 +35,29 @@ async def calibration(world_model: WorldModel, transitions: Sequence[Transition]
     """The Brier score and the reliability diagram over the first visits among ``transitions``.
 
     ``brier_of_base_rate``: the score of always giving the share of first visits that show the object.  Empty where no
-    first visit has a task that names an object.
+    first visit has a task that names an object.  A visit whose prompt the model's context doesn't hold is left out.
     """
     visits = [(state, t) for t in transitions if task_object((state := parse(t.state)).task)
               and kind_of(state, t.action, t.next_state) == "first_visit"]
-    if not visits:
-        return {}
-    probabilities = await asyncio.gather(*(
+    shares = await asyncio.gather(*(
         _probability(world_model, state, t.action, samples, derive_seed(seed, "calibration", i))
         for i, (state, t) in enumerate(visits)))
     outcomes = [_shows(t.next_state, task_object(state.task)) for state, t in visits]
+    fitting = [(share, outcome) for share, outcome in zip(shares, outcomes, strict=True) if share is not None]
+    if too_long := len(visits) - len(fitting):
+        log.warning("%d of %d first visits are left out: the model's context doesn't hold their prompts", too_long,
+                    len(visits))
+    if not fitting:
+        return {}
+    probabilities, outcomes = zip(*fitting, strict=True)
     return {"samples": samples, **judged(probabilities, outcomes, samples)}
 
 
-async def _probability(world_model: WorldModel, state: State, action: str, samples: int, seed: int) -> float:
-    seen = await world_model.sample(state, action, samples, seed)
+async def _probability(world_model: WorldModel, state: State, action: str, samples: int, seed: int) -> float | None:
+    try:
+        seen = await world_model.sample(state, action, samples, seed)
+    except PromptTooLong:
+        return None
     return sum(_shows(observation, task_object(state.task)) for observation in seen) / samples
 
 

@@ -49,10 +49,11 @@ from itp.rollout import LeftOut
 from itp.run_dir import versions
 from itp.seeding import derive_seed
 from itp.text.belief import delta_f1
+from itp.text.episodes import episodes_of, read_steps
 from itp.text.facts import fact_f1
 from itp.text.kinds import KINDS, kinds_of
 from itp.text.state import State, parse
-from itp.transitions import Transition, read_transitions
+from itp.transitions import Transition
 from world_model.calibration import calibration
 from world_model.consistency import consistency
 
@@ -87,7 +88,7 @@ def scienceworld_kind(state: State, action: str, next_state: str) -> str:
     if next_state.startswith(INVALID):
         return "invalid"
     words = action.split()
-    return " ".join(words[:2] if words[0] == "look" else words[:1])
+    return " ".join(words[:2] if words[:1] == ["look"] else words[:1])
 
 
 def token_f1(predicted: str, true: str) -> float:
@@ -114,13 +115,14 @@ class Score:
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
     """Means and their number, with the 95 % interval (normal approximation) of Fact-F1.
 
-    ``delta_f1`` is the mean over the transitions that change the belief, or are predicted to, if there are any.
+    ``delta_f1`` is the mean over the ``delta_n`` transitions that change the belief, or are predicted to, if there are
+    any.  So it depends on the model how many these are.
     """
     n = len(scores)
     means = {name: sum(getattr(score, name) for score in scores) / n for name in ("exact_match", "token_f1", "fact_f1")}
     deltas = [score.delta_f1 for score in scores if score.delta_f1 is not None]
     if deltas:
-        means["delta_f1"] = sum(deltas) / len(deltas)
+        means |= {"delta_f1": sum(deltas) / len(deltas), "delta_n": len(deltas)}
     deviation = math.sqrt(sum((score.fact_f1 - means["fact_f1"]) ** 2 for score in scores) / n)
     half = 1.96 * deviation / math.sqrt(n)
     return {**means, "fact_f1_interval": [max(0.0, means["fact_f1"] - half), min(1.0, means["fact_f1"] + half)], "n": n}
@@ -144,6 +146,8 @@ async def measure(world_model: WorldModel, transitions: Sequence[Transition],
             scores[name].append(score)
     names = sorted(scores.keys() - {"all"}) if env == "scienceworld" else KINDS
     figures = {name: summary(scores[name]) for name in (*names, "all") if scores[name]}
+    for name in ("delta_f1", "delta_n"):  # where nothing changes, a prediction is judged only if it is wrong
+        figures.get("invalid", {}).pop(name, None)
     figures["all"]["cut"] = cut
     return figures
 
@@ -205,15 +209,9 @@ async def measure_depth(world_model: WorldModel, windows: Sequence[Sequence[Tran
 
 def windows_of(transitions: Sequence[Transition], depth: int) -> list[list[Transition]]:
     """All runs of ``depth`` successive transitions of one episode."""
-    episodes: dict[str, list[Transition]] = {}
-    for t in transitions:
-        episodes.setdefault(t.episode_id, []).append(t)
-    windows = []
-    for rows in episodes.values():
-        rows.sort(key=lambda t: t.step)
-        windows += [run for i in range(len(rows) - depth + 1)
-                    if (run := rows[i:i + depth])[-1].step - run[0].step == depth - 1]
-    return windows
+    episodes = episodes_of([(t, parse(t.state)) for t in transitions])
+    return [[transitions[i] for i in episode[start:start + depth]]
+            for episode in episodes for start in range(len(episode) - depth + 1)]
 
 
 def _sample(settings: FidelitySettings, what: str, rows: list, n: int) -> list:
@@ -251,10 +249,12 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
 
 def print_figures(model: str, figures: Mapping[str, Any]) -> None:
     def block(title: str, rows: Mapping[Any, Mapping[str, Any]]) -> None:
-        print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'Delta-F1':>10}{'n':>7}")
+        print(f"\n{title:34}{'exact match':>12}{'token F1':>10}{'Fact-F1':>9}{'Delta-F1':>10}{'of':>7}{'n':>7}")
         for name, row in rows.items():
-            delta = f"{row['delta_f1']:10.3f}" if "delta_f1" in row else f"{'-':>10}"
-            print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{delta}{row['n']:7}")
+            delta = f"{row['delta_f1']:.3f}" if "delta_f1" in row else "-"
+            of = row.get("delta_n", "-")  # figures on file may be of before it was counted
+            print(f"{name!s:34}{row['exact_match']:12.3f}{row['token_f1']:10.3f}{row['fact_f1']:9.3f}{delta:>10}{of:>7}"
+                  f"{row['n']:7}")
         if cut := sum(row.get("cut", 0) for row in rows.values()):  # figures on file may be of before it was counted
             print(f"{cut} of these predictions were cut at the limit of tokens: raise --wm_max_new_tokens")
 
@@ -319,7 +319,7 @@ def main() -> None:
         return
     sources: dict[str, list[Transition]] = {}
     for path in settings.transitions.split(","):
-        for t in read_transitions(path):
+        for t, _ in read_steps(path):
             sources.setdefault(t.source or Path(path).stem, []).append(t)
     names = short_names([path.removesuffix("/merged_full") for path in paths])
     models = {}

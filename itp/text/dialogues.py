@@ -29,6 +29,7 @@ from itp.transitions import Transition
 Dialogue = dict[str, Any]
 _TRIED = re.compile(r"\n(?=If: |Then: )")
 _EMPTY_END = re.compile(r"^(?:Observation|Then):\Z", re.MULTILINE)
+_PART = re.compile(r"/(?:foresight-\d+-\d+|(?:horizon|thought|reflection|helps)-\d+)\Z")
 _LAST_REPLY = re.compile(r"Thought: .*\nAction: .*|Horizon: \d+|Helps: (?:yes|no)")
 
 
@@ -68,6 +69,11 @@ def reflection_dialogue(episode: Sequence[Transition], step: int, tried: str, re
 def judge_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
     """The episode up to ``step``, something tried in the mind, and the answer (yes or no) whether it helps."""
     return _dialogue(episode, step, f"helps-{step}", [f"Helps:{(YES if helps else NO).rstrip()}"], tried=tried)
+
+
+def episode_of(dialogue_id: str) -> str:
+    """The id of the episode that a dialogue is of, whole or in part."""
+    return _PART.sub("", dialogue_id)
 
 
 def horizon(episode: Sequence[Transition], step: int, max_k: int) -> int:

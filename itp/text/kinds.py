@@ -8,7 +8,7 @@ inspect        look, inventory, examining an object
 invalid        the engine's "Nothing happens."
 =============  ==========================================================================================
 
-A revisit is *unchanged* if the place shows what it showed the last time, to the letter of its list; else *changed*.
+A revisit is *unchanged* if the place shows exactly the list that it showed the last time; else *changed*.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ What gpt says is learned, except turns with ``"weight": 0`` (explored, not the e
 dialogue goes on from.
 
 In plain text a dialogue is one sequence.  In chat turns each reply is an example of its own; ``--steps_per_sequence 0``
-packs those of a dialogue into one sequence, with the same losses for a fraction of the time.
+packs those of an episode into one sequence, with the same losses for a fraction of the time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.pretrained import load_tokenizer
 from itp.program import run_main
+from itp.text.dialogues import episode_of
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.segments import dialogue_examples
 from itp.text.turns import Turn
@@ -35,7 +36,7 @@ from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, PackingFlags, check_settings, trained_card
 
 Dialogue = tuple[str, list[Turn]]
-"""The id of a row, and its turns."""
+"""The id of a row's episode, empty where the row has none, and the row's turns."""
 
 
 @dataclass
@@ -52,14 +53,16 @@ def read_dialogues(path: str, template: PromptTemplate = PLAIN) -> list[Example]
 def _read(path: str) -> Iterator[Dialogue]:
     row = None
     for _, row, turns in read_dialogue_file(path):
-        yield str(row.get("id", "")), turns
+        yield "" if row.get("id") is None else episode_of(str(row["id"])), turns
     if row is None:
         raise UserError(f"{path}: holds no dialogues; each row needs conversations or messages")
 
 
 def _examples(rows: Iterable[Dialogue], template: PromptTemplate) -> list[Example]:
+    """Those of an episode are held out together: its foresight dialogues, say, repeat the text of the whole."""
     plain = template == PLAIN
-    return [Example(segments, eos=plain, keep_first=plain, group=group) for group, turns in rows
+    return [Example(segments, eos=plain, keep_first=plain, group=episode or f"dialogue {number}")
+            for number, (episode, turns) in enumerate(rows)
             for segments in dialogue_examples(list(map(_plain_turn, turns)), template)]
 
 

@@ -62,9 +62,9 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_
     """Token ids and labels of every example, at most ``max_len`` long.
 
     An example that is too long loses tokens on the left, behind its first segment where that is to be kept.  It never
-    loses tokens of its last supervised segment.  An example whose target alone is too long is left out, and so is an
-    example without a target.  An example of several targets may need several sequences.  Raises UserError for a
-    tokenizer that can't be trained with.
+    loses tokens of its last supervised segment.  An example whose target leaves no room for a token before it is left
+    out, and so is an example without a target.  An example of several targets may need several sequences.  Raises
+    UserError for a tokenizer that can't be trained with.
     """
     encoder, eos = Encoder(tokenizer), tokenizer.eos_token_id
     encoder.check_line_breaks()
@@ -157,7 +157,7 @@ def _fit(sequence: _Sequence, max_len: int, counts: dict[str, int]) -> _Sequence
     if excess <= 0:
         return sequence
     target = _last_target(labels)
-    if excess > target - sequence.kept:
+    if excess > target - max(sequence.kept, 1):  # the first token of a target is predicted from the one before
         counts["too_long"] += 1
         return None
     start = min(sequence.spared, target - excess)
@@ -187,7 +187,7 @@ def report_counts(counts: dict[str, int], max_len: int) -> None:
                     "(%d of them supervised)", counts["cut"], counts["examples"], max_len, counts["lost_tokens"],
                     counts["lost_supervised"])
     if counts["too_long"]:
-        log.warning("%d of %d examples were left out: their target alone is longer than max_seq_len %d",
+        log.warning("%d of %d examples were left out: their target leaves no room for a prompt in max_seq_len %d",
                     counts["too_long"], counts["examples"], max_len)
     if counts["unsupervised"]:
         log.warning("%d of %d examples were left out: nothing in them is supervised", counts["unsupervised"],
@@ -197,7 +197,8 @@ def report_counts(counts: dict[str, int], max_len: int) -> None:
 def split_off_eval(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices (train, held out): about ``share`` of them, whole groups where there are several.
 
-    Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.
+    Rows of one episode repeat each other's text, so a split inside an episode would flatter the loss.  A group with
+    more rows than are wanted is held out only where every group has more; then it is a smallest one.
     """
     keys = [f"group {group}" if group else f"row {i}" for i, group in enumerate(groups)]
     if len(set(keys)) == 1:
@@ -210,7 +211,7 @@ def split_off_eval(groups: Sequence[str], share: float, seed: int) -> tuple[list
     random.Random(seed).shuffle(order)
     held: set[str] = set()
     count = 0
-    for key in order:
+    for key in [key for key in order if sizes[key] <= wanted] or sorted(order, key=sizes.__getitem__)[:1]:
         if count < wanted and count + sizes[key] < len(keys):
             held.add(key)
             count += sizes[key]

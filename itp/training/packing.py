@@ -71,9 +71,11 @@ class _Packed:
         self.targets += [(nodes[i - 1], label) for i, label in enumerate(labels) if i and label != IGNORED]
 
     def takes(self, ids: Sequence[int], most: int, max_len: int, branches: bool) -> bool:
+        if len(self.starts) == most:
+            return False
         known = self.tree.known(ids)
         continues = branches or known == len(self.tree)
-        return known > 0 and continues and len(self.starts) != most and len(self.tree) + len(ids) - known <= max_len
+        return known > 0 and continues and len(self.tree) + len(ids) - known <= max_len
 
     def row(self) -> TrainingRow:
         row: TrainingRow = {"input_ids": self.tree.ids, "targets": self.targets, "starts": self.starts}

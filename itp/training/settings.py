@@ -53,8 +53,9 @@ class FinetuneSettings(UpdateFlags):
                             help="tokens per example; longer ones lose context on the left, never the target")
     gradient_checkpointing: bool = flag(False, help="recompute activations: less memory, a third more time")
     attn_implementation: str = flag("sdpa", choices=ATTENTION,
-                                    help="how attention is computed, which changes time and memory only; "
-                                         "flash_attention_2 needs CUDA, the package flash_attn, and bf16 or fp16",
+                                    help="how attention is computed, which changes time and memory; flash_attention_2 "
+                                         "needs CUDA, the package flash_attn, and bf16 or fp16; it packs no chat "
+                                         "turns",
                                     affects_result=False)
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
     frozen: str = flag("", help="with --lora_r 0: modules that stay as they are, separated by commas (embed_tokens)")

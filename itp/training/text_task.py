@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.agent.policy_with_heads import additive_mask, causal_lm_of, logits_only_at
 from itp.model_card import ModelCard
-from itp.pretrained import remote_code
+from itp.pretrained import loading, remote_code
 from itp.training import token_tree
 from itp.training.examples import IGNORED, Encoding, Example, TrainingRow, encode
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
@@ -38,7 +38,20 @@ class TextTask:
         if not isinstance(settings, PackingFlags) or settings.steps_per_sequence == 1:
             return encoding
         return pack(encoding, settings.steps_per_sequence, settings.max_packed_len or settings.max_seq_len,
-                    branches=settings.attn_implementation != "flash_attention_2")  # which knows no such mask
+                    branches=self._may_branch())
+
+    def _may_branch(self) -> bool:
+        """Whether the model computes a branching row as a row for each example.
+
+        Flash attention knows no mask of ancestors, and such a mask takes the place of a sliding window's.
+        """
+        if self.settings.attn_implementation == "flash_attention_2":
+            return False
+        path = self.settings.model_path
+        with loading(path, "not a causal language model"):
+            config = AutoConfig.from_pretrained(path, **remote_code())
+        window = vars(config.get_text_config()).get("sliding_window")
+        return not window or self.settings.max_seq_len <= window
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
         model = load_base(self.settings, dtype)

@@ -18,7 +18,6 @@ All engine text survives the round trip (``help`` excepted).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,16 +32,16 @@ from itp.program import run_main
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import FIXED_PHRASES
 from itp.text.dialogues import episode_dialogue
+from itp.text.episodes import episodes_of, read_steps
 from itp.text.prompts import NO, YES
 from itp.text.segments import dialogue_segments
-from itp.text.state import parse
 from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example
 from itp.training.from_scratch.exercises import exercises
 from itp.training.from_scratch.learned_tokenizer import learn_tokenizer
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_options
-from itp.transitions import Transition, locate_transitions
+from itp.transitions import Transition
 
 MANY = ("cabinet", "drawer", "shelf")
 """Places that a room may have dozens of."""
@@ -109,15 +108,9 @@ def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) 
 
 
 def _episodes(path: str) -> Iterator[list[Transition]]:
-    rows = locate_transitions(path, required=("episode_id", "step", "state", "action", "next_state"))
-    for where, transition in rows:
-        try:
-            parse(transition.state)
-        except ValueError as error:
-            raise UserError(f"{where}: field 'state' isn't a state ({error}); convert the file first: python -m "
-                            f"world_model.data_processing.convert --input {path} --out_dir DIR") from error
-    for _, episode in itertools.groupby((transition for _, transition in rows), key=lambda t: t.episode_id):
-        yield list(episode)
+    steps = read_steps(path, required=("episode_id", "step", "state", "action", "next_state"))
+    for episode in episodes_of(steps):
+        yield [steps[i][0] for i in episode]
 
 
 def transcript(episode: Sequence[Transition]) -> Example:

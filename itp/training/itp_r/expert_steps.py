@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from itp.errors import UserError
 from itp.seeding import derive_seed
+from itp.text.episodes import episodes_of
 from itp.text.state import State, parse
 from itp.transitions import REQUIRED, Transition, locate_transitions
 
@@ -54,14 +56,14 @@ def read_expert(path: str, skipped: list[str] | None) -> list[ExpertStep]:
 
 def _forced_actions(rows: Sequence[ExpertStep]) -> Iterator[tuple[str, ...]]:
     """For every row the expert's actions from there on, as long as they were executed and belong together."""
-    following = {(row.transition.episode_id, row.transition.step): row.transition for row in rows}
-    for row in rows:
-        actions, here = [], row.transition
-        while here is not None and here.expert_action:
+    following = {i: after for episode in episodes_of([(row.transition, row.state) for row in rows])
+                 for i, after in itertools.pairwise(episode)}
+    for start in range(len(rows)):
+        actions, i = [], start
+        while i is not None and (here := rows[i].transition).expert_action:
             actions.append(here.expert_action)
             # After another action than the expert's, the next row isn't what follows from the expert's.
-            executed = here.action == here.expert_action
-            here = following.get((here.episode_id, here.step + 1)) if executed else None
+            i = following.get(i) if here.action == here.expert_action else None
         yield tuple(actions)
 
 
