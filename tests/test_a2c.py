@@ -116,6 +116,20 @@ def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path
     assert not (tmp_path / "best").exists() and (tmp_path / "last" / "trainer_state.pt").exists()
 
 
+def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_root: Path, tmp_path: Path) -> None:
+    """Episodes of a group differ in what they imagined: λ_K is in their returns."""
+    from itp.agent.policy_with_heads import read_heads
+
+    chosen = settings(models, games_root, tmp_path, advantage="group", group_size=4, episodes_per_update=8,
+                      episodes_per_epoch=16, num_envs=8, eval_every=0, wd=0.1, value_updates=3)
+    a2c.run(chosen)
+    rows = metrics(tmp_path)
+    assert all(0 < row["groups_with_signal"] <= 1 and row["advantage_abs"] > 0.01 for row in rows)
+    assert not {"loss_value", "value_mean", "explained_variance"} & rows[0].keys()
+    before, after = read_heads(chosen.policy_model), read_heads(tmp_path / "last")
+    assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"k_head"}
+
+
 # ---------------------------------------------------------------- stopping and going on
 
 
@@ -125,7 +139,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("where, changes", [
     ("alfworld", {"fixed_k": 1, "max_steps": 2, "episodes_per_epoch": 4, "episodes_per_update": 1}),
-    ("corridor", {"lora_r": 4, "minibatches": 2})])
+    ("corridor", {"lora_r": 4, "minibatches": 2}),
+    ("corridor", {"advantage": "gigpo", "group_size": 2, "group_std": True})])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, games_root: Path, tmp_path: Path, where: str,
                                                          changes: dict, request: pytest.FixtureRequest) -> None:
     if where == "corridor":
@@ -197,6 +212,7 @@ def test_the_folder_before_survives_a_kill_between_two_renames(tmp_path: Path) -
 
 def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -> None:
     chosen = settings(models, games_root, tmp_path / "out")
+    groups = {"advantage": "group", "group_size": 2}
     for changes, said in [
         ({"max_k": 5}, "--max_k 5, but .* was trained with kmax 2"),
         ({"policy_model": str(models[1])}, "without heads.*sft"),
@@ -205,6 +221,15 @@ def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -
         ({"env_data_root": ""}, "--env_data_root is missing"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         ({"minibatches": 4}, "more than the 2 episodes"),
+        ({"advantage": "group"}, "--advantage group compares the episodes of a game, and --group_size is 1"),
+        ({"group_size": 4}, "--episodes_per_update: 2 episodes are no multiple of --group_size 4"),
+        ({"group_size": 2, "episodes_per_epoch": 3, "epochs": 3}, "--episodes_per_epoch: 9 episodes in 3 epochs"),
+        ({"group_std": True}, "--group_std is for --advantage group and gigpo"),
+        ({"step_weight": 0.5}, "--step_weight is for --advantage gigpo"),
+        (groups | {"step_weight": 0.5}, "--step_weight is for --advantage gigpo; --advantage group compares no steps"),
+        (groups | {"n_steps": 1}, "--n_steps takes V_θ for what comes later, and --advantage group has no critic"),
+        (groups | {"bootstrap_at_limit": True, "advantage": "gigpo"}, "--bootstrap_at_limit takes V_θ"),
+        (groups | {"normalize_advantages": True}, "give --normalize_advantages false"),
         ({"eval_split": "train", "eval_games": 6}, "leaves no game of train"),
     ]:
         with pytest.raises(UserError, match=said) as error:
@@ -267,6 +292,9 @@ def test_games_come_in_turns_and_held_out_ones_never(models, games_root: Path, t
         assert {(g.path, g.goal) for g in turn} == {(g.path, g.goal) for g in games}
     assert [g.path for g in played[:len(games)]] != [g.path for g in played[len(games):]]
     assert episode_games(chosen, games, 3, 4) == played[3:7]
+    grouped = episode_games(dataclasses.replace(chosen, group_size=3), games, 0, 3 * len(games))
+    assert len({game.game_id for game in grouped}) == len(grouped)  # hence different seeds
+    assert [(g.path, g.goal) for g in grouped] == [(g.path, g.goal) for g in played[:len(games)] for _ in range(3)]
 
 
 def test_learning_on_a_test_split_is_written_on_the_card(models, games_root: Path, tmp_path: Path, caplog) -> None:
@@ -316,11 +344,14 @@ def test_readme_adapter_tracker_and_upload(models, corridor, games_root: Path, t
 # ---------------------------------------------------------------- what is learned
 
 
-def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, games_root: Path,
-                                                              tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [
+    {"normalize_advantages": True}, {"advantage": "group", "group_size": 8, "group_std": True},
+    {"advantage": "gigpo", "group_size": 8, "group_std": True}], ids=["critic", "group", "gigpo"])
+def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, games_root: Path, tmp_path: Path,
+                                                              changes: dict) -> None:
     chosen = settings(models, games_root, tmp_path, lambda_k=0.5, episodes_per_epoch=320, episodes_per_update=16,
-                      num_envs=16, lr=1e-2, value_updates=2, entropy_coef=0.0, normalize_advantages=True,
-                      wm_max_new_tokens=1, imagine_action_max_new_tokens=1, eval_every=0, save_every=100)
+                      num_envs=16, lr=1e-2, value_updates=2, entropy_coef=0.0, wm_max_new_tokens=1,
+                      imagine_action_max_new_tokens=1, eval_every=0, save_every=100, **changes)
     a2c.run(chosen)
     rows = metrics(tmp_path)
     assert rows[0]["mean_k"] > 0.7 and rows[-1]["mean_k"] < 0.1

@@ -129,6 +129,17 @@ def test_an_update_is_the_same_within_any_budget(folder: Path, lora_r: int) -> N
     same(found[90], found[10 ** 6])
 
 
+def test_without_a_critic_no_value_is_learned(folder: Path) -> None:
+    """α is nothing then, and no first updates are the value head's."""
+    critic, groups = (learner_of(folder, **changes) for changes in (
+        {"value_coef": 0.0}, {"advantage": "group", "group_size": 2, "value_coef": 5.0, "value_updates": 3}))
+    found, wanted = (updated(learner, episodes_of(learner, (5, 4))) for learner in (groups, critic))
+    heads = {name for name in wanted[1] if name.startswith("heads.v_head")}
+    assert len(heads) == 2 and not any(wanted[1][name].any() for name in heads)
+    same(found, ({name: value for name, value in wanted[0].items() if name != "loss_value"},
+                 {name: gradient for name, gradient in wanted[1].items() if name not in heads}))
+
+
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_recomputed_activations_change_memory_only(folder: Path, lora_r: int) -> None:
     found, saved = [], []

@@ -121,7 +121,8 @@ class Learner:
         if settings.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = policy
-        self.value_updates = min(settings.value_updates, settings.total_updates // 4)
+        self.value_updates = min(settings.value_updates, settings.total_updates // 4) if settings.has_critic else 0
+        policy.heads.v_head.requires_grad_(settings.has_critic)
         self.updates = self.skipped = 0
         value_head = list(policy.heads.v_head.parameters())
         self.acting = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
@@ -131,6 +132,7 @@ class Learner:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
         self.device = next(policy.parameters()).device
         self.dtype = dtype
+        self.losses = ["loss", "loss_act", *["loss_value"] * settings.has_critic, "loss_ent"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # a process without an episode needs its scale, too
 
@@ -194,11 +196,12 @@ class Learner:
     def _backward(self, rows: Sequence[PackedSteps], value_only: bool) -> dict[str, float]:
         """Add the gradients of some episodes; this process's share of the losses."""
         count = sum(self.processes.gather([len(row.samples) for row in rows]))
-        sums = dict.fromkeys(("loss", "loss_act", "loss_value", "loss_ent"), 0.0)
+        sums = dict.fromkeys(self.losses, 0.0)
         for group in self._groups(rows):
             loss, parts = self._loss(group, count, value_only)
-            for name, value in (parts | {"loss": loss.item()}).items():
-                sums[name] += value
+            parts["loss"] = loss.item()
+            for name in sums:
+                sums[name] += parts[name]
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} in update {self.updates + 1}: the training diverged; "
                                 "lower --lr or use --bf16 (the last checkpoint is kept)")
@@ -242,9 +245,9 @@ class Learner:
         actions = read.action_logprobs
         if self.settings.logprob_norm == "mean":
             actions = actions / torch.tensor([len(s.trace.token_ids) for s in samples], device=self.device)
+        value_coef = self.settings.value_coef if self.settings.has_critic else 0.0
         total, parts = a2c_loss(actions, read.k_logprobs, read.entropies, read.values, advantages, targets,
-                                value_coef=self.settings.value_coef, entropy_coef=self.settings.entropy_coef,
-                                count=count)
+                                value_coef=value_coef, entropy_coef=self.settings.entropy_coef, count=count)
         if value_only:
             total = self.settings.value_coef * (read.values - targets).square().sum() / count
         return total, parts
@@ -267,7 +270,7 @@ class Learner:
         if drawn:
             traces = [samples[i].trace for _, _, i, _ in drawn]
             logprobs = token_logprobs(
-                out.logits, [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
+                out.logits[:len(drawn)], [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
                 [trace.allowed[j] for trace, (*_, j) in zip(traces, drawn, strict=True)], traces[0].temperature)
             actions = actions.index_add(0, places[:, 2], logprobs)
         chose = torch.tensor([s.k >= 0 for s in samples], device=self.device)
