@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,11 +22,15 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.files import read_json
 from itp.games import Game
+from itp.lm.base import Trace
+from itp.methods.base import Decision
 from itp.model_card import ModelCard
+from itp.rollout import Step
 from itp.seeding import derive_seed
+from itp.text.prompts import CTRL
 from itp.text.state import State
 from itp.training.itp_r import a2c
-from itp.training.itp_r.a2c_settings import checked, data_root
+from itp.training.itp_r.a2c_settings import RlSettings, checked, data_root
 from itp.training.itp_r.checkpoint import RunFolder
 from tests.rl_runs import KMAX, approx, metrics, settings, write_models
 
@@ -66,7 +72,7 @@ def corridor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {"action_selection": "constrained"},
+    {"action_selection": "constrained", "observation_loss": 0.1},
     {"action_selection": "generate", "action_temperature": 0.7, "action_top_p": 0.9, "history_keep_steps": 2,
      "foresight_format": "last_obs"},
     {"action_selection": "constrained", "lora_r": 4, "lora_dropout": 0.0, "bootstrap_at_limit": True},
@@ -101,10 +107,40 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
     assert read.values.tolist() == pytest.approx([d.value for d in decisions], abs=1e-4)
     assert len({d.k for d in decisions}) > 1 and min(d.trace.logprob for d in decisions) < -0.1
     assert sum(len(row.tree.ids) for row in rows) < sum(len(s.ids) for e in samples for s in e)
+    if chosen.observation_loss:  # what followed is the text that the next prompt goes on with
+        for before, after in ((a, b) for episode in samples for a, b in itertools.pairwise(episode)):
+            assert [*before.before_observation, *before.observation] == after.heads_ids[:len(before.observed_ids) + 1]
+        assert sum(len(row.observed) for row in rows) == sum(len(s.observation) for e in samples for s in e) > 100
+    else:
+        assert not any(row.observed for row in rows)
     if chosen.bootstrap_at_limit:  # no game is won in so few steps
         assert all(b != 0 for b in bootstraps)
     else:
         assert bootstraps == [0.0] * 3
+
+
+def test_no_observation_is_learned_beyond_the_models_context() -> None:
+    from itp.training.itp_r.a2c_rollout import sample_of
+
+    class Words:
+        """A tokenizer whose tokens are words."""
+
+        start = [1]
+
+        def __call__(self, text: str) -> list[int]:
+            return [2] * len(text.split())
+
+        continuation = __call__
+
+    decision = Decision("look", prompt="a b", heads_prompt=f"Task: x\n{CTRL}", trace=Trace((3,), (None,), 1.0, 0.0))
+    step = Step(State("x", "y"), decision, "one two three four", 0.0, 0.0, False, False)
+    chosen = RlSettings(policy_model="", out_dir="", observation_loss=1.0)
+    for context, left in ((None, 4), (100, 4), (9, 4), (8, 3), (6, 1), (5, 0), (2, 0)):  # 6 tokens come before
+        lm = SimpleNamespace(encode=Words(), context_length=context)
+        sample = sample_of(step, 0.0, 0.0, lm, chosen)
+        assert (len(sample.before_observation), len(sample.observation)) == (6, left)
+        assert len(sample.observed_ids) <= (context or 100) or not left
+    assert not sample_of(step, 0.0, 0.0, lm, dataclasses.replace(chosen, observation_loss=0.0)).before_observation
 
 
 def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path, tmp_path: Path) -> None:
@@ -125,7 +161,7 @@ def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_
     a2c.run(chosen)
     rows = metrics(tmp_path)
     assert all(0 < row["groups_with_signal"] <= 1 and row["advantage_abs"] > 0.01 for row in rows)
-    assert not {"loss_value", "value_mean", "explained_variance"} & rows[0].keys()
+    assert not {"loss_value", "value_mean", "explained_variance", "loss_observation"} & rows[0].keys()
     before, after = read_heads(chosen.policy_model), read_heads(tmp_path / "last")
     assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"k_head"}
 
@@ -140,7 +176,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("where, changes", [
     ("alfworld", {"fixed_k": 1, "max_steps": 2, "episodes_per_epoch": 4, "episodes_per_update": 1}),
     ("corridor", {"lora_r": 4, "minibatches": 2}),
-    ("corridor", {"advantage": "gigpo", "group_size": 2, "group_std": True})])
+    ("corridor", {"advantage": "gigpo", "group_size": 2, "group_std": True, "observation_loss": 0.1})])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, games_root: Path, tmp_path: Path, where: str,
                                                          changes: dict, request: pytest.FixtureRequest) -> None:
     if where == "corridor":
@@ -356,6 +392,20 @@ def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, 
     rows = metrics(tmp_path)
     assert rows[0]["mean_k"] > 0.7 and rows[-1]["mean_k"] < 0.1
     assert rows[-1]["return"] > rows[0]["return"] + 0.8  # about 3 steps, K 1 each, at .5
+
+
+def test_an_observation_loss_teaches_what_the_actions_led_to(models, corridor, games_root: Path,
+                                                             tmp_path: Path) -> None:
+    """In the corridor one observation follows every action.  Without weight on it, its cross-entropy doesn't fall."""
+    first, last = {}, {}
+    for weight in (1.0, 1e-9):
+        chosen = settings(models, games_root, tmp_path / str(weight), fixed_k=0, wm_model="", eval_every=0,
+                          observation_loss=weight, lr=3e-3, episodes_per_epoch=32, episodes_per_update=4, num_envs=4)
+        a2c.run(chosen)
+        losses = [row["loss_observation"] for row in metrics(tmp_path / str(weight))]
+        first[weight], last[weight] = losses[0], losses[-1]
+    assert first[1.0] == pytest.approx(first[1e-9], rel=0.3)  # the same weights, other last bits may turn an action
+    assert last[1.0] < 0.5 * first[1.0] and last[1e-9] > 0.8 * first[1e-9]
 
 
 class Rooms:

@@ -51,7 +51,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors") | load_file(folder / "policy_heads.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{}, {"advantage": "gigpo", "group_size": 2}],
+@pytest.mark.parametrize("changes", [{}, {"advantage": "gigpo", "group_size": 2, "observation_loss": 0.1}],
                          ids=["critic", "gigpo"])
 def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
     """One episode at a time.  Of several, batches form as their requests come, and a last bit may turn a sample."""
@@ -79,8 +79,8 @@ def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, t
 
 @pytest.mark.parametrize("changes", [
     {"episodes_per_epoch": 7, "episodes_per_update": 3, "normalize_advantages": True},
-    {"episodes_per_epoch": 15, "episodes_per_update": 6, "advantage": "gigpo", "group_size": 3, "group_std": True}],
-    ids=["critic", "gigpo"])
+    {"episodes_per_epoch": 15, "episodes_per_update": 6, "advantage": "gigpo", "group_size": 3, "group_std": True,
+     "observation_loss": 0.1}], ids=["critic", "gigpo"])
 def test_two_processes_learn_what_one_learns(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
     """Three episodes an update, so that their shares differ, and one in the last, where a process has none.  Or two
     groups of three, and one in the last, each of which is shared among the processes.

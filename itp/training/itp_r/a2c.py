@@ -8,8 +8,9 @@ The step limit belongs to the task: a state holds the steps so far, so V_θ can 
 episode that is cut there is worth nothing more.  ``--bootstrap_at_limit`` counts V_θ of the state it was cut in.
 
 Departures from the paper: GAE instead of the TD target unless ``--n_steps 1``; episodes are played many at a time,
-and an update takes all steps of a batch.  ``--advantage group`` and ``gigpo`` aren't the paper's: they compare the
-episodes of a game with each other (:mod:`itp.training.itp_r.advantages`), and V_θ then is neither needed nor trained.
+and an update takes all steps of a batch.  Two options aren't the paper's.  ``--advantage group`` and ``gigpo`` compare
+the episodes of a game with each other (:mod:`itp.training.itp_r.advantages`); V_θ then is neither needed nor trained.
+``--observation_loss`` teaches the policy what followed its own actions, as PaW does (arXiv 2606.02388).
 
     OUT/last, OUT/best, OUT/metrics.jsonl, OUT/metrics.json      (:mod:`itp.training.itp_r.checkpoint`)
 
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SAID_IF_THERE = {"groups_with_signal": "groups with a signal", "advantage_abs": "mean |advantage|",
-                 "eval_success": "held out"}
+                 "loss_observation": "observation loss", "eval_success": "held out"}
 """Metrics that the log gives behind the others, and how it calls them."""
 
 

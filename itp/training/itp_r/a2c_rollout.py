@@ -25,8 +25,9 @@ from itp.methods.imagine_then_plan import ImagineThenPlan
 from itp.methods.settings import MethodSettings
 from itp.model_card import prompt_settings
 from itp.models import load_policy
-from itp.rollout import Episode, LeftOut, run_episodes
+from itp.rollout import Episode, LeftOut, Step, run_episodes
 from itp.seeding import derive_seed
+from itp.text.prompts import prompt_of_observation, world_model_target
 from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.advantages import Played, advantages_of
 
@@ -128,19 +129,30 @@ def played(episode: Episode, bootstrap: float, settings: RlSettings) -> Played:
 def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
             processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The samples of this process's episodes, and what is to be said about those of all processes."""
+    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
+    found = advantages_of([played(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)], settings,
+                          processes)
+    samples = [[sample_of(step, advantage, target, lm, settings)
+                for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)]
+               for episode, advantages, targets in zip(episodes, found.steps, found.targets, strict=True)]
+    return [steps for steps in samples if steps], row | found.figures
+
+
+def sample_of(step: Step, advantage: float, target: float, lm: LocalLM, settings: RlSettings) -> Sample:
+    """A step as the update needs it."""
     from itp.training.itp_r.a2c_update import Sample
 
     def ids_of(text: str) -> list[int]:
         return [*lm.encode.start, *lm.encode(text)]
 
-    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
-    found = advantages_of([played(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)], settings,
-                          processes)
-    samples = [[Sample(ids_of(step.decision.prompt), ids_of(step.decision.heads_prompt), step.decision.trace,
-                       -1 if settings.fixed_k >= 0 else step.decision.k, advantage, target)
-                for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)]
-               for episode, advantages, targets in zip(episodes, found.steps, found.targets, strict=True)]
-    return [steps for steps in samples if steps], row | found.figures
+    decision, before, observation = step.decision, [], []
+    if settings.observation_loss and step.observation:
+        before = ids_of(prompt_of_observation(decision.heads_prompt, decision.action))
+        observation = lm.encode.continuation(world_model_target(step.observation))
+        if lm.context_length:  # what is beyond, the policy can't read
+            observation = observation[:max(0, lm.context_length + 1 - len(before))]
+    return Sample(ids_of(decision.prompt), ids_of(decision.heads_prompt), decision.trace,
+                  -1 if settings.fixed_k >= 0 else decision.k, advantage, target, before, observation)
 
 
 def summary(episode: Episode, settings: RlSettings) -> dict[str, Any]:

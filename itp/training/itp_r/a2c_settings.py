@@ -84,6 +84,8 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
     entropy_coef: float = flag(0.01, help="β of eq. 8")
     value_coef: float = flag(1.0, help="α of eq. 8")
+    observation_loss: float = flag(0.0, at_least=0, help="weight of the cross-entropy of the observations that follow "
+                                                         "executed actions, a mean over their tokens (0: none)")
     value_updates: int = flag(3, at_least=0, help="first updates, of the value head alone (a quarter of all at most)")
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
