@@ -81,15 +81,17 @@ def same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
         torch.testing.assert_close(gradient, two[1][name], rtol=1e-4, atol=3e-5)
 
 
-def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
-    episode, = episodes_of(learner_of(folder), (12,))
+@pytest.mark.parametrize("observation_loss", [0.0, 0.7])
+def test_trees_keep_to_the_budget_and_still_share(folder: Path, observation_loss: float) -> None:
+    episode, = episodes_of(learner_of(folder, observation_loss=observation_loss), (12,))
     whole, = make_rows(episode, 10 ** 6)
     alone = make_rows(episode, 1)
     assert [row.samples for row in alone] == [[sample] for sample in episode]  # one sample may exceed it
     budget = max(len(row.tree) for row in alone)
     parts = make_rows(episode, budget)
     assert [sample for row in parts for sample in row.samples] == episode and len(parts) > 1
-    assert max(len(row.tree) for row in parts) <= budget
+    for more in range(40):
+        assert max(len(row.tree) for row in make_rows(episode, budget + more)) <= budget + more
     assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
 
 

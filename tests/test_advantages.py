@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import threading
@@ -84,10 +85,10 @@ def test_groups_by_hand() -> None:
 
 @pytest.mark.parametrize("by_std", [False, True])
 def test_where_all_returns_are_equal_nothing_is_learned(by_std: bool) -> None:
-    """Also where sums of the same rewards differ in their last bits, and where an episode is alone."""
-    in_other_order = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.6]
-    assert len({sum(rewards) for rewards in in_other_order}) > 1
-    made = found([*(played("a", rewards) for rewards in in_other_order), played("b", [5.0, 1.0]), played("c", [1.0]),
+    """Also where equal sums differ in their last bits, and where an episode is alone."""
+    split_otherwise = [0.1, 0.2], [0.3], [0.2, 0.1]
+    assert len({math.fsum(rewards) for rewards in split_otherwise}) > 1
+    made = found([*(played("a", rewards) for rewards in split_otherwise), played("b", [5.0, 1.0]), played("c", [1.0]),
                   played("c", [2.0])], group_std=by_std)
     assert [any(steps) for steps in made.steps] == [False] * 4 + [True] * 2
     assert made.figures["groups_with_signal"] == pytest.approx(1 / 3)
