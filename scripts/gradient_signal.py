@@ -7,10 +7,10 @@ r"""How much of A2C's gradient is signal?  Cosines between the gradients of batc
 Takes the flags of rl_k, and --batches, --advantages, --gammas and --gae_lambdas; nothing is trained.  Let S be the
 squared length of the expected gradient and N the mean squared length of the noise in a batch's gradient.  The mean
 cosine c of two batches is S / (S + N), so the gradient of (1 - c) / c batches together is half signal.  A lower gamma
-or gae_lambda has less noise, but its expected gradient is biased.  The column "towards" shows this: the mean cosine with
-other batches' gradients by the first row's values.  Put values first that need no good critic: gae_lambda 1.  Behind +-
-is the standard error (jackknife over the batches).  If c isn't well above it, there are too few batches to tell.
---advantages critic,group,gigpo compares them on the same episodes; --group_size says how many of them each game has.
+or gae_lambda has less noise, but its expected gradient is biased.  The column "towards" shows this: the mean cosine
+with other batches' gradients by the first row's values.  Put values first that need no good critic: gae_lambda 1.
+Behind +- is the standard error (jackknife over the batches).  If c isn't well above it, there are too few batches to
+tell.  --advantages critic,group,gigpo compares them on the same episodes, --group_size of which are of each game.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _numbers(name: str, text: str) -> list[float]:
 
 def main() -> None:
     settings = parse_settings(SignalSettings, prog="python scripts/gradient_signal.py", description=__doc__)
-    settings = dataclasses.replace(settings, eval_every=0, value_coef=0.0, observation_loss=0.0)  # the actor's alone
+    settings = dataclasses.replace(
+        settings, eval_every=0, value_coef=0.0, observation_loss=0.0,  # the gradient is the actor's alone
+        epochs=1, episodes_per_epoch=settings.batches * settings.batch_episodes)
     settings = checked(settings)
     variants = settings.variants
     for variant in variants:

@@ -119,9 +119,9 @@ def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root,
     policy, _ = write_models(tmp_path, games_root)
     monkeypatch.setattr(sys, "argv", [
         "gradient_signal.py", "--policy_model", str(policy), "--fixed_k", "0", "--env_data_root", str(games_root),
-        "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "2",
+        "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "4",
         "--max_steps", "4", "--action_selection", "constrained", "--gammas", "0.9,0.5", "--gae_lambdas", "1,0.5",
-        "--batches", "3", "--advantages", "critic,gigpo", "--group_size", "2"])
+        "--batches", "3", "--advantages", "critic,gigpo", "--group_size", "4"])
     gradient_signal.main()
     printed = capsys.readouterr().out
     assert printed.count("explained variance") == printed.count("groups with signal") == 3
