@@ -10,7 +10,7 @@ episode that is cut there is worth nothing more.  ``--bootstrap_at_limit`` count
 Departures from the paper: GAE instead of the TD target unless ``--n_steps 1``; episodes are played many at a time,
 and an update takes all steps of a batch.  Two options aren't the paper's.  ``--advantage group`` and ``gigpo`` compare
 the episodes of a game with each other (:mod:`itp.training.itp_r.advantages`); V_θ then is neither needed nor trained.
-``--observation_loss`` teaches the policy what followed its own actions, as PaW does (arXiv 2606.02388).
+``--observation_loss`` teaches the policy what followed its own actions, an idea of PaW (arXiv 2606.02388).
 
     OUT/last, OUT/best, OUT/metrics.jsonl, OUT/metrics.json      (:mod:`itp.training.itp_r.checkpoint`)
 
