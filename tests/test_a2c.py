@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,11 +22,15 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.files import read_json
 from itp.games import Game
+from itp.lm.base import Trace
+from itp.methods.base import Decision
 from itp.model_card import ModelCard
+from itp.rollout import Step
 from itp.seeding import derive_seed
+from itp.text.prompts import CTRL
 from itp.text.state import State
 from itp.training.itp_r import a2c
-from itp.training.itp_r.a2c_settings import checked, data_root
+from itp.training.itp_r.a2c_settings import RlSettings, checked, data_root
 from itp.training.itp_r.checkpoint import RunFolder
 from tests.rl_runs import KMAX, approx, metrics, settings, write_models
 
@@ -66,7 +72,7 @@ def corridor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {"action_selection": "constrained"},
+    {"action_selection": "constrained", "observation_loss": 0.1},
     {"action_selection": "generate", "action_temperature": 0.7, "action_top_p": 0.9, "history_keep_steps": 2,
      "foresight_format": "last_obs"},
     {"action_selection": "constrained", "lora_r": 4, "lora_dropout": 0.0, "bootstrap_at_limit": True},
@@ -101,10 +107,40 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
     assert read.values.tolist() == pytest.approx([d.value for d in decisions], abs=1e-4)
     assert len({d.k for d in decisions}) > 1 and min(d.trace.logprob for d in decisions) < -0.1
     assert sum(len(row.tree.ids) for row in rows) < sum(len(s.ids) for e in samples for s in e)
+    if chosen.observation_loss:  # what followed is the text that the next prompt goes on with
+        for before, after in ((a, b) for episode in samples for a, b in itertools.pairwise(episode)):
+            assert [*before.before_observation, *before.observation] == after.heads_ids[:len(before.observed_ids) + 1]
+        assert sum(len(row.observed) for row in rows) == sum(len(s.observation) for e in samples for s in e) > 100
+    else:
+        assert not any(row.observed for row in rows)
     if chosen.bootstrap_at_limit:  # no game is won in so few steps
         assert all(b != 0 for b in bootstraps)
     else:
         assert bootstraps == [0.0] * 3
+
+
+def test_no_observation_is_learned_beyond_the_models_context() -> None:
+    from itp.training.itp_r.a2c_rollout import sample_of
+
+    class Words:
+        """A tokenizer whose tokens are words."""
+
+        start = [1]
+
+        def __call__(self, text: str) -> list[int]:
+            return [2] * len(text.split())
+
+        continuation = __call__
+
+    decision = Decision("look", prompt="a b", heads_prompt=f"Task: x\n{CTRL}", trace=Trace((3,), (None,), 1.0, 0.0))
+    step = Step(State("x", "y"), decision, "one two three four", 0.0, 0.0, False, False)
+    chosen = RlSettings(policy_model="", out_dir="", observation_loss=1.0)
+    for context, left in ((None, 4), (100, 4), (9, 4), (8, 3), (6, 1), (5, 0), (2, 0)):  # 6 tokens come before
+        lm = SimpleNamespace(encode=Words(), context_length=context)
+        sample = sample_of(step, 0.0, 0.0, lm, chosen)
+        assert (len(sample.before_observation), len(sample.observation)) == (6, left)
+        assert len(sample.observed_ids) <= (context or 100) or not left
+    assert not sample_of(step, 0.0, 0.0, lm, dataclasses.replace(chosen, observation_loss=0.0)).before_observation
 
 
 def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path, tmp_path: Path) -> None:
@@ -116,6 +152,20 @@ def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path
     assert not (tmp_path / "best").exists() and (tmp_path / "last" / "trainer_state.pt").exists()
 
 
+def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_root: Path, tmp_path: Path) -> None:
+    """Episodes of a group differ in what they imagined: λ_K is in their returns."""
+    from itp.agent.policy_with_heads import read_heads
+
+    chosen = settings(models, games_root, tmp_path, advantage="group", group_size=4, episodes_per_update=8,
+                      episodes_per_epoch=16, num_envs=8, eval_every=0, wd=0.1, value_updates=3)
+    a2c.run(chosen)
+    rows = metrics(tmp_path)
+    assert all(0 < row["groups_with_signal"] <= 1 and row["advantage_abs"] > 0.01 for row in rows)
+    assert not {"loss_value", "value_mean", "explained_variance", "loss_observation"} & rows[0].keys()
+    before, after = read_heads(chosen.policy_model), read_heads(tmp_path / "last")
+    assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"k_head"}
+
+
 # ---------------------------------------------------------------- stopping and going on
 
 
@@ -125,7 +175,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("where, changes", [
     ("alfworld", {"fixed_k": 1, "max_steps": 2, "episodes_per_epoch": 4, "episodes_per_update": 1}),
-    ("corridor", {"lora_r": 4, "minibatches": 2})])
+    ("corridor", {"lora_r": 4, "minibatches": 2}),
+    ("corridor", {"advantage": "gigpo", "group_size": 2, "group_std": True, "observation_loss": 0.1})])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, games_root: Path, tmp_path: Path, where: str,
                                                          changes: dict, request: pytest.FixtureRequest) -> None:
     if where == "corridor":
@@ -197,6 +248,7 @@ def test_the_folder_before_survives_a_kill_between_two_renames(tmp_path: Path) -
 
 def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -> None:
     chosen = settings(models, games_root, tmp_path / "out")
+    groups = {"advantage": "group", "group_size": 2}
     for changes, said in [
         ({"max_k": 5}, "--max_k 5, but .* was trained with kmax 2"),
         ({"policy_model": str(models[1])}, "without heads.*sft"),
@@ -205,6 +257,15 @@ def test_refusals_name_what_is_wrong(models, games_root: Path, tmp_path: Path) -
         ({"env_data_root": ""}, "--env_data_root is missing"),
         ({"fp16": True, "bf16": True}, "exclude each other"),
         ({"minibatches": 4}, "more than the 2 episodes"),
+        ({"advantage": "group"}, "--advantage group compares the episodes of a game, and --group_size is 1"),
+        ({"group_size": 4}, "--episodes_per_update: 2 episodes are no multiple of --group_size 4"),
+        ({"group_size": 2, "episodes_per_epoch": 3, "epochs": 3}, "--episodes_per_epoch: 9 episodes in 3 epochs"),
+        ({"group_std": True}, "--group_std is for --advantage group and gigpo"),
+        ({"step_weight": 0.5}, "--step_weight is for --advantage gigpo"),
+        (groups | {"step_weight": 0.5}, "--step_weight is for --advantage gigpo; --advantage group compares no steps"),
+        (groups | {"n_steps": 1}, "--n_steps takes V_θ for what comes later, and --advantage group has no critic"),
+        (groups | {"bootstrap_at_limit": True, "advantage": "gigpo"}, "--bootstrap_at_limit takes V_θ"),
+        (groups | {"normalize_advantages": True}, "give --normalize_advantages false"),
         ({"eval_split": "train", "eval_games": 6}, "leaves no game of train"),
     ]:
         with pytest.raises(UserError, match=said) as error:
@@ -267,6 +328,9 @@ def test_games_come_in_turns_and_held_out_ones_never(models, games_root: Path, t
         assert {(g.path, g.goal) for g in turn} == {(g.path, g.goal) for g in games}
     assert [g.path for g in played[:len(games)]] != [g.path for g in played[len(games):]]
     assert episode_games(chosen, games, 3, 4) == played[3:7]
+    grouped = episode_games(dataclasses.replace(chosen, group_size=3), games, 0, 3 * len(games))
+    assert len({game.game_id for game in grouped}) == len(grouped)  # hence different seeds
+    assert [(g.path, g.goal) for g in grouped] == [(g.path, g.goal) for g in played[:len(games)] for _ in range(3)]
 
 
 def test_learning_on_a_test_split_is_written_on_the_card(models, games_root: Path, tmp_path: Path, caplog) -> None:
@@ -316,15 +380,32 @@ def test_readme_adapter_tracker_and_upload(models, corridor, games_root: Path, t
 # ---------------------------------------------------------------- what is learned
 
 
-def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, games_root: Path,
-                                                              tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [
+    {"normalize_advantages": True}, {"advantage": "group", "group_size": 8, "group_std": True},
+    {"advantage": "gigpo", "group_size": 8, "group_std": True}], ids=["critic", "group", "gigpo"])
+def test_where_looking_ahead_is_dear_and_useless_k_falls_to_0(models, corridor, games_root: Path, tmp_path: Path,
+                                                              changes: dict) -> None:
     chosen = settings(models, games_root, tmp_path, lambda_k=0.5, episodes_per_epoch=320, episodes_per_update=16,
-                      num_envs=16, lr=1e-2, value_updates=2, entropy_coef=0.0, normalize_advantages=True,
-                      wm_max_new_tokens=1, imagine_action_max_new_tokens=1, eval_every=0, save_every=100)
+                      num_envs=16, lr=1e-2, value_updates=2, entropy_coef=0.0, wm_max_new_tokens=1,
+                      imagine_action_max_new_tokens=1, eval_every=0, save_every=100, **changes)
     a2c.run(chosen)
     rows = metrics(tmp_path)
     assert rows[0]["mean_k"] > 0.7 and rows[-1]["mean_k"] < 0.1
     assert rows[-1]["return"] > rows[0]["return"] + 0.8  # about 3 steps, K 1 each, at .5
+
+
+def test_an_observation_loss_teaches_what_the_actions_led_to(models, corridor, games_root: Path,
+                                                             tmp_path: Path) -> None:
+    """In the corridor one observation follows every action.  Without weight on it, its cross-entropy doesn't fall."""
+    first, last = {}, {}
+    for weight in (1.0, 1e-9):
+        chosen = settings(models, games_root, tmp_path / str(weight), fixed_k=0, wm_model="", eval_every=0,
+                          observation_loss=weight, lr=3e-3, episodes_per_epoch=32, episodes_per_update=4, num_envs=4)
+        a2c.run(chosen)
+        losses = [row["loss_observation"] for row in metrics(tmp_path / str(weight))]
+        first[weight], last[weight] = losses[0], losses[-1]
+    assert first[1.0] == pytest.approx(first[1e-9], rel=0.3)  # the same weights, other last bits may turn an action
+    assert last[1.0] < 0.5 * first[1.0] and last[1e-9] > 0.8 * first[1e-9]
 
 
 class Rooms:

@@ -51,10 +51,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors") | load_file(folder / "policy_heads.safetensors")
 
 
-def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"advantage": "gigpo", "group_size": 2, "observation_loss": 0.1}],
+                         ids=["critic", "gigpo"])
+def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
     """One episode at a time.  Of several, batches form as their requests come, and a last bit may turn a sample."""
     whole, killed = (settings(models, games_root, tmp_path / name, max_steps=2, episodes_per_epoch=24, eval_every=0,
-                              num_envs=1, lora_r=4, lora_dropout=0.2, lr=1e-2) for name in ("whole", "killed"))
+                              num_envs=1, lora_r=4, lora_dropout=0.2, lr=1e-2, **changes)
+                     for name in ("whole", "killed"))
     out, log = tmp_path / "killed", tmp_path / "log"
     process = launch(killed, log)
     deadline = time.monotonic() + 300
@@ -74,21 +77,27 @@ def test_a_killed_process_goes_on_by_its_own_command(models, games_root: Path, t
         assert_close(weights(out / "last")[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_learn_what_one_learns(models, games_root: Path, tmp_path: Path) -> None:
-    """Three episodes an update, so that their shares differ, and one in the last, where a process has none.
+@pytest.mark.parametrize("changes", [
+    {"episodes_per_epoch": 7, "episodes_per_update": 3, "normalize_advantages": True},
+    {"episodes_per_epoch": 15, "episodes_per_update": 6, "advantage": "gigpo", "group_size": 3, "group_std": True,
+     "observation_loss": 0.1}], ids=["critic", "gigpo"])
+def test_two_processes_learn_what_one_learns(models, games_root: Path, tmp_path: Path, changes: dict) -> None:
+    """Three episodes an update, so that their shares differ, and one in the last, where a process has none.  Or two
+    groups of three, and one in the last, each of which is shared among the processes.
 
     One episode at a time, and a nucleus of hardly more than one token, so that a last bit turns no sample.  Sums in
     another order differ in their last bits, of which Adam makes whole steps where a gradient is next to nothing: hence
     a small learning rate, and weights compared as a whole.
     """
-    one, two = (settings(models, games_root, tmp_path / name, max_steps=2, episodes_per_epoch=7, episodes_per_update=3,
-                         normalize_advantages=True, lr=1e-4, num_envs=1, action_top_p=0.01) for name in ("one", "two"))
+    one, two = (settings(models, games_root, tmp_path / name, max_steps=2, lr=1e-4, num_envs=1, action_top_p=0.01,
+                         **changes) for name in ("one", "two"))
     log = tmp_path / "log"
     process = launch(two, log, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     rl_k.run(one)
     assert process.wait(300) == 0, log.read_text()
     rows = metrics(tmp_path / "one")
     assert [row["update"] for row in rows] == [0, 1, 2, 3] and metrics(tmp_path / "two") == approx(rows, rel=1e-3)
+    assert all(row["advantage_abs"] > 0.01 for row in rows[1:])
     start, alone, together = (torch.cat([w.flatten() for _, w in sorted(weights(folder).items())])
                               for folder in (models[0], tmp_path / "one" / "last", tmp_path / "two" / "last"))
     assert (together - alone).norm() < 0.02 * (alone - start).norm()

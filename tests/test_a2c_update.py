@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,10 @@ def learner_of(folder: Path, **changes) -> Learner:
 
 
 def episodes_of(learner: Learner, lengths: tuple[int, ...]) -> list[list[Sample]]:
-    """Episodes of so many steps: each prompt is the state so far, <CTRL>, and words of its own."""
+    """Episodes of so many steps: each prompt is the state so far, <CTRL>, and words of its own.
+
+    Where the learner has an observation loss, samples have the five tokens that followed the action, too.
+    """
     draw, ctrl = random.Random(1), learner.tokenizer.convert_tokens_to_ids(CTRL)
     episodes = []
     for length in lengths:
@@ -53,9 +57,13 @@ def episodes_of(learner: Learner, lengths: tuple[int, ...]) -> list[list[Sample]
             action = tuple(draw.randrange(ctrl) for _ in range(3))
             trace = Trace(action, (None, (*action[1:2], 3, 4), (action[2],)), TEMPERATURE, 0.0)
             own = [draw.randrange(ctrl) for _ in range(draw.randrange(1, 9))]
-            samples.append(Sample([*state, ctrl, *own], [*state, ctrl], trace, draw.randrange(3), draw.gauss(0, 1),
-                                  draw.gauss(0, 1)))
-            state = [*state, *action, *(draw.randrange(ctrl) for _ in range(5))]
+            sample = Sample([*state, ctrl, *own], [*state, ctrl], trace, draw.randrange(3), draw.gauss(0, 1),
+                            draw.gauss(0, 1))
+            before, observation = [*state, *action], [draw.randrange(ctrl) for _ in range(5)]
+            if learner.settings.observation_loss:
+                sample = replace(sample, before_observation=before, observation=observation)
+            samples.append(sample)
+            state = [*before, *observation]
         episodes.append(samples)
     return episodes
 
@@ -73,15 +81,17 @@ def same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
         torch.testing.assert_close(gradient, two[1][name], rtol=1e-4, atol=3e-5)
 
 
-def test_trees_keep_to_the_budget_and_still_share(folder: Path) -> None:
-    episode, = episodes_of(learner_of(folder), (12,))
+@pytest.mark.parametrize("observation_loss", [0.0, 0.7])
+def test_trees_keep_to_the_budget_and_still_share(folder: Path, observation_loss: float) -> None:
+    episode, = episodes_of(learner_of(folder, observation_loss=observation_loss), (12,))
     whole, = make_rows(episode, 10 ** 6)
     alone = make_rows(episode, 1)
     assert [row.samples for row in alone] == [[sample] for sample in episode]  # one sample may exceed it
     budget = max(len(row.tree) for row in alone)
     parts = make_rows(episode, budget)
     assert [sample for row in parts for sample in row.samples] == episode and len(parts) > 1
-    assert max(len(row.tree) for row in parts) <= budget
+    for more in range(40):
+        assert max(len(row.tree) for row in make_rows(episode, budget + more)) <= budget + more
     assert len(whole.tree) < sum(len(row.tree) for row in parts) < sum(len(row.tree) for row in alone)
 
 
@@ -112,21 +122,55 @@ def test_rows_are_those_that_cost_least() -> None:
     assert len(cheapest_rows(growing, 10 ** 6, 1)) == 1 < len(make_rows(growing, 2100))  # a second repeats the state
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-def test_an_update_is_the_same_within_any_budget(folder: Path, lora_r: int) -> None:
+@pytest.mark.parametrize("lora_r, observation_loss", [(0, 0.0), (4, 0.0), (0, 0.7)])
+def test_an_update_is_the_same_within_any_budget(folder: Path, lora_r: int, observation_loss: float) -> None:
     found, passes = {}, {}
     for budget in (1, 90, 10 ** 6):
-        learner = learner_of(folder, update_batch_tokens=budget, lora_r=lora_r, lora_dropout=0.0)
+        learner = learner_of(folder, update_batch_tokens=budget, lora_r=lora_r, lora_dropout=0.0,
+                             observation_loss=observation_loss)
         episodes, sizes = episodes_of(learner, (9, 3, 1)), []
         learner.policy.causal_lm.register_forward_pre_hook(
             lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
         found[budget], passes[budget] = updated(learner, episodes), sizes
-    longest = max(len(s.ids) + 2 for episode in episodes for s in episode)
+    longest = max(len(s.ids) + 2 + len(s.observed_ids[len(s.heads_ids) - 1:]) for e in episodes for s in e)
     assert longest > 90  # a step that no tree of that size holds
     assert (len(passes[1]), len(passes[10 ** 6])) == (13, 1) and 1 < len(passes[90]) < 13
     assert max(passes[90]) < longest + 8
     same(found[1], found[10 ** 6])
     same(found[90], found[10 ** 6])
+
+
+def test_observations_are_learned_where_the_next_prompt_has_them(folder: Path) -> None:
+    """Only those of the last step need nodes of their own; each token's loss is that of its sequence alone."""
+    learner, without = learner_of(folder, observation_loss=0.7), learner_of(folder)
+    episode, = episodes_of(learner, (4,))
+    row, = make_rows(episode, 10 ** 6)
+    plain, = make_rows(episodes_of(without, (4,))[0], 10 ** 6)
+    assert len(row.tree) == len(plain.tree) + 3 + 4 and not plain.observed
+    assert [(row.tree.path(node), token) for node, token in row.observed] == [
+        ([*s.before_observation, *s.observation[:j]], s.observation[j]) for s in episode for j in range(5)]
+    nll = []
+    with torch.no_grad():
+        for s in episode:
+            logits = learner.policy.causal_lm(torch.tensor([[*s.before_observation, *s.observation]])).logits[0]
+            told = logits[len(s.before_observation) - 1:-1].log_softmax(-1)
+            nll += [-told[j, token].item() for j, token in enumerate(s.observation)]
+    assert learner.read([row]).observation_nll.tolist() == pytest.approx(nll, abs=1e-4) and len(set(nll)) == 20
+    found, plainly = learner.update([episode]), without.update(episodes_of(without, (4,)))
+    assert found["loss_observation"] == pytest.approx(sum(nll) / 20, abs=1e-4)
+    assert found["loss"] == pytest.approx(plainly["loss"] + 0.7 * sum(nll) / 20, abs=1e-4)
+    assert found["loss_act"] == pytest.approx(plainly["loss_act"], abs=1e-4) and "loss_observation" not in plainly
+
+
+def test_without_a_critic_no_value_is_learned(folder: Path) -> None:
+    """α is nothing then, and no first updates are the value head's."""
+    critic, groups = (learner_of(folder, **changes) for changes in (
+        {"value_coef": 0.0}, {"advantage": "group", "group_size": 2, "value_coef": 5.0, "value_updates": 3}))
+    found, wanted = (updated(learner, episodes_of(learner, (5, 4))) for learner in (groups, critic))
+    heads = {name for name in wanted[1] if name.startswith("heads.v_head")}
+    assert len(heads) == 2 and not any(wanted[1][name].any() for name in heads)
+    same(found, ({name: value for name, value in wanted[0].items() if name != "loss_value"},
+                 {name: gradient for name, gradient in wanted[1].items() if name not in heads}))
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])

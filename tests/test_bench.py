@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from itp.errors import UserError
 from itp.lm.base import GenParams, Generation, asking, metered
 from itp.lm.local import LocalLM
 from tests.rl_runs import write_models
@@ -118,14 +119,22 @@ def test_the_signal_of_gradients_is_measured_on_real_games(tmp_path, games_root,
     policy, _ = write_models(tmp_path, games_root)
     monkeypatch.setattr(sys, "argv", [
         "gradient_signal.py", "--policy_model", str(policy), "--fixed_k", "0", "--env_data_root", str(games_root),
-        "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "2",
+        "--policy_device", "cpu", "--env_processes", "1", "--num_envs", "2", "--episodes_per_update", "4",
         "--max_steps", "4", "--action_selection", "constrained", "--gammas", "0.9,0.5", "--gae_lambdas", "1,0.5",
-        "--batches", "3"])
+        "--batches", "3", "--advantages", "critic,gigpo", "--group_size", "4"])
     gradient_signal.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert [row[:2] for row in rows] == [["0.90", "1.00"], ["0.90", "0.50"], ["0.50", "1.00"], ["0.50", "0.50"]]
-    assert rows[0][2:5] == rows[0][5:8]  # towards itself
-    assert len({row[2] for row in rows}) > 1
+    printed = capsys.readouterr().out
+    assert printed.count("explained variance") == printed.count("groups with signal") == 3
+    rows = [line.split() for line in printed.splitlines()[-6:]]
+    assert [row[:3] for row in rows] == [["critic", "0.90", "1.00"], ["critic", "0.90", "0.50"],
+                                         ["critic", "0.50", "1.00"], ["critic", "0.50", "0.50"],
+                                         ["gigpo", "0.90", "-"], ["gigpo", "0.50", "-"]]
+    assert rows[0][3:6] == rows[0][6:9]  # towards itself
+    assert len({row[3] for row in rows}) > 1
+    for wrong, said in (("critic,ppo", "'ppo' isn't one of critic, group, gigpo"), ("critic,group", "give 2 or more")):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--advantages", wrong])
+        with pytest.raises(UserError, match=said):
+            gradient_signal.main()
 
 
 def test_the_gpu_check_names_what_it_does_not_know(tmp_path) -> None:

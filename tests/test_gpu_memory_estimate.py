@@ -75,6 +75,7 @@ def test_formulas_by_hand() -> None:
     whole = policy_bytes(SHAPE, lora_r=0, checkpointing=True, **common)
     assert (whole["weights"], whole["gradients and Adam"]) == (4000 + 2000, 12000)
     assert whole["activations of the update"] == block + 2 * 5 * 4 * 2  # one block's, and the inputs of both
+    assert policy_bytes(SHAPE, lora_r=2, checkpointing=False, supervised=1.0, **common) == lora | {"logits": 1000}
     assert world_model_bytes(SHAPE, width=2, rows=1, length=1)["weights"] == 2000
 
 
@@ -111,6 +112,12 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         monkeypatch.setattr(memory, "_free", lambda device: 80 * GB)
         memory.report(settings, ("cuda:0", "cuda:1"), 2)
     assert [r.getMessage().split(" will")[0] for r in caplog.records] == ["cuda:0", "cuda:1"]
+    asked = []
+    monkeypatch.setattr(memory, "policy_bytes", lambda shape, **how: asked.append(how) or policy_bytes(shape, **how))
+    for weight in (0.0, 0.1):  # observations are learned at any token, and behind a prompt of any length
+        memory.report(replace(settings, update_batch_tokens=1, max_seq_len=100, observation_loss=weight),
+                      ("cuda:0", "cuda:1"), 2)
+    assert [(how["update_tokens"], how["supervised"]) for how in asked] == [(200, 0.5), (200 + 16 + 256, 1.0)]
     monkeypatch.setattr(memory, "_free", lambda device: 0)
     with pytest.raises(UserError, match="cuda:0 has 0 GB free"):
         memory.report(settings, ("cuda:0", "cuda:0"), 2)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from itp.training.itp_r.losses import a2c_loss, gae, k_entropy, n_step_returns, normalized, reward, token_logprobs
+from itp.training.itp_r.losses import a2c_loss, k_entropy, reward, token_logprobs
 
 PAPER = {"lambda_k": 0.2, "step_cost": 0.01, "success_bonus": 0.01, "invalid_action_penalty": -0.1}
 
@@ -18,35 +18,6 @@ def test_the_reward_of_equation_7() -> None:
     assert reward(0.0, 3, success=False, invalid=False, **PAPER) == pytest.approx(-0.61)
     assert reward(0.0, 1, success=False, invalid=True, **PAPER) == pytest.approx(-0.31)
     assert reward(1.0, 2, success=True, invalid=False, **PAPER) == pytest.approx(1 - 0.4 - 0.01 + 0.01)
-
-
-def test_returns_by_hand() -> None:
-    rewards, values = [1.0, 0.0, 2.0], [0.5, 0.25, 1.0]
-    # n = 1: r + γV(s'); the end of the episode is worth nothing, unless it was only cut there.
-    assert n_step_returns(rewards, values, 0.5, 1) == pytest.approx([1 + 0.125, 0.5, 2.0])
-    assert n_step_returns(rewards, values, 0.5, 1, bootstrap=4.0) == pytest.approx([1.125, 0.5, 4.0])
-    assert n_step_returns(rewards, values, 0.5, 2) == pytest.approx([1 + 0 + 0.25, 0 + 1.0, 2.0])
-    assert n_step_returns(rewards, values, 0.5, 0) == pytest.approx([1 + 0 + 0.5, 1.0, 2.0])
-    assert n_step_returns(rewards, values, 0.5, 0, bootstrap=4.0) == pytest.approx([1.5 + 0.5, 2.0, 4.0])
-
-
-def test_gae_by_hand_and_by_its_sum() -> None:
-    # δ = (1 + .5·.25 − .5, 0 + .5·1 − .25, 2 − 1) = (.625, .25, 1); γλ = .25
-    assert gae([1.0, 0.0, 2.0], [0.5, 0.25, 1.0], 0.5, 0.5) == pytest.approx([0.625 + 0.0625 + 0.0625, 0.5, 1.0])
-    draw = random.Random(1)
-    rewards, values = [draw.gauss(0, 1) for _ in range(9)], [draw.gauss(0, 1) for _ in range(9)]
-    after = [*values, 0.7]
-    deltas = [r + 0.9 * after[t + 1] - after[t] for t, r in enumerate(rewards)]
-    slow = [sum((0.9 * 0.8) ** (j - t) * deltas[j] for j in range(t, 9)) for t in range(9)]
-    assert gae(rewards, values, 0.9, 0.8, 0.7) == pytest.approx(slow)
-
-
-@pytest.mark.parametrize("lam, n", [(0.0, 1), (1.0, 0)])
-def test_the_ends_of_gae_are_n_step_returns(lam: float, n: int) -> None:
-    draw = random.Random(2)
-    rewards, values = [draw.gauss(0, 1) for _ in range(6)], [draw.gauss(0, 1) for _ in range(6)]
-    returns = n_step_returns(rewards, values, 0.97, n, 0.3)
-    assert gae(rewards, values, 0.97, lam, 0.3) == pytest.approx([r - v for r, v in zip(returns, values, strict=True)])
 
 
 def test_the_entropy_of_k() -> None:
@@ -81,12 +52,6 @@ def test_token_log_probabilities_equal_a_slow_loop_with_gradient() -> None:
     wanted, = torch.autograd.grad(slow.sum(), logits)
     given, = torch.autograd.grad(fast.sum(), logits)
     assert torch.allclose(wanted, given, atol=1e-6)
-
-
-def test_normalised_advantages() -> None:
-    assert normalized([1.0, 3.0], [1.0, 3.0]) == pytest.approx([-1.0, 1.0])
-    assert normalized([3.0], [1.0, 3.0, 1.0, 3.0]) == pytest.approx([1.0])
-    assert normalized([2.0, 2.0], [2.0, 2.0]) == pytest.approx([0.0, 0.0])
 
 
 def test_the_loss_of_equation_8() -> None:

@@ -27,8 +27,10 @@ from itp.text.dialogues import (
     thought_dialogue,
 )
 from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_thought
-from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import foresight_text, policy_prompt, proposal_text, world_model_prompt, world_model_target
+from itp.text.prompt_format import PromptFormat, PromptTemplate
+from itp.text.prompts import (
+    CTRL, foresight_text, policy_prompt, prompt_of_observation, proposal_text, world_model_prompt, world_model_target,
+)
 from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
 from itp.text.turns import Turn, read_turns
@@ -145,6 +147,17 @@ def test_one_dialogue_holds_the_prompt_of_every_step_for_policy_and_world_model(
         asked = prefix + segments[label + 1][0] + "Observation:"
         assert asked == world_model_prompt(t.state, t.action)
         assert seen == f"Observation:{world_model_target(t.next_state)}\n"
+
+
+@pytest.mark.parametrize("template", [PromptTemplate(), PromptTemplate("<user>", "</user>\n<assistant>")])
+def test_the_prompt_of_an_observation_is_the_beginning_of_the_next_prompts(template: PromptTemplate) -> None:
+    policy, draw = Policy(ScriptedLM(str), PromptFormat(template=template, control_token=True)), random.Random(5)
+    for _ in range(50):
+        state, action, observation = random_state(draw), random_text(draw), random_text(draw)
+        asked = prompt_of_observation(policy.heads_prompt(state), action)
+        assert asked.endswith("\nObservation:")
+        following = policy.heads_prompt(state.after(action, observation))
+        assert asked + world_model_target(observation) + f"\n{CTRL}" == following
 
 
 @pytest.mark.parametrize("step, k", [(0, 3), (2, 2), (4, 3)])

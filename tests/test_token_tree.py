@@ -27,6 +27,8 @@ def test_shared_beginnings_become_the_same_nodes():
     assert tree.add([5, 6]) == [0, 1]
     assert (tree.ids, tree.positions) == ([5, 6, 7, 8, 9, 8, 6], [0, 1, 2, 2, 3, 3, 0])
     assert [tree.known(ids) for ids in ([], [4], [5, 6, 8, 1], [6, 5], [5, 6, 7])] == [0, 0, 3, 1, 3]
+    assert [tree.new(*each) for each in (([5, 6],), ([5, 9],), ([5, 9, 1], [5, 9, 2, 3]), ([4], [], [4, 4, 5], [4, 4]))
+            ] == [0, 1, 4, 3]
     ancestors = [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 3, 4}, {0, 1, 2, 5}, {6}]
     assert [set(row.nonzero()[:, 0].tolist()) for row in tree.visible()] == ancestors
     chain = TokenTree()

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from itp.text.prompt_format import PLAIN, TUNED, PromptFormat
-from itp.text.state import indent
+from itp.text.state import ACTION, OBSERVATION, indent
 
 CTRL = "<CTRL>"
 """The control token of policies with heads (:mod:`itp.agent.heads`)."""
@@ -99,6 +99,16 @@ def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED,
     """
     mark = f"\n{CTRL}" if form.control_token else ""
     return f"{_instructed(state, label, form, max_k)}{mark}{foresight}{notes}{form.template.before_reply(label)}"
+
+
+def prompt_of_observation(heads_prompt: str, action: str) -> str:
+    """The beginning of the prompts of the state after ``action``, up to the colon in front of its observation.
+
+    ``heads_prompt``: a policy's prompt up to the control token, in the state in which ``action`` was executed.  Behind
+    it comes :func:`world_model_target`.  In chat turns both are in the user's turn, where the policy reads them.
+    """
+    state = heads_prompt.removesuffix(f"\n{CTRL}")
+    return f"{state}\n{ACTION}{indent(action)}\n{OBSERVATION.rstrip()}"
 
 
 def _instructed(state: str, label: str, form: PromptFormat, max_k: int) -> str:

@@ -61,11 +61,10 @@ class TokenTree:
                 return depth
         return len(ids)
 
-    def new(self, ids: Sequence[int], branch: Sequence[int]) -> int:
-        """How many nodes ``ids`` and then ``branch`` would add, which often is the beginning of ``ids``."""
-        shared = next((i for i, (a, b) in enumerate(zip(ids, branch, strict=False)) if a != b),
-                      min(len(ids), len(branch)))
-        return len(ids) - self.known(ids) + len(branch) - max(self.known(branch), shared)
+    def new(self, *sequences: Sequence[int]) -> int:
+        """How many nodes ``sequences`` would add, one after the other; they often share beginnings."""
+        return sum(len(ids) - max(self.known(ids), *(_shared(ids, before) for before in sequences[:i]), 0)
+                   for i, ids in enumerate(sequences))
 
     def path(self, node: int) -> list[int]:
         """The ids from the root to ``node``."""
@@ -93,6 +92,11 @@ class TokenTree:
             if parent >= 0:
                 seen[node] |= seen[parent]
         return seen
+
+
+def _shared(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 def batch(trees: Sequence[TokenTree], pad_id: int, *, width: int = 0, left: bool = False,

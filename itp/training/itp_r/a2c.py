@@ -8,7 +8,9 @@ The step limit belongs to the task: a state holds the steps so far, so V_θ can 
 episode that is cut there is worth nothing more.  ``--bootstrap_at_limit`` counts V_θ of the state it was cut in.
 
 Departures from the paper: GAE instead of the TD target unless ``--n_steps 1``; episodes are played many at a time,
-and an update takes all steps of a batch.
+and an update takes all steps of a batch.  Two options aren't the paper's.  ``--advantage group`` and ``gigpo`` compare
+the episodes of a game with each other (:mod:`itp.training.itp_r.advantages`); V_θ then is neither needed nor trained.
+``--observation_loss`` teaches the policy what followed its own actions, an idea of PaW (arXiv 2606.02388).
 
     OUT/last, OUT/best, OUT/metrics.jsonl, OUT/metrics.json      (:mod:`itp.training.itp_r.checkpoint`)
 
@@ -51,6 +53,9 @@ if TYPE_CHECKING:
     from itp.training.itp_r.a2c_update import Learner
 
 log = logging.getLogger(__name__)
+SAID_IF_THERE = {"groups_with_signal": "groups with a signal", "advantage_abs": "mean |advantage|",
+                 "loss_observation": "observation loss", "eval_success": "held out"}
+"""Metrics that the log gives behind the others, and how it calls them."""
 
 
 def run(settings: RlSettings) -> None:
@@ -160,9 +165,10 @@ class A2C:
             row |= await self.evaluate()
         row = {"update": progress.update, "episodes": progress.episodes} | row
         self.folder.log(row | {"seconds": progress.seconds})
+        more = "".join(f", {said} {row[name]:.3f}" for name, said in SAID_IF_THERE.items() if name in row)
         log.info("update %d/%d: return %.3f, success %.2f, mean k %.2f, entropy %.2f, loss %.4f%s",
                  progress.update, settings.total_updates, row["return"], row["success"], row["mean_k"],
-                 row["entropy"], row["loss"], f", held out {row['eval_success']:.3f}" if "eval_success" in row else "")
+                 row["entropy"], row["loss"], more)
         if last or progress.update % settings.save_every == 0:
             self.save("last", row, with_state=True)
 

@@ -25,9 +25,11 @@ from itp.methods.imagine_then_plan import ImagineThenPlan
 from itp.methods.settings import MethodSettings
 from itp.model_card import prompt_settings
 from itp.models import load_policy
-from itp.rollout import Episode, LeftOut, run_episodes
+from itp.rollout import Episode, LeftOut, Step, run_episodes
 from itp.seeding import derive_seed
+from itp.text.prompts import prompt_of_observation, world_model_target
 from itp.training.itp_r.a2c_settings import RlSettings
+from itp.training.itp_r.advantages import Played, advantages_of
 
 if TYPE_CHECKING:
     from itp.training.itp_r.a2c_update import Sample
@@ -36,11 +38,12 @@ if TYPE_CHECKING:
 def episode_games(settings: RlSettings, games: Sequence[Game], first: int, count: int) -> list[Game]:
     """The games of the ``count`` episodes from number ``first`` of the run on.
 
-    The games are shuffled again for each pass.  The episode number in the id gives each episode its own seed.
+    The games are shuffled again for each pass.  In a pass each has ``group_size`` episodes, one after the other.  The
+    episode number in the id gives each episode its own seed.
     """
     chosen = []
     for number in range(first, first + count):
-        turn, place = divmod(number, len(games))
+        turn, place = divmod(number // settings.group_size, len(games))
         order = _order(settings.seed, turn, tuple(game.game_id for game in games))
         chosen.append(dataclasses.replace(games[order[place]], game_id=f"{games[order[place]].game_id}#{number}"))
     return chosen
@@ -116,47 +119,40 @@ def rewards_of(episode: Episode, settings: RlSettings) -> list[float]:
             for step in episode.steps]
 
 
-def advantages_of(episode: Episode, bootstrap: float, settings: RlSettings) -> tuple[list[float], list[float]]:
-    """(A_t, V̂_t) of every step, by the values that the acting weights gave."""
-    from itp.training.itp_r.losses import gae, n_step_returns
-
-    rewards, values = rewards_of(episode, settings), [step.decision.value for step in episode.steps]
-    if settings.n_steps:
-        targets = n_step_returns(rewards, values, settings.gamma, settings.n_steps, bootstrap)
-        return [target - value for target, value in zip(targets, values, strict=True)], targets
-    advantages = gae(rewards, values, settings.gamma, settings.gae_lambda, bootstrap)
-    return advantages, [a + value for a, value in zip(advantages, values, strict=True)]
+def played(episode: Episode, bootstrap: float, settings: RlSettings) -> Played:
+    """What the advantages of an episode are made of.  Its group are the episodes of its game in the batch."""
+    game_id = episode.game.game_id.rsplit("#", 1)[0]  # without the number from episode_games
+    return Played(game_id, rewards_of(episode, settings), [step.decision.value for step in episode.steps],
+                  [step.state.observation for step in episode.steps], bootstrap)
 
 
 def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
             processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
     """The samples of this process's episodes, and what is to be said about those of all processes."""
-    from itp.training.itp_r.a2c_update import Sample
-    from itp.training.itp_r.losses import normalized
+    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
+    found = advantages_of([played(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)], settings,
+                          processes)
+    samples = [[sample_of(step, advantage, target, lm, settings)
+                for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)]
+               for episode, advantages, targets in zip(episodes, found.steps, found.targets, strict=True)]
+    return [steps for steps in samples if steps], row | found.figures
 
-    found = [advantages_of(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
-    everyone = processes.gather([a for advantages, _ in found for a in advantages])
+
+def sample_of(step: Step, advantage: float, target: float, lm: LocalLM, settings: RlSettings) -> Sample:
+    """A step as the update needs it."""
+    from itp.training.itp_r.a2c_update import Sample
 
     def ids_of(text: str) -> list[int]:
         return [*lm.encode.start, *lm.encode(text)]
 
-    row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
-    samples: list[list[Sample]] = []
-    for episode, (advantages, targets) in zip(episodes, found, strict=True):
-        if settings.normalize_advantages:
-            advantages = normalized(advantages, everyone)
-        samples.append([
-            Sample(ids_of(step.decision.prompt), ids_of(step.decision.heads_prompt), step.decision.trace,
-                   -1 if settings.fixed_k >= 0 else step.decision.k, advantage, target)
-            for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)])
-    own = [value for _, targets in found for value in targets]
-    predicted = [step.decision.value for episode in episodes for step in episode.steps]
-    targets, values = processes.gather(own), processes.gather(predicted)
-    return [steps for steps in samples if steps], row | {
-        "advantage_mean": statistics.fmean(everyone), "advantage_std": statistics.pstdev(everyone),
-        "value_mean": statistics.fmean(values), "target_mean": statistics.fmean(targets),
-        "explained_variance": 1 - statistics.pvariance([t - v for t, v in zip(targets, values, strict=True)])
-        / (statistics.pvariance(targets) + 1e-8)}
+    decision, before, observation = step.decision, [], []
+    if settings.observation_loss and step.observation:
+        before = ids_of(prompt_of_observation(decision.heads_prompt, decision.action))
+        observation = lm.encode.continuation(world_model_target(step.observation))
+        if lm.context_length:  # what is beyond, the policy can't read
+            observation = observation[:max(0, lm.context_length + 1 - len(before))]
+    return Sample(ids_of(decision.prompt), ids_of(decision.heads_prompt), decision.trace,
+                  -1 if settings.fixed_k >= 0 else decision.k, advantage, target, before, observation)
 
 
 def summary(episode: Episode, settings: RlSettings) -> dict[str, Any]:

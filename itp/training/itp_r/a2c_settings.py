@@ -22,6 +22,8 @@ from itp.pretrained import MASKED_ATTENTION, check_model_path
 from itp.training.settings import TRACKERS, UpdateFlags, check_precision, check_tracker
 
 log = logging.getLogger(__name__)
+ADVANTAGES = ("critic", "group", "gigpo")
+"""What the return of a step is compared with (:mod:`itp.training.itp_r.advantages`)."""
 
 
 @dataclass
@@ -62,6 +64,13 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     gae_lambda: float = flag(0.95, help="λ of GAE; 1: the whole return")
     bootstrap_at_limit: bool = flag(False, help="an episode cut by the step limit is worth V of its last state")
     normalize_advantages: bool = flag(False, help="mean 0 and deviation 1 over a batch")
+    advantage: str = flag("critic", choices=ADVANTAGES, before="critic",
+                          help="A_t of a step: against V_θ (n_steps, gae_lambda), against the other episodes of its "
+                               "game (GRPO), or against those and other steps at equal states (GiGPO)")
+    group_size: int = flag(1, at_least=1, before=1, help="episodes of a game, one after the other in the same update; "
+                                                         "with --advantage group or gigpo at least 2")
+    group_std: bool = flag(False, help="group and gigpo: differences in standard deviations of their group, as in GRPO")
+    step_weight: float = flag(1.0, at_least=0, before=1.0, help="ω of gigpo: weight of the comparison at equal states")
     lr: float = flag(5e-6, above=0, help="learning rate")
     value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
     lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
@@ -75,6 +84,8 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
     entropy_coef: float = flag(0.01, help="β of eq. 8")
     value_coef: float = flag(1.0, help="α of eq. 8")
+    observation_loss: float = flag(0.0, at_least=0, help="weight of the cross-entropy of the observations that follow "
+                                                         "executed actions, a mean over their tokens (0: none)")
     value_updates: int = flag(3, at_least=0, help="first updates, of the value head alone (a quarter of all at most)")
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
@@ -125,6 +136,11 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
         return self.epochs * self.episodes_per_epoch
 
     @property
+    def has_critic(self) -> bool:
+        """Whether V_θ is needed, and trained; without a critic the value head stays as it is."""
+        return self.advantage == "critic"
+
+    @property
     def batch_episodes(self) -> int:
         return self.episodes_per_update * self.update_every
 
@@ -165,6 +181,32 @@ def check(settings: RlSettings) -> None:
     if settings.minibatches > settings.batch_episodes:
         raise UserError(f"--minibatches {settings.minibatches}: more than the {settings.batch_episodes} episodes "
                         "of an update")
+    _check_groups(settings)
+
+
+def _check_groups(settings: RlSettings) -> None:
+    """Raises UserError where updates don't take whole groups, and for flags of another ``--advantage``."""
+    chosen, size = f"--advantage {settings.advantage}", settings.group_size
+    for name, count in (("episodes_per_update", settings.episodes_per_update),
+                        ("episodes_per_epoch", settings.total_episodes)):
+        if count % size:
+            times = f" in {settings.epochs} epochs" if name == "episodes_per_epoch" and settings.epochs > 1 else ""
+            raise UserError(f"--{name}: {count} episodes{times} are no multiple of --group_size {size}; an update "
+                            "takes whole groups")
+    if settings.step_weight != 1 and settings.advantage != "gigpo":
+        raise UserError(f"--step_weight is for --advantage gigpo; {chosen} compares no steps at equal states")
+    if settings.has_critic:
+        if settings.group_std:
+            raise UserError("--group_std is for --advantage group and gigpo; a critic compares nothing in groups")
+        return
+    if size < 2:
+        raise UserError(f"{chosen} compares the episodes of a game, and --group_size is 1; give 2 or more")
+    for name in ("n_steps", "bootstrap_at_limit"):
+        if getattr(settings, name):
+            raise UserError(f"--{name} takes V_θ for what comes later, and {chosen} has no critic; leave one out")
+    if settings.normalize_advantages:
+        raise UserError(f"--normalize_advantages would move the advantages of groups without a signal away from 0; "
+                        f"with {chosen} give --normalize_advantages false, and --group_std if they are to be scaled")
 
 
 def _warn_of_short_budget(settings: RlSettings) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from itp.agent.policy_with_heads import save_heads
 from itp.distributed import Processes
@@ -44,6 +45,8 @@ class Sample:
     ``ids``: token ids of the prompt that the action answers.  ``heads_ids``: those of the prompt up to ``<CTRL>`` at
     which the heads were read: the beginning of the first, unless the imagined trajectory left it less history.
     ``k`` is -1 where the K-head didn't choose K: then neither log P_θ(K|s) nor its entropy is in the loss.
+    ``before_observation``, ``observation``: token ids of the state with the executed action, and of the observation
+    that followed, where it is to be learned.
     """
 
     ids: list[int]
@@ -52,6 +55,13 @@ class Sample:
     k: int
     advantage: float
     target: float
+    before_observation: list[int] = field(default_factory=list)
+    observation: list[int] = field(default_factory=list)
+
+    @property
+    def observed_ids(self) -> list[int]:
+        """The sequence that leads to the last token of the observation; empty where none is learned."""
+        return [*self.before_observation, *self.observation[:-1]] if self.observation else []
 
 
 @dataclass
@@ -64,6 +74,8 @@ class PackedSteps:
     """Node of ``<CTRL>``, by sample."""
     predicted: list[tuple[int, int, int]] = field(default_factory=list)
     """(sample, index in its trace, node whose logits predict that token) of every token that was drawn."""
+    observed: list[tuple[int, int]] = field(default_factory=list)
+    """(node whose logits predict it, token) of every token of an observation that is learned."""
 
 
 def make_rows(samples: Sequence[Sample], budget: int) -> list[PackedSteps]:
@@ -78,12 +90,15 @@ def make_rows(samples: Sequence[Sample], budget: int) -> list[PackedSteps]:
             ids = [*sample.ids, *sample.trace.token_ids[:drawn[-1]]]
         else:
             ids = sample.heads_ids
-        if not rows or len(rows[-1].tree) + rows[-1].tree.new(ids, sample.heads_ids) > budget:
+        sequences = ids, sample.heads_ids, sample.observed_ids
+        if not rows or len(rows[-1].tree) + rows[-1].tree.new(*sequences) > budget:
             rows.append(PackedSteps())
         row = rows[-1]
         nodes = row.tree.add(ids)
         row.controls.append(row.tree.add(sample.heads_ids)[-1])
         row.predicted += [(len(row.samples), j, nodes[len(sample.ids) - 1 + j]) for j in drawn]
+        nodes = row.tree.add(sample.observed_ids)
+        row.observed += zip(nodes[len(sample.before_observation) - 1:], sample.observation, strict=True)
         row.samples.append(sample)
     return rows
 
@@ -121,7 +136,8 @@ class Learner:
         if settings.gradient_checkpointing:
             policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = policy
-        self.value_updates = min(settings.value_updates, settings.total_updates // 4)
+        self.value_updates = min(settings.value_updates, settings.total_updates // 4) if settings.has_critic else 0
+        policy.heads.v_head.requires_grad_(settings.has_critic)
         self.updates = self.skipped = 0
         value_head = list(policy.heads.v_head.parameters())
         self.acting = [p for p in policy.parameters() if p.requires_grad and all(p is not v for v in value_head)]
@@ -131,6 +147,8 @@ class Learner:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
         self.device = next(policy.parameters()).device
         self.dtype = dtype
+        self.losses = ["loss", "loss_act", *["loss_value"] * settings.has_critic, "loss_ent",
+                       *["loss_observation"] * (settings.observation_loss > 0)]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # a process without an episode needs its scale, too
 
@@ -194,11 +212,13 @@ class Learner:
     def _backward(self, rows: Sequence[PackedSteps], value_only: bool) -> dict[str, float]:
         """Add the gradients of some episodes; this process's share of the losses."""
         count = sum(self.processes.gather([len(row.samples) for row in rows]))
-        sums = dict.fromkeys(("loss", "loss_act", "loss_value", "loss_ent"), 0.0)
+        tokens = sum(self.processes.gather([len(row.observed) for row in rows]))
+        sums = dict.fromkeys(self.losses, 0.0)
         for group in self._groups(rows):
-            loss, parts = self._loss(group, count, value_only)
-            for name, value in (parts | {"loss": loss.item()}).items():
-                sums[name] += value
+            loss, parts = self._loss(group, count, tokens, value_only)
+            parts["loss"] = loss.item()
+            for name in sums:
+                sums[name] += parts[name]
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss is {loss.item()} in update {self.updates + 1}: the training diverged; "
                                 "lower --lr or use --bf16 (the last checkpoint is kept)")
@@ -233,8 +253,13 @@ class Learner:
         if group:
             yield group
 
-    def _loss(self, rows: Sequence[PackedSteps], count: int, value_only: bool) -> tuple[torch.Tensor, dict[str, float]]:
-        """Eq. 8 on the N steps of some episodes, as their share of a batch of ``count`` steps."""
+    def _loss(self, rows: Sequence[PackedSteps], count: int, tokens: int,
+              value_only: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        """Eq. 8 on the N steps of some episodes, as their share of a batch of ``count`` steps.
+
+        With ``--observation_loss`` W there is W times the cross-entropy of the observations, a mean over the batch's
+        ``tokens``.
+        """
         read = self.read(rows)
         samples = [sample for row in rows for sample in row.samples]
         advantages = torch.tensor([s.advantage for s in samples], device=self.device)
@@ -242,9 +267,13 @@ class Learner:
         actions = read.action_logprobs
         if self.settings.logprob_norm == "mean":
             actions = actions / torch.tensor([len(s.trace.token_ids) for s in samples], device=self.device)
+        value_coef = self.settings.value_coef if self.settings.has_critic else 0.0
         total, parts = a2c_loss(actions, read.k_logprobs, read.entropies, read.values, advantages, targets,
-                                value_coef=self.settings.value_coef, entropy_coef=self.settings.entropy_coef,
-                                count=count)
+                                value_coef=value_coef, entropy_coef=self.settings.entropy_coef, count=count)
+        if self.settings.observation_loss:
+            observation = read.observation_nll.sum() / max(tokens, 1)
+            total = total + self.settings.observation_loss * observation
+            parts["loss_observation"] = observation.item()
         if value_only:
             total = self.settings.value_coef * (read.values - targets).square().sum() / count
         return total, parts
@@ -258,22 +287,29 @@ class Learner:
         controls = torch.tensor([(b, node) for b, row in enumerate(rows) for node in row.controls])
         offsets = [sum(len(row.samples) for row in rows[:b]) for b in range(len(rows))]
         drawn = [(b, node, offsets[b] + i, j) for b, row in enumerate(rows) for i, j, node in row.predicted]
-        places = torch.tensor(drawn, dtype=torch.long, device=self.device).view(-1, 4)
+        observed = [(b, node, token) for b, row in enumerate(rows) for node, token in row.observed]
+        wanted = [(b, node) for b, node, *_ in (*drawn, *observed)]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.policy(ids.to(self.device), mask.to(self.device), controls.to(self.device),
-                              position_ids=positions.to(self.device), logits_at=places[:, :2])
+                              position_ids=positions.to(self.device), logits_at=self._long(wanted, 2))
         samples = [sample for row in rows for sample in row.samples]
         actions = torch.zeros(len(samples), device=self.device)
         if drawn:
             traces = [samples[i].trace for _, _, i, _ in drawn]
             logprobs = token_logprobs(
-                out.logits, [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
+                out.logits[:len(drawn)], [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
                 [trace.allowed[j] for trace, (*_, j) in zip(traces, drawn, strict=True)], traces[0].temperature)
-            actions = actions.index_add(0, places[:, 2], logprobs)
+            actions = actions.index_add(0, self._long(drawn, 4)[:, 2], logprobs)
         chose = torch.tensor([s.k >= 0 for s in samples], device=self.device)
         picked = torch.tensor([max(s.k, 0) for s in samples], device=self.device)
         k_logprobs = out.k_logits.float().log_softmax(-1).gather(1, picked[:, None])[:, 0]
-        return Reading(actions, k_logprobs * chose, k_entropy(out.k_logits) * chose, out.values)
+        observation_nll = functional.cross_entropy(out.logits[len(drawn):].float(), self._long(observed, 3)[:, 2],
+                                                   reduction="none")
+        return Reading(actions, k_logprobs * chose, k_entropy(out.k_logits) * chose, out.values, observation_nll)
+
+    def _long(self, rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+        """(len(rows), ``width``) on the policy's device."""
+        return torch.tensor(rows, dtype=torch.long, device=self.device).view(-1, width)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -314,9 +350,13 @@ class Learner:
 
 @dataclass
 class Reading:
-    """Of N steps: log π_θ(a|·), log P_θ(K|s), H(P_θ(K|s)) and V_θ(s), each (N,) float32."""
+    """Of N steps: log π_θ(a|·), log P_θ(K|s), H(P_θ(K|s)) and V_θ(s), each (N,) float32.
+
+    ``observation_nll``: −log π_θ of each token of the observations that are learned, (M,) float32.
+    """
 
     action_logprobs: torch.Tensor
     k_logprobs: torch.Tensor
     entropies: torch.Tensor
     values: torch.Tensor
+    observation_nll: torch.Tensor

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from itp.agent.prompt_budget import RESERVE
 from itp.errors import UserError
 from itp.lm.memory_budget import CACHE_BYTES
 from itp.pretrained import loading, remote_code
@@ -64,11 +65,12 @@ class Shape:
 
 
 def policy_bytes(shape: Shape, *, lora_r: int, width: int, update_tokens: int, checkpointing: bool, rows: int,
-                 length: int) -> dict[str, int]:
+                 length: int, supervised: float = 0.5) -> dict[str, int]:
     """Bytes of each part of a policy that acts and learns.
 
     ``width``: bytes of a number in the computation (2: bf16, fp16).  ``update_tokens``: tokens of a forward pass of the
     update; ``checkpointing``: it recomputes activations.  ``rows`` episodes of at most ``length`` tokens act at a time.
+    ``supervised``: share of the update's tokens that logits are computed of, at most.
     """
     trained = lora_r * shape.linear if lora_r else shape.parameters
     block = update_tokens * (shape.hidden * (18 + 10 * width) + shape.intermediate * (1 + 4 * width))
@@ -84,9 +86,8 @@ def policy_bytes(shape: Shape, *, lora_r: int, width: int, update_tokens: int, c
         # One row at worst: who sees whom in float32, as boolean, and in the computation's width.
         "masks of the update": update_tokens ** 2 * (4 + 1 + width),
         "keys and values": rows * length * shape.kv * width + CACHE_BYTES,
-        # Of drawn tokens alone, half of all at most, since they stand in the history, too: two copies in the
-        # computation's width and four in float32, gradients among them.
-        "logits": update_tokens * shape.vocabulary * (width + 8),
+        # Two copies in the computation's width and four in float32, gradients among them.
+        "logits": int(supervised * update_tokens * shape.vocabulary * (2 * width + 16)),
     }
 
 
@@ -100,12 +101,18 @@ def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
     """Say what each GPU will need.  Raises UserError where that is more than it has; says nothing on a CPU."""
     needs: dict[str, dict[str, int]] = {}
     length = settings.max_seq_len
-    # A step is never cut in two: its action's prompt, and that of its heads where they have other history.
-    update = max(settings.update_batch_tokens, length if settings.fixed_k == 0 else 2 * length)
+    # A step is never cut in two: its action's prompt, that of its heads where they have other history, and behind it
+    # the executed action with its observation.
+    longest = length if settings.fixed_k == 0 else 2 * length
+    if settings.observation_loss:
+        longest += RESERVE["action"][settings.env] + RESERVE["observation"][settings.env]
+    update = max(settings.update_batch_tokens, longest)
     if devices[0].startswith("cuda"):
         parts = policy_bytes(Shape.of(settings.policy_model), lora_r=settings.lora_r, width=width,
                              update_tokens=update, checkpointing=settings.gradient_checkpointing,
-                             rows=settings.num_envs, length=length)
+                             rows=settings.num_envs, length=length,
+                             # Drawn tokens are half of all at most, since they stand in the history, too.
+                             supervised=1.0 if settings.observation_loss else 0.5)
         parts["keys and values"] += settings.engine["cache_bytes"] - CACHE_BYTES
         needs.setdefault(devices[0], {}).update({f"policy's {name}": size for name, size in parts.items()})
     if settings.fixed_k != 0 and devices[1].startswith("cuda"):

@@ -5,8 +5,7 @@ r"""The formulas of stage 3, online A2C (eq. 7 and 8), as pure functions.
     L_act = −E[A_t (log P_θ(K_t|s_t) + log π_θ(a_t|s_t, τ̂_t(K_t)))],  A_t = V̂_t − V_θ(s_t)
     L_value = E[(V_θ(s_t) − V̂_t)²],   L_ent = −E[H(P_θ(K|s_t))]
 
-V̂_t is the paper's TD target r + γV(s') with ``n_step_returns(n=1)``; longer returns and GAE are options.
-Returns are plain floats, an episode at a time; everything with a gradient is a tensor.
+A_t and V̂_t come from :mod:`itp.training.itp_r.advantages`.  Everything with a gradient is a tensor.
 """
 
 from __future__ import annotations
@@ -24,38 +23,6 @@ def reward(env_reward: float, k: int, *, success: bool, invalid: bool, lambda_k:
     """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number."""
     return (env_reward - lambda_k * k - step_cost
             + (success_bonus if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
-
-
-def n_step_returns(rewards: Sequence[float], values: Sequence[float], gamma: float, n: int,
-                   bootstrap: float = 0.0) -> list[float]:
-    """V̂_t = Σ_{i<n} γ^i r_{t+i+1} + γ^n V(s_{t+n}), for an episode of T steps: T numbers.
-
-    ``values``: V(s_0) ... V(s_{T−1}).  ``n`` 1 is the TD target, 0 the whole rest of the episode.
-    ``bootstrap`` stands for V(s_T): 0 where the episode ended there.
-    """
-    length, after = len(rewards), [*values, bootstrap]
-    returns = []
-    for t in range(length):
-        end = min(t + n, length) if n else length
-        target = after[end]
-        for i in reversed(range(t, end)):
-            target = rewards[i] + gamma * target
-        returns.append(target)
-    return returns
-
-
-def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: float,
-        bootstrap: float = 0.0) -> list[float]:
-    """Advantages A_t = Σ_i (γλ)^i δ_{t+i},  δ_t = r_{t+1} + γV(s_{t+1}) − V(s_t); V̂_t is A_t + V(s_t).
-
-    λ 0 is the TD target's advantage, λ 1 that of the whole return.
-    """
-    after, advantage = [*values, bootstrap], 0.0
-    advantages = [0.0] * len(rewards)
-    for t in reversed(range(len(rewards))):
-        advantage = rewards[t] + gamma * after[t + 1] - after[t] + gamma * lam * advantage
-        advantages[t] = advantage
-    return advantages
 
 
 def k_entropy(k_logits: torch.Tensor) -> torch.Tensor:
@@ -90,13 +57,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], allowed: Allo
 
 def _index(rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, device=like.device)
-
-
-def normalized(advantages: Sequence[float], among: Sequence[float]) -> list[float]:
-    """Advantages in deviations from the mean of those of the whole batch, ``among``."""
-    mean = sum(among) / len(among)
-    deviation = (sum((a - mean) ** 2 for a in among) / len(among)) ** 0.5
-    return [(a - mean) / (deviation + 1e-8) for a in advantages]
 
 
 def a2c_loss(action_logprobs: torch.Tensor, k_logprobs: torch.Tensor, entropies: torch.Tensor, values: torch.Tensor,
