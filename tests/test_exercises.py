@@ -67,8 +67,8 @@ def test_answers_are_about_other_things_than_the_tasks():
 def test_drills_of_transcripts_without_sights_are_refused_in_a_line(tmp_path):
     write_transitions(tmp_path / "t.jsonl", episode(4, "boil water", "a stove", ("hall", "a door")))
     settings = base_lm.BaseLMSettings(transitions=str(tmp_path / "t.jsonl"), out_dir=str(tmp_path / "out"), drills=10)
-    with pytest.raises(UserError, match="--drills 10: .*t.jsonl has no sights"):
-        base_lm.drilled(settings, [episode(4, "boil water", "a stove", ("hall", "a door"))])
+    with pytest.raises(UserError, match="--drills, --copying: .*t.jsonl has no sights"):
+        base_lm.prepared(settings, [episode(4, "boil water", "a stove", ("hall", "a door"))])
 
 
 def test_transcripts_without_such_sights_make_no_drills():

@@ -11,7 +11,7 @@ import pytest
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.text.state import State
-from itp.training.from_scratch.base_lm import build_tokenizer
+from itp.training.from_scratch.word_tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")

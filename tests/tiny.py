@@ -24,7 +24,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, words: Iterable[str] = (), 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from itp.training.from_scratch.base_lm import build_tokenizer
+    from itp.training.from_scratch.word_tokenizer import build_tokenizer
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made or build_tokenizer([*TEXTS, *words]), pad_token="[PAD]",
                                         unk_token="[UNK]", eos_token="[EOS]", clean_up_tokenization_spaces=False)

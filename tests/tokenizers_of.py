@@ -18,7 +18,7 @@ def tokenizer_of(kind: str, texts: Iterable[str], bos: str = "") -> PreTrainedTo
     """A tokenizer of one of KINDS.  ``bos``: a token that it puts before every text."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    from itp.training.from_scratch.base_lm import build_tokenizer
+    from itp.training.from_scratch.word_tokenizer import build_tokenizer
 
     texts, size = list(texts), 400
     if kind == "word_level":

@@ -7,6 +7,7 @@ games and published recordings say ``put X in/on Y``.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 NAME = r"[a-z]+ \d+"
@@ -129,6 +130,13 @@ def receptacles(first_observation: str) -> list[str]:
     """The receptacles that the first observation of a game lists, in its order."""
     listing = first_observation.split("you see", 1)[1].split(TASK, 1)[0]
     return re.findall(NAME, listing)
+
+
+def listed(things: Iterable[str]) -> str:
+    """Things as the engine lists them: by type, and those of a type by falling numbers."""
+    ordered = sorted(things, key=lambda name: (kind(name), -int(name.rsplit(" ", 1)[1])))
+    *others, last = [f"a {name}" for name in ordered] or ["nothing"]
+    return ", ".join([*others, f"and {last}" if others else last])
 
 
 def picked_up(thing: str, place: str) -> str:

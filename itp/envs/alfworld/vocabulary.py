@@ -1,4 +1,4 @@
-"""ALFWorld's words: the types of its objects, and the type of object that a task is about."""
+"""ALFWorld's words: the types of its objects and places, and the type of object that a task is about."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ def object_types() -> tuple[str, ...]:
 
     return tuple(sorted({name.lower() for name in constants.OBJECTS}
                         - {name.lower() for name in constants.STATIC_RECEPTACLES}))
+
+
+@functools.cache
+def place_types() -> dict[str, bool]:
+    """The types of receptacles, and whether they can be closed."""
+    from alfworld.gen import constants
+
+    return {name.lower(): name in constants.OPENABLE_CLASS_LIST for name in constants.VAL_RECEPTACLE_OBJECTS}
 
 
 def task_object(task: str) -> str:

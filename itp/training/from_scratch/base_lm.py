@@ -6,13 +6,12 @@ r"""A base LM from nothing: a tokenizer and a small causal LM trained on transcr
 It stands in for a downloaded model where there is none: the result, ``OUT_DIR/merged_full``, is an ordinary
 Hugging Face folder (Llama architecture, ``tokenizer.json``) that every later step treats like any other.
 
-The tokenizer is made for small models and short sequences.  ``--env scienceworld`` learns one from the transcripts
-(:mod:`itp.training.from_scratch.learned_tokenizer`).  ALFWorld's is made by hand.  Its vocabulary is the words of the
-transcripts; a thing or place with its number (``cabinet 1``) is one token, which starts out as the sum of the
-two words' embeddings, and so is what the engine says in fixed words (``You arrive at``, ``, you see``).  The
-articles and commas of a list ("a mug 1, a cup 2, and a pan 3") are dropped on the way in and put back on the
-way out, so that what the model writes is what the engine would.
-All engine text survives the round trip (``help`` excepted).
+Its tokenizer keeps sequences short.  ``--env scienceworld`` learns one from the transcripts
+(:mod:`itp.training.from_scratch.learned_tokenizer`), ALFWorld's is made by hand (``word_tokenizer``).
+A token of several words (``cabinet 1``) starts out as the sum of their embeddings.
+
+``--copying`` is for a model that must say again what it saw (a world model).  It changes the tokenizer, what attention
+starts out with (``initial_weights``), and adds episodes in invented rooms (``invented_rooms``).
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from itp.files import writing
 from itp.games import ENVIRONMENTS
 from itp.program import run_main
 from itp.seeding import derive_seed
-from itp.text.alfworld_phrases import FIXED_PHRASES
 from itp.text.dialogues import episode_dialogue
 from itp.text.episodes import episodes_of, read_steps
 from itp.text.prompts import NO, YES
@@ -38,16 +36,12 @@ from itp.text.segments import dialogue_segments
 from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example
 from itp.training.from_scratch.exercises import exercises
+from itp.training.from_scratch.invented_rooms import memory_exercises
 from itp.training.from_scratch.learned_tokenizer import learn_tokenizer
+from itp.training.from_scratch.word_tokenizer import LIST_FOLLOWS, build_tokenizer
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_options
 from itp.transitions import Transition
-
-MANY = ("cabinet", "drawer", "shelf")
-"""Places that a room may have dozens of."""
-
-LABELS = ("Task:", "Observation:", "Action:", "If:", "Then:", "Horizon:", "Thought:", "Reflection:", "Helps:")
-
 
 @dataclass
 class BaseLMSettings(FinetuneSettings):
@@ -63,6 +57,9 @@ class BaseLMSettings(FinetuneSettings):
                                            "object of a task in what is seen, and half as many that "
                                            "end with the engine's answer (20000 are enough)")
     drill_lr: float = flag(0.006, above=0, help="their learning rate")
+    copying: int = flag(0, at_least=0, help="ALFWorld: beside the exercises so many episodes in invented rooms, whose "
+                                            "contents must be copied when they are seen again, and half as many "
+                                            "among the answers and the transcripts, with changes")
     intermediate_size: int = flag(320, help="width of the feed-forward layers")
     # Not for users: every weight of a model made here is trained.
     model_path: str = ""
@@ -76,6 +73,8 @@ class BaseLMSettings(FinetuneSettings):
 def main() -> None:
     settings = parse_settings(BaseLMSettings, prog="python -m itp.training.base_lm", description=__doc__)
     check_options(settings)
+    if settings.copying and settings.env != "alfworld":
+        raise UserError("--copying: invented rooms are ALFWorld's; leave it out")
     files = settings.transitions.split(",")
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
@@ -86,22 +85,25 @@ def main() -> None:
         return
     if not (initial / "config.json").exists():
         write_initial(settings, episodes, initial, words)
-    finetune(drilled(settings, episodes), [transcript(episode) for episode in episodes])
+    among = memory_exercises(episodes, settings.copying // 2, derive_seed(settings.seed, "among"), change=0.5)
+    finetune(prepared(settings, episodes), [*map(transcript, episodes), *among])
 
 
-def drilled(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
-    """The settings to go on with after ``--drills``: two runs in OUT_DIR, the second half as long with answers."""
-    if not settings.drills:
+def prepared(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:
+    """The settings to go on with after the exercises: two runs in OUT_DIR, the second half as long with answers."""
+    if not settings.drills and not settings.copying:
         return settings
-    for folder, count, answers in (("drills", settings.drills, 0.0), ("answers", -(-settings.drills // 2), 0.5)):
+    for folder, share, answers, change in (("drills", 1, 0.0, 0.0), ("answers", 2, 0.5, 0.5)):
         run = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / folder), merged_dir="",
                                   push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
                                   lr_scheduler_type="constant")
         if not run.merged_path.exists():
-            made = list(exercises(episodes, count, derive_seed(settings.seed, folder), answers))
+            seed = derive_seed(settings.seed, folder)
+            made = [*exercises(episodes, -(-settings.drills // share), seed, answers),
+                    *memory_exercises(episodes, -(-settings.copying // share), seed, change)]
             if not made:
-                raise UserError(f"--drills {settings.drills}: {settings.transitions} has no sights of ALFWorld to make "
-                                "them of; leave it out")
+                raise UserError(f"--drills, --copying: {settings.transitions} has no sights of ALFWorld to make "
+                                "exercises of; leave them out")
             finetune(run, made)
         settings = dataclasses.replace(settings, model_path=str(run.merged_path))
     return settings
@@ -126,8 +128,11 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from itp.training.from_scratch import initial_weights
+
     texts = sorted({YES, NO, *words, *(text for episode in episodes for text, _ in transcript(episode).segments)})
-    made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts)
+    copying = settings.copying > 0
+    made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts, joined=copying)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
         clean_up_tokenization_spaces=False)
@@ -139,13 +144,17 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
         max_position_embeddings=16384, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     with torch.no_grad():
-        _prepare_matching(model)
+        initial_weights.prepare_matching(model)
         words = model.get_input_embeddings().weight
-        for token, index in tokenizer.get_vocab().items():
-            if match := re.fullmatch(r"([a-z]+) (\d+)", token):
-                kind, number = tokenizer.convert_tokens_to_ids(list(match.groups()))
-                words[index] = words[kind] + words[number]
+        if copying:
+            initial_weights.leave_room(words, settings.hidden_size // settings.num_heads)
+        for token, parts in _compounds(tokenizer.get_vocab()):
+            words[tokenizer.convert_tokens_to_ids(token)] = words[tokenizer.convert_tokens_to_ids(parts)].sum(0)
+        if copying:
+            initial_weights.make_alike(words)
         model.get_output_embeddings().weight.copy_(words)
+        if copying:
+            initial_weights.prepare_copying(model)
     beside = folder.with_name(f".{folder.name}.tmp")  # the next start takes what is in ``folder`` for whole
     with writing(folder, unfinished=beside):
         tokenizer.save_pretrained(beside)
@@ -153,69 +162,12 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
         os.replace(beside, folder)
 
 
-def _prepare_matching(model) -> None:
-    """Start out with attention to the same word, however far above, which a policy looks for its task's object with.
-
-    Keys like queries, embeddings that outweigh what the first layers add to them; and (in the configuration) rotary
-    frequencies so low that distance hardly matters.
-    """
-    model.get_input_embeddings().weight.mul_(5)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.mul_(3)
-        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-
-
-def _alfworld_names() -> Iterator[str]:
-    """All things and places of ALFWorld: an unseen room has some that no transcript mentions."""
-    from alfworld.gen import constants
-
-    for receptacle, objects in constants.VAL_RECEPTACLE_OBJECTS.items():
-        yield receptacle
-        yield from objects
-    yield from constants.OBJECTS
-
-
-def build_tokenizer(texts: Iterable[str]):
-    """A word-level ``tokenizers.Tokenizer`` whose vocabulary is the words of ``texts``."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Replace(Regex(r"(?:, and|,) a (?=[a-z]+ \d)"), " "),
-        normalizers.Replace(Regex(r"(?<=see|ying:) a (?=[a-z]+ \d)"), " "),
-    ])
-    phrases = "|".join(p.replace(".", r"\.") for p in FIXED_PHRASES)
-    names = sorted({name.lower() for name in _alfworld_names()} - set(MANY), key=lambda name: (-len(name), name))
-    # Numbers that games have; a name with another one is two tokens.
-    numbered = rf"(?:(?:{'|'.join(names)}) [1-6]|(?:{'|'.join(MANY)}) (?:[1-9]|[1-4]\d))(?!\d)"
-    words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|{numbered}|\w+|\n|[^\w\s]"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "removed", invert=True)
-    found = {word for text in texts for word, _ in
-             tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
-    numbers = {str(n) for n in range(1, 51)}
-    found |= {*names, *MANY, *(f"{name} {n}" for name in names for n in range(1, 7)),
-              *(f"{name} {n}" for name in MANY for n in range(1, 50))}
-    special = ["[PAD]", "[UNK]", "[EOS]"]
-    vocabulary = [*special, *sorted(found | numbers | {"\n"} | set(LABELS) | set(FIXED_PHRASES))]
-    tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
-    tokenizer.add_special_tokens(special)
-
-    def put(pattern: str, text: str):
-        return decoders.Replace(Regex(pattern), text)
-
-    tokenizer.decoder = decoders.Sequence([
-        decoders.WordPiece(prefix="\x01", cleanup=False),  # a space before each token ...
-        decoders.Fuse(),
-        put(r" (?=[.,'])", ""),  # ... but not before punctuation
-        put(r" ?\n ?", "\n"),
-        put(r"(?<=') (?=s )", ""),  # There's
-        # Two things in a row are a list; its last one stands before a full stop.
-        put(r"(?<=\d) (?=[a-z]+ \d+(?: |\.|$))", ", a "),
-        put(r", a (?=[a-z]+ \d+\.)", ", and a "),
-        put(r"(?<=see )(?=[a-z]+ \d)", "a "),
-        put(r"(?<=carrying: )(?=[a-z]+ \d)", "a "),
-    ])
-    return tokenizer
+def _compounds(vocabulary: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The tokens of several words, and the tokens that these words are: ``cabinet 1``, ``cabinet 1, you see``."""
+    for token in vocabulary:
+        match = re.fullmatch(r"([a-z]+) (\d+)(.*)", token)
+        if match and (not match[3] or match[3] in LIST_FOLLOWS):
+            yield token, [part for part in (match[1], match[2], LIST_FOLLOWS.get(match[3])) if part]
 
 
 if __name__ == "__main__":
