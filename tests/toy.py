@@ -50,6 +50,9 @@ class ToyLM:
             answers += [TokenLogprobs((-4 * unit(prompt, target.strip()),), 9) for prompt, target in pairs]
         return answers
 
+    async def close(self) -> None:
+        pass
+
     def answer(self, prompt: str, seed: int, params: GenParams) -> Generation:
         if prompt.endswith("Helps:"):
             yes = p_yes(prompt)
