@@ -16,10 +16,11 @@ from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games, with_alternative_goals
 from itp.envs.pool import EnvPool
+from itp.envs.scienceworld.env import ScienceworldEnv
 from itp.errors import UserError
 from itp.games import Game
 from itp.lm.base import GenParams, Generation
-from itp.methods.base import View
+from itp.methods.base import Decision, View
 from itp.methods.registry import build
 from itp.methods.settings import MethodSettings
 from itp.rollout import play
@@ -255,6 +256,14 @@ def test_an_episode_may_begin_in_a_state(game: Game, expert: Path) -> None:
     row = read_expert(str(expert), None)[AT]
     task = row.state.task
     method = build("sft", Policy(Wavering("policy", {task: solution}, {})), None, MethodSettings())
+    views: list[View] = []
+    act = method.act
+
+    async def noting(view: View) -> Decision:
+        views.append(view)
+        return await act(view)
+
+    method.act = noting
 
     async def main() -> None:
         async with EnvPool(AlfworldEnv, 1) as pool, pool.session() as env:
@@ -264,7 +273,9 @@ def test_an_episode_may_begin_in_a_state(game: Game, expert: Path) -> None:
 
             whole = await played(len(solution) - AT, row.state)
             assert whole.success and [step.decision.action for step in whole.steps] == solution[AT:]
-            assert whole.steps[0].state == row.state
+            assert whole.steps[0].state == row.state and views[0].observation.text == row.state.observation
+            assert [(view.step, view.seed) for view in views] == [
+                (t, derive_seed(1, game.game_id, t)) for t in range(AT, len(solution))]
             assert not (await played(len(solution) - AT - 1, row.state)).success
             other = dataclasses.replace(row.state, history=(*row.state.history[:-1], (solution[AT - 1], "A moon.")))
             with pytest.raises(UserError, match="after step 2.*and the episode saw 'A moon.'"):
@@ -316,10 +327,42 @@ def test_another_game_than_the_episodes_is_named_with_its_row(labeled: Label, ex
 def test_what_cannot_be_compared_is_refused(labeled: Label, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         labeled({}, **changes)
-    assert "\n" not in str(error.value) and not (tmp_path / "labeled.jsonl").exists()
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_the_price_of_a_step_is_the_papers_or_that_of_branches() -> None:
     given = {"expert_jsonl": "", "policy_model": "", "wm_model": "", "out_labeled_jsonl": ""}
     assert LabelSettings(**given).lambda_k == 0.2 and LabelSettings(**given, label_by="branch").lambda_k == 0.01
     assert LabelSettings(**given, label_by="branch", lambda_k=0.3).lambda_k == 0.3
+
+
+def test_scienceworld(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A focus on the wrong thing ends an episode at once; another action goes on to the last step."""
+    class Focus(ToyLM):
+        def answer(self, prompt: str, seed: int, params: GenParams) -> Generation:
+            there = "Observation:" if self.role == "world_model" else "If: "
+            text = "A dream." if self.role == "world_model" else "focus on agent" if there in prompt else "look around"
+            return Generation(f" {text}", 9, 4, 0, "stop", -1.0)
+
+    env = ScienceworldEnv()
+    try:
+        game = Game("scienceworld", "train", "find-plant/0", "find-plant/0/easy", "find-plant")
+        first = env.reset(game)
+        state = State(first.task, first.text)
+        seen = env.step("inventory").obs.text
+        after = state.after("inventory", seen)
+        write_transitions(tmp_path / "t.jsonl", [
+            Transition(f"{game.game_id}#0", t, s.render(), "inventory", seen, "inventory")
+            for t, s in enumerate((state, after))])
+        monkeypatch.setattr(label, "load_policy", lambda *_, **__: Policy(Focus("policy")))
+        monkeypatch.setattr(label, "load_world_model", lambda *_, **__: WorldModel(Focus("world_model")))
+        settings = settings_of(tmp_path / "t.jsonl", folder, Path(""), tmp_path / "out.jsonl", env="scienceworld",
+                               env_data_root="", max_k=1, branch_steps=3, concurrency=1)
+        label.run(settings)
+    finally:
+        env.close()
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for t, row in enumerate(rows):
+        assert row["branches"] == {"look around": [[False, 3]], "focus on agent": [[False, 1]]}
+        assert row["engine_steps"] == {"replayed": 2 * t, "played": 4} and row["k_label"] == 0
+    assert len(rows) == 2

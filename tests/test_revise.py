@@ -102,7 +102,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Alfworld
         write_tiny_model(folder / name, seed=seed)
     return AlfworldSettings(
         policy_model=str(folder / "policy"), wm_model=str(folder / "world_model"), out_dir="", method="revise",
-        env_data_root=str(games_root), split="train", only_ids="0,1,2", max_steps=4, act_tokens=8,
+        revise_margin=0.0, env_data_root=str(games_root), split="train", only_ids="0,1,2", max_steps=4, act_tokens=8,
         wm_max_new_tokens=16, action_selection="constrained", prompt_style="tuned", wm_prompt_style="tuned",
         device="cpu", env_processes=1)
 

@@ -49,7 +49,7 @@ class MethodSettings:
     rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
                                                     "action")
-    revise_margin: float = flag(0.0, at_least=0, before=0.0,
+    revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")

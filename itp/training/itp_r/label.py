@@ -33,7 +33,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from itp.agent.heads import has_heads, kmax_of
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import PromptTooLong, UnplayableGame, UserError
 from itp.files import check_output_file, check_output_folder, read_appended, write_atomic, write_json, writing
+from itp.games import Game
 from itp.lm.scheduler import BatchBarrier
 from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
@@ -65,14 +66,16 @@ def run(settings: LabelSettings) -> None:
     rows = choose_rows(read_expert(settings.expert_jsonl, skipped), settings.max_rows, settings.seed)
     for message in skipped or ():
         log.warning("skipped: %s", message)
+    games = branches.find_games(settings, rows) if settings.label_by == "branch" else {}
     folder = Path(f"{settings.out_labeled_jsonl}.run")
     check_output_file(settings.out_labeled_jsonl)
     check_output_folder(folder)
     with alone_in(folder):
-        _run(settings, candidates, rows, skipped or [])
+        _run(settings, candidates, rows, games, skipped or [])
 
 
-def _run(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], skipped: list[str]) -> None:
+def _run(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], games: Mapping[str, Game],
+         skipped: list[str]) -> None:
     folder = claim(settings)
     finished = read_finished(folder / "rows.jsonl")
     todo = [row for row in rows if row.index not in finished]
@@ -80,7 +83,7 @@ def _run(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[Ex
     unfit: list[str] = []
     if todo:
         with timed(folder):
-            asyncio.run(_label_all(settings, candidates, todo, folder / "rows.jsonl", unfit))
+            asyncio.run(_label_all(settings, candidates, todo, games, folder / "rows.jsonl", unfit))
         finished = read_finished(folder / "rows.jsonl")
     kept = [(row, finished[row.index]) for row in rows if row.index in finished]
     if not kept:
@@ -160,14 +163,14 @@ def read_finished(path: Path) -> dict[int, dict[str, Any]]:
     return {row["row"]: row["added"] for row in read_appended(path, ROW)}
 
 
-async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep], path: Path,
-                     unfit: list[str]) -> None:
+async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows: Sequence[ExpertStep],
+                     games: Mapping[str, Game], path: Path, unfit: list[str]) -> None:
     """Append a line for every row to ``path``, ``concurrency`` episodes at a time.
 
     The rows of an episode follow each other in one coroutine, so that a state finds its beginning computed.
     """
     barrier = BatchBarrier()
-    labeler = load_labeler(settings, candidates, barrier, rows)
+    labeler = load_labeler(settings, candidates, barrier, games)
     episodes = iter([list(group) for _, group in itertools.groupby(rows, key=lambda r: r.transition.episode_id)])
     with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(rows), "row") as bar:
 
@@ -203,10 +206,8 @@ async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows:
 
 
 def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: BatchBarrier,
-                 rows: Sequence[ExpertStep]) -> Labeler:
-    """Both models, prompted as their training prompted them, and by branch the games of ``rows``."""
-    by_branch = settings.label_by == "branch"
-    games = branches.find_games(settings, rows) if by_branch else {}
+                 games: Mapping[str, Game]) -> Labeler:
+    """Both models, prompted as their training prompted them.  ``games``: those of the rows, to label by branch."""
     policy = load_policy(
         settings.policy_model, env=settings.env, device=settings.policy_device, dtype=settings.policy_dtype,
         barrier=barrier, engine={"max_batch_rows": settings.score_batch_size, **settings.engine},
@@ -215,7 +216,7 @@ def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: 
     world_model = load_world_model(
         settings.wm_model, env=settings.env, device=settings.wm_device, dtype=settings.wm_dtype, barrier=barrier,
         engine={"max_batch_rows": settings.wm_batch_size, **settings.engine}, max_new_tokens=settings.wm_max_new_tokens)
-    if not by_branch:
+    if settings.label_by == "likelihood":
         return Labeler(policy, world_model, candidates, settings)
     pool = EnvPool(branches.engine(settings), processes_for(settings.env_processes, settings.concurrency))
     return branches.BranchLabeler(policy, world_model, candidates, settings, games, pool, barrier,
