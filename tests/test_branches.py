@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from itp import rollout
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games, with_alternative_goals
+from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
+from itp.envs.replay import reach
 from itp.envs.scienceworld.env import ScienceworldEnv
-from itp.errors import UserError
+from itp.errors import UnplayableGame, UserError
 from itp.games import Game
 from itp.lm.base import GenParams, Generation
 from itp.methods.base import Decision, View
@@ -26,7 +29,7 @@ from itp.methods.settings import MethodSettings
 from itp.rollout import play
 from itp.seeding import derive_seed
 from itp.text.state import State, parse
-from itp.training.itp_r import label
+from itp.training.itp_r import branches, label
 from itp.training.itp_r.branches import find_games, value_of
 from itp.training.itp_r.expert_steps import read_expert
 from itp.training.itp_r.label_settings import LabelSettings
@@ -312,6 +315,29 @@ def test_another_game_than_the_episodes_is_named_with_its_row(labeled: Label, ex
     with pytest.raises(UserError, match=r"other.jsonl:3: .* at its start its copy here says") as error:
         labeled({0: GIVE_UP, 1: LOITER}, expert_jsonl=str(other))
     assert "\n" not in str(error.value)
+
+
+def test_a_process_that_died_costs_another_try_and_a_broken_game_its_rows(
+        labeled: Label, game: Game, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table, errors = {0: GIVE_UP, 1: "solve"}, []
+
+    async def failing(*how: Any) -> Observation:
+        if errors:
+            raise errors.pop()
+        return await reach(*how)
+
+    for module in (branches, rollout):
+        monkeypatch.setattr(module, "reach", failing)
+    how = {"max_rows": len(solution_of(game)), "concurrency": 1, "action_selection": "constrained"}
+    undisturbed = labeled(table, "a.jsonl", **how)
+    errors += [EnvDied("it died")] * 3
+    assert labeled(table, "b.jsonl", **how) == undisturbed
+    errors += [EnvDied("it died")] * 4
+    with pytest.raises(UserError, match="start the same command again"):
+        labeled(table, "c.jsonl", **how)
+    errors.append(UnplayableGame("broken"))
+    assert labeled(table, "d.jsonl", **how) == undisturbed[1:]
+    assert json.loads((tmp_path / "d.jsonl.run" / "summary.json").read_text())["skipped"] == 1
 
 
 @pytest.mark.parametrize("changes, says", [

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 
 from itp.agent.policy import Choice
 from itp.envs.alfworld.games import with_alternative_goals
-from itp.envs.base import TextEnv
+from itp.envs.base import EnvDied, TextEnv
 from itp.envs.pool import EnvPool
 from itp.envs.registry import EnvFlags, engine_of, games_of
 from itp.envs.replay import reach
@@ -36,13 +37,15 @@ from itp.lm.scheduler import BatchBarrier
 from itp.methods.actors import FirstThen
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
-from itp.rollout import Episode, play
+from itp.rollout import MAX_RESTARTS, Episode, play
 from itp.seeding import derive_seed
 from itp.text.prompts import foresight_text
 from itp.training.itp_r.expert_steps import ExpertStep
 from itp.training.itp_r.label_settings import LabelSettings
 from itp.training.itp_r.pseudo_labels import Labeler, best_k, computed, penalized
 
+log = logging.getLogger(__name__)
+LOST = "the environment's process was lost again and again; start the same command again"
 OUTCOMES = ("same", "wins", "ties", "loses")
 """What became of a_k beside the draft: the same action, or another one whose value is more, equal or less."""
 
@@ -106,13 +109,22 @@ class BranchLabeler(Labeler):
         """k -> what the policy does after k imagined steps, as in an evaluation with K fixed at k."""
         policy, admissible = self.policy, None
         if policy.selection != "generate":
-            async with self._waiting(), self.seats, self.pool.session() as env:
-                admissible = (await reach(env, self.games[row.transition.episode_id], row.state)).admissible
+            admissible = await self._admissible(row)
             steps["replayed"] += len(row.state.history)
         seed = derive_seed(self._seed(row), "act")
         choices = await asyncio.gather(*(policy.act(row.state, admissible, seed, foresight=foresight_text(
             imagined[:k], policy.foresight_format)) for k in self.candidates))
         return dict(zip(self.candidates, choices, strict=True))
+
+    async def _admissible(self, row: ExpertStep) -> tuple[str, ...] | None:
+        """The admissible actions of the row's state."""
+        async with self._waiting(), self.seats, self.pool.session() as env:
+            for _ in range(MAX_RESTARTS + 1):
+                try:
+                    return (await reach(env, self.games[row.transition.episode_id], row.state)).admissible
+                except EnvDied as died:
+                    log.warning("%s: %s; moving to its state again", row.where, died)
+        raise UserError(LOST)
 
     async def _branch(self, row: ExpertStep, actions: Sequence[str],
                       steps: dict[str, int]) -> dict[str, list[tuple[bool, int]]]:
@@ -138,7 +150,7 @@ class BranchLabeler(Labeler):
         if episode.reason == "unplayable":
             raise UnplayableGame(episode.fault)
         if episode.reason == "env_died":
-            raise UserError("the environment's process was lost again and again; start the same command again")
+            raise UserError(LOST)
         return episode
 
     @contextlib.asynccontextmanager
