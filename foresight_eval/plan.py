@@ -26,7 +26,8 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
+    MethodSettings,
 )
 from itp.model_card import card_digest, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
@@ -119,8 +120,9 @@ def make_plan(settings: EvalSettings) -> EvalPlan:
         _check_model(settings, servers["wm"], settings.wm_model, settings.wm_prompt_style)
     heads = has_heads(settings.policy_model)
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(MethodSettings)}
+    fixed_k = settings.revise_k if settings.method == "revise" else settings.fixed_k
     method_settings = MethodSettings(**given | {
-        "max_k": _max_k(settings, heads), "fixed_k": 0 if settings.disable_wm else settings.fixed_k})
+        "max_k": _max_k(settings, heads), "fixed_k": 0 if settings.disable_wm else fixed_k})
     if servers["policy"] is not None and settings.max_seq_len > 0:
         _check_countable(settings)
     plan = EvalPlan(resolve_by_card(settings, settings.policy_model), method_settings, servers["policy"],
@@ -183,9 +185,24 @@ def _check_method(settings: EvalSettings) -> None:
     if settings.thinking and method in NEED_YES_OR_NO:
         raise UserError(f"--thinking: --method {method} reads how sure the policy is of yes where its answer begins, "
                         "so it can't think first; leave the flag out")
-    if method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
+    if settings.thinking and method in SCORE_ACTIONS:
+        raise UserError(f"--thinking: --method {method} compares the log-probabilities of actions right after the "
+                        "prompt, so the policy can't think first; leave the flag out")
+    if method == "revise":
+        _check_revise(settings)
+    elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
         raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
                         "--method foresight")
+
+
+def _check_revise(settings: EvalSettings) -> None:
+    """Refuse what leaves gated revision without an imagined step, or its number of steps to somebody else."""
+    if settings.disable_wm or settings.fixed_k == 0:
+        raise UserError("--method revise imagines what its draft leads to: give --fixed_k 1 or more, no --disable_wm, "
+                        "or take --method sft")
+    if settings.k_policy not in ("auto", "fixed"):
+        raise UserError(f"--method revise imagines --fixed_k steps: leave --k_policy {settings.k_policy} out, or take "
+                        "--method foresight, whose K-head decides where to imagine")
 
 
 def _check_server_policy(plan: EvalPlan) -> None:
@@ -215,7 +232,7 @@ def _check_horizon(plan: EvalPlan) -> None:
     if settings.k_policy == "head" and not plan.heads:
         raise UserError(f"--k_policy head: {path} has no K-head; train one with "
                         "`python -m itp.training.train_adaptive_k sft`, or choose another --k_policy")
-    if not plan.heads or settings.method != "foresight":
+    if not plan.heads or settings.method not in ("foresight", "revise"):
         return
     name, k = ("fixed_k", method.fixed_k) if plan.how_k == "fixed" else ("max_k", method.max_k)
     if k <= (trained := kmax_of(path)):
@@ -252,12 +269,14 @@ async def check_server(plan: EvalPlan) -> None:
 async def check_scores(settings: EvalSettings, policy_lm: LM) -> None:
     """Refuse a server that can't score a given text, where that is wanted of the policy."""
     judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
+    scores = scores or settings.method in SCORE_ACTIONS
     if not judges and not scores:
         return
     try:
         yes, no = await policy_lm.loglikelihood([("Helps:", YES), ("Helps:", NO)])
     except UserError as error:
-        what = f"--method {settings.method}" if judges else "--action_selection score"
+        by_method = judges or settings.method in SCORE_ACTIONS
+        what = f"--method {settings.method}" if by_method else "--action_selection score"
         raise UserError(f"{what} needs the log-probabilities of given text: {error}") from error
     if judges and yes.logprobs == no.logprobs:
         raise UserError(f"--method {settings.method} asks the policy for yes or no, and to {settings.policy_api_model} "

@@ -25,6 +25,7 @@ STEP: Fields = {
     "thought": str, "reflection": str, "k_raw_output": str, "k_logprobs": list, "value": (*NUMBER, type(None)),
     "info": dict}
 USAGE: Fields = {"calls": int, "prompt_tokens": int, "completion_tokens": int}
+REVISION: Fields = {"draft": str, "action": str, "margin": NUMBER, "taken": bool}
 CONSIDERED: Fields = {"action": str, "value": NUMBER, "tries": int}
 
 
@@ -53,6 +54,8 @@ def _check_step(step: Any, where: str) -> None:
     if not all(isinstance(logprob, NUMBER) for logprob in step["k_logprobs"]):
         raise UserError(f"{where}: k_logprobs aren't numbers; {PLAY_AGAIN}")
     _check_usage(step.get("usage", {}), f"{where}: usage")
+    if "revision" in step:
+        checked_object(step["revision"], f"{where}: revision", REVISION, PLAY_AGAIN)
     if not isinstance(step.get("considered", []), list):
         raise UserError(f"{where}: field 'considered' isn't a list; {PLAY_AGAIN}")
     for one in step.get("considered", []):

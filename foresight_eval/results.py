@@ -241,6 +241,7 @@ def _step_record(index: int, t: int, step: Step) -> dict[str, Any]:
         "policy_raw_output": decision.raw,
         "action_logprob": decision.logprob,
         "considered": [{"action": a, "value": value, "tries": n} for a, value, n in decision.considered],
+        **({"revision": dataclasses.asdict(decision.revision)} if decision.revision else {}),
         "obs_next": step.observation,
         "done": step.done,
         "invalid": step.invalid,

@@ -29,6 +29,15 @@ def _scores(metas: list[dict[str, Any]]) -> dict[str, Any]:
             "best_score": mean([meta["best_score"] for meta in metas])}
 
 
+def _revisions(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the method chose a second time: the shares of decisions where that was another action, and was executed."""
+    made = [step["revision"] for step in steps if "revision" in step]
+    if not made:
+        return {}
+    return {"revisions": {"decisions": len(made), "other_action": mean([r["action"] != r["draft"] for r in made]),
+                          "taken": mean([r["taken"] for r in made])}}
+
+
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``summary.json`` of some episodes: success by task type with intervals, k, invalid actions, cost."""
     metas = [record["meta"] for record in records]
@@ -56,6 +65,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "shortened_prompts": sum(usage.get("shortened", 0) for meta in metas for usage in meta["usage"].values()),
         "mean_k": mean([step["k"] for step in steps]),
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
+        **_revisions(steps),
         "cost": summarize_cost(records),
         "restarts": sum(meta["restarts"] for meta in metas),
     }

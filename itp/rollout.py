@@ -16,6 +16,7 @@ from typing import Any
 
 from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
+from itp.envs.replay import reach
 from itp.errors import PromptTooLong, UnplayableGame, UserError
 from itp.games import Game
 from itp.lm.base import Usage, metered
@@ -171,18 +172,24 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
         await asyncio.gather(*workers, everyone, return_exceptions=True)
 
 
-async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat) -> Episode:
+async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat,
+               begin: State | None = None) -> Episode:
     """One episode on one environment session, started again if the environment's process dies.
 
-    The game is loaded first; ``seat`` is held from the first step to the last.
+    The game is loaded first; ``seat`` is held from the first step to the last.  ``begin``: the state with its whole
+    history where the episode begins, which then has up to ``max_steps`` steps more and doesn't repeat those before.
     """
+    async def start() -> Observation:
+        return await env.reset(game) if begin is None else await reach(env, game, begin)
+
     for restarts in range(MAX_RESTARTS + 1):
         try:
-            observation = await env.reset(game)
+            observation = await start()
             async with seat():
                 if not env.alive:  # another game's accident, while this one waited
-                    observation = await env.reset(game)
-                episode = await _play_once(env, method, game, observation, max_steps=max_steps, seed=seed)
+                    observation = await start()
+                state = begin or State(observation.task, observation.text)
+                episode = await _play_once(env, method, game, observation, state, max_steps=max_steps, seed=seed)
         except EnvDied as died:
             log.warning("%s: %s; starting the episode again", game.game_id, died)
             continue
@@ -194,11 +201,10 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
     return Episode(game, reason="env_died", restarts=MAX_RESTARTS)
 
 
-async def _play_once(env, method: Method, game: Game, observation: Observation, *, max_steps: int,
+async def _play_once(env, method: Method, game: Game, observation: Observation, state: State, *, max_steps: int,
                      seed: int) -> Episode:
-    state = State(observation.task, observation.text)
-    episode = Episode(game)
-    for step in range(game.max_steps or max_steps):
+    episode, first = Episode(game), len(state.history)
+    for step in range(first, first + (game.max_steps or max_steps)):
         view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
                     tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps))
         start = time.perf_counter()

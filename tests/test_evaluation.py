@@ -77,7 +77,7 @@ def run(base: AlfworldSettings, out: Path, **changes: Any) -> dict[int, dict[str
 def timeless(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Without what depends on the machine's moment: seconds, what a cache had, last digits of probabilities."""
     records = json.loads(json.dumps(records), object_hook=lambda d: {
-        k: v for k, v in d.items() if k not in ("seconds", "cached_tokens", "action_logprob")})
+        k: v for k, v in d.items() if k not in ("seconds", "cached_tokens", "action_logprob", "margin")})
     return {int(i): record for i, record in records.items()}
 
 

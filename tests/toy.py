@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from itp.lm.base import GenParams, Generation, asking
+from itp.lm.base import GenParams, Generation, TokenLogprobs, asking
 from itp.seeding import derive_seed
 from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, YES, policy_prompt
@@ -43,6 +43,15 @@ class ToyLM:
         with asking(self.role) as answers:
             answers += [self.answer(prompt, seed, params) for prompt, seed in zip(prompts, seeds, strict=True)]
         return answers
+
+    async def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogprobs]:
+        self.asked += [(prompt, 0) for prompt, _ in pairs]
+        with asking(self.role) as answers:
+            answers += [TokenLogprobs((-4 * unit(prompt, target.strip()),), 9) for prompt, target in pairs]
+        return answers
+
+    async def close(self) -> None:
+        pass
 
     def answer(self, prompt: str, seed: int, params: GenParams) -> Generation:
         if prompt.endswith("Helps:"):

@@ -6,9 +6,7 @@ model can be told from what it loses because it reads imagined steps badly.  The
 a world model; it isn't told whether an imagined game is won.  An imagined game goes on after its end, as the engine
 lets it.
 
-A state is reached by the actions of its history.  Both engines repeat themselves: an ALFWorld game has no chance in it,
-and ScienceWorld's JVMs run with fixed hash codes (:mod:`itp.envs.scienceworld.env`), without which its texts differ
-from one JVM to another.  Each observation on the way is compared with the state's.
+A state is reached by the actions of its history (:mod:`itp.envs.replay`).
 """
 
 from __future__ import annotations
@@ -20,15 +18,13 @@ from dataclasses import dataclass, replace
 
 from itp.envs.base import TextEnv
 from itp.envs.pool import EnvHandle, EnvPool
-from itp.errors import UserError
+from itp.envs.replay import follow, reach
 from itp.games import Game
 from itp.lm.base import Generation, asking
 from itp.text.state import State
 
 NAME = "engine (perfect imagination)"
 """The name of the world model in results, so that nobody takes them for those of a learned one."""
-SHOWN = 200
-"""Characters of an observation that an error shows at most."""
 
 
 class EngineWorldModel:
@@ -143,19 +139,9 @@ class _Simulator:
         self.reached = None  # until it is there: a call on the way may fail or be given up
         if passed < 0:
             self.game = game
-            first = await self.env.reset(game)
-            check_same(game, "at its start", f"{first.task}\n{first.text}", f"{state.task}\n{state.first}")
-            passed = 0
-        for i, (done, observation) in enumerate(state.history[passed:], start=passed + 1):
-            result = await self.env.step(done)
-            check_same(game, f"after step {i}, {done!r},", result.obs.text, observation)
+            await reach(self.env, game, state)
+        else:
+            await follow(self.env, game, state, passed)
         result = await self.env.step(action)
         self.reached = state.after(action, result.obs.text)
         return result.obs.text
-
-
-def check_same(game: Game, when: str, seen: str, recorded: str) -> None:
-    """Raises UserError where a copy of ``game`` says something else than the episode saw."""
-    if seen != recorded:
-        raise UserError(f"{game.game_id}: {when} its copy for imagination says {seen[:SHOWN]!r}, and the episode saw "
-                        f"{recorded[:SHOWN]!r}; --wm_backend engine needs a game that repeats itself")

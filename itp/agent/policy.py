@@ -181,6 +181,14 @@ class Policy:
         p = math.exp(answer.logprob)
         return p if answer.text == prompts.YES else 1 - p
 
+    async def log_odds(self, prompt: str, action: str, other: str) -> float:
+        """log π_θ(``action``) − log π_θ(``other``) as answers to ``prompt``, in nats: sums over their tokens.
+
+        The probabilities are those among all texts, also where actions are chosen among the admissible ones.
+        """
+        one, two = await self.lm.loglikelihood([(prompt, prompts.action_target(text)) for text in (action, other)])
+        return one.total - two.total
+
     def action_prompt(self, state: State, new_tokens: int = 0, *, foresight: str = "", notes: str = "") -> str:
         """The prompt for an action of ``new_tokens`` tokens at most (0: an executed one)."""
         if not new_tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from itp.envs.alfworld.expert import Expert
 from itp.envs.alfworld.games import task_params
@@ -46,6 +47,26 @@ def verb_first(actions: Sequence[str], draw: random.Random, without: Sequence[st
     """One of ``actions``, each verb as probable as any other."""
     verb = draw.choice(sorted({action.split(" ")[0] for action in actions}.difference(without)))
     return draw.choice([action for action in actions if action.split(" ")[0] == verb])
+
+
+@dataclass(frozen=True)
+class FirstThen:
+    """``action`` at step ``step``, where its episode begins, and then another method: a branch of an episode."""
+
+    action: str
+    step: int
+    then: Method
+
+    @property
+    def name(self) -> str:
+        return self.then.name
+
+    @property
+    def want_admissible(self) -> bool:
+        return self.then.want_admissible
+
+    async def act(self, view: View) -> Decision:
+        return Decision(self.action) if view.step == self.step else await self.then.act(view)
 
 
 class RandomWalk:

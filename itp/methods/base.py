@@ -32,6 +32,20 @@ class View:
     invalid: tuple[bool, ...] = ()
 
 
+@dataclass(frozen=True)
+class Revision:
+    """A second choice after imagination: the action ``draft`` before it, and the ``action`` chosen after it.
+
+    ``margin``: log π_θ(action|s, τ̂) − log π_θ(draft|s, τ̂) in nats, 0 where both are the same.  ``taken``: whether
+    ``action`` was executed in place of the draft.
+    """
+
+    draft: str
+    action: str
+    margin: float
+    taken: bool
+
+
 @dataclass
 class Decision:
     """What a method does, and why: as it goes into the result file."""
@@ -53,6 +67,8 @@ class Decision:
     """What the expert would do, where an expert is asked and something else is executed."""
     considered: tuple[tuple[str, float, int], ...] = ()
     """(action, its value, how often it was tried in imagination) of every action that was compared."""
+    revision: Revision | None = None
+    """The second choice, where the method makes one."""
     memory: Any = None
     """What a method wants to find again in ``View.past``; not for the result file."""
     prompt: str = ""

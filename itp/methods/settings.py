@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement")
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
 """They ask the policy whether something helps."""
 
@@ -17,6 +17,9 @@ TREE_SEARCH = ("rap", "mcts")
 
 WRITE_THOUGHTS = ("react", "cot")
 """Thought and action come in one reply, so the action is written freely."""
+
+SCORE_ACTIONS = ("revise",)
+"""They compare the log-probabilities of given actions."""
 
 LOOK_AHEAD = ("tot", "mpc", "rafa")
 """Their depth is K_max, which therefore can't be 0."""
@@ -37,7 +40,7 @@ class MethodSettings:
     min_k: int = 0
     value_of_state: bool = False
     record_sampling: bool = False
-    fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says)")
+    fixed_k: int = flag(-1, help="always imagine this many steps (-1: as --k_policy says; revise: 1)")
     k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
                                       "a K-head, else prompt", choices=K_POLICIES)
     k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
@@ -46,6 +49,9 @@ class MethodSettings:
     rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
                                                     "action")
+    revise_margin: float = flag(2.0, at_least=0, before=2.0,
+                                help="revise: nats by which the policy that has read what was imagined must prefer "
+                                     "its second choice to its draft (0: the second choice is always executed)")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
@@ -54,6 +60,11 @@ class MethodSettings:
     rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
     rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
     rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
+
+    @property
+    def revise_k(self) -> int:
+        """The number of steps that revise imagines."""
+        return 1 if self.fixed_k < 0 else self.fixed_k
 
     def how_k_is_chosen(self, heads: bool) -> str:
         """``k_policy`` without auto, for a policy with or without ``heads``."""

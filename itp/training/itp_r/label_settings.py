@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from itp.config import flag
+from itp.agent.policy import SELECTIONS
 from itp.devices import DTYPES
 from itp.errors import UserError
 from itp.games import ENVIRONMENTS, K_MAX
 from itp.lm.memory_budget import EngineFlags
 from itp.model_card import PromptFlags
+
+LAMBDA_K = {"likelihood": 0.2, "branch": 0.01}
+"""λ_K by what labels by: the paper's, and less than a saved step is worth within 30 steps at γ = 0.95."""
+BY_BRANCH = ("env_data_root", "env_split", "action_selection", "branch_steps", "branches", "branch_temperature",
+             "branch_gamma")
+"""The flags that mean something with --label_by branch only."""
 
 
 @dataclass
@@ -19,12 +26,16 @@ class LabelSettings(PromptFlags, EngineFlags):
                              affects_result=False)
     policy_model: str = flag(help="the base policy π_θ0", affects_result=False, aliases=("policy_model_path",))
     wm_model: str = flag(help="the world model", affects_result=False, aliases=("wm_model_path",))
+    label_by: str = flag("likelihood", choices=("likelihood", "branch"), before="likelihood",
+                         help="what imagining k steps is worth: how likely it makes the expert's action (eq. 5), or "
+                              "what the action that follows is worth in the game itself (needs the games)")
     out_labeled_jsonl: str = flag(help="where to write; the same command again goes on with what is missing",
                                   affects_result=False)
     env: str = flag("alfworld", help="environment of the rows", choices=ENVIRONMENTS)
     max_k: int = flag(-1, at_least=0, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 "
                                            "for ScienceWorld)", aliases=("kmax",))
-    lambda_k: float = flag(0.2, help="price λ_K of one imagined step, in nats")
+    lambda_k: float = flag(-1.0, help="price λ_K of one imagined step: in nats (-1: 0.2), by branch in success (-1: "
+                                      "0.01)")
     k_candidates: str = flag("", help="the k to try, such as 0,2,5 (empty: all up to kmax); 0 is always tried")
     logprob_norm: str = flag("sum", choices=("sum", "mean"), help="the action's log-probability: of all its tokens, "
                                                                   "or of one on average")
@@ -41,6 +52,19 @@ class LabelSettings(PromptFlags, EngineFlags):
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so no label depends on it", affects_result=False)
+    env_data_root: str = flag("", help="branch, ALFWorld: folder that holds json_2.1.1, with the games of the rows",
+                              affects_result=False, holds="path", aliases=("env_data_path",))
+    env_split: str = flag("train", before="train", help="branch: split of those games")
+    action_selection: str = flag("generate", before="generate", choices=SELECTIONS,
+                                 help="branch: write actions freely, decode them under the trie of admissible actions, "
+                                      "or score each of those")
+    branch_steps: int = flag(40, at_least=1, before=40, help="branch: steps of a branch at most")
+    branches: int = flag(1, at_least=1, before=1, help="branch: branches of an action; more than one are sampled")
+    branch_temperature: float = flag(0.7, above=0, before=0.7, help="branch: temperature of several branches; a single "
+                                                                    "one is greedy")
+    branch_gamma: float = flag(0.95, above=0, before=0.95, help="branch: a success n steps later is worth γ^n; 1: the "
+                                                                "share of branches that succeed")
+    env_processes: int = flag(2, at_least=1, help="branch: processes that run the games", affects_result=False)
     max_rows: int = flag(0, at_least=0, help="label so many rows, of episodes chosen at random (0: all)")
     skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read, instead of stopping at the "
                                            "first; rows that the model's context doesn't hold are always left out",
@@ -60,6 +84,7 @@ class LabelSettings(PromptFlags, EngineFlags):
 
     def __post_init__(self) -> None:
         self.max_k = K_MAX[self.env] if self.max_k == -1 else self.max_k
+        self.lambda_k = LAMBDA_K[self.label_by] if self.lambda_k == -1 else self.lambda_k
 
 
 def parse_candidates(text: str, kmax: int) -> tuple[int, ...]:

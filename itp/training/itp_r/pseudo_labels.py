@@ -52,26 +52,37 @@ class Labeler:
             totals, sizes, alone = await self._score(row, trajectory, candidates, target)
         norm = 1 if self.settings.logprob_norm == "sum" else sizes
         scores = penalized({k: v / norm for k, v in totals.items()}, self.settings.lambda_k)
-        seen = [row.state.observation, *(observation for _, observation in trajectory.steps)]
         return {
             "k_label": best_k(scores),
-            "obs_list": [seen[min(k, len(seen) - 1)] for k in range(self.settings.max_k + 1)],
-            "imagined": [list(step) for step in trajectory.steps],
+            **self._imagined(row, trajectory),
             "scores": scores,
             "logprobs": totals,
-            "tokens": {"imagine": _computed(imagining.get("policy")), "score": _computed(scoring["policy"]),
-                       "largest_alone": alone, "world_model": _computed(imagining.get("world_model")),
+            "tokens": {"imagine": computed(imagining.get("policy")), "score": computed(scoring["policy"]),
+                       "largest_alone": alone, "world_model": computed(imagining.get("world_model")),
                        "target": sizes},
             "shortened": sum(usage.shortened for spent in (imagining, scoring) for usage in spent.values()),
         }
 
     async def _imagine(self, row: ExpertStep) -> ImaginedTrajectory:
-        k, transition = self.candidates[-1], row.transition
+        k = self.candidates[-1]
         if self.settings.imagination == "teacher_forced":
             forced = row.forced[:k]
             return await imagine(_Recorded(iter(forced)), self.world_model, row.state, len(forced), seed=0)
-        seed = derive_seed(self.settings.seed, transition.episode_id, transition.step)
-        return await imagine(self.policy, self.world_model, row.state, k, seed)
+        return await imagine(self.policy, self.world_model, row.state, k, self._seed(row))
+
+    def _seed(self, row: ExpertStep) -> int:
+        return derive_seed(self.settings.seed, row.transition.episode_id, row.transition.step)
+
+    def _imagined(self, row: ExpertStep, trajectory: ImaginedTrajectory) -> dict[str, Any]:
+        """What a row says of what was imagined."""
+        seen = [row.state.observation, *(observation for _, observation in trajectory.steps)]
+        return {"obs_list": [seen[min(k, len(seen) - 1)] for k in range(self.settings.max_k + 1)],
+                "imagined": [list(step) for step in trajectory.steps]}
+
+    async def close(self) -> None:
+        """Release both models."""
+        for lm in (self.policy.lm, self.world_model.lm):
+            await lm.close()
 
     async def _score(self, row: ExpertStep, trajectory: ImaginedTrajectory, candidates: Sequence[int],
                      target: str) -> tuple[dict[int, float], int, int]:
@@ -99,6 +110,6 @@ class _Recorded:
         return next(self.actions)
 
 
-def _computed(usage: Usage | None) -> int:
+def computed(usage: Usage | None) -> int:
     """Tokens that really went through the model."""
     return usage.tokens - usage.cached_tokens if usage else 0

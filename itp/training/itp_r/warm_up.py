@@ -11,6 +11,11 @@ of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no r
 Departure: ``--act_on all`` also trains L_π on the trajectories of the other k.  A policy without such training treats
 imagined steps as real ones.  Eq. 6 doesn't correct this if nearly all labels are 0.
 
+Rows of ``--label_by branch`` know which action won in the game itself.  ``--act_as winner`` learns that action in place
+of the expert's.  Where nothing was compared or no branch succeeded, the expert's is learned.  With ``--act_on all`` the
+policy learns it after every imagined trajectory, which trains the margin of gated revision
+(:mod:`itp.methods.revise`).
+
 By default a step is a sequence of its own, as in the paper.  ``--steps_per_sequence`` packs steps of an
 episode into one (:mod:`itp.training.token_tree`), which computes their common beginning once: same loss,
 several times cheaper.  An optimizer step then covers as many times more steps of the expert.

@@ -33,6 +33,9 @@ class SftSettings(PromptFlags, PackingFlags, FinetuneSettings):
     act_on: str = flag("label", choices=("label", "all"),
                        help="which imagined trajectories of a step the policy learns to act on: the labeled K's "
                             "(eq. 6), or every K's from 0 to kmax")
+    act_as: str = flag("expert", choices=("expert", "winner"), before="expert",
+                       help="which action the policy learns: the expert's (eq. 6), or the one that won the row's "
+                            "branches, if any did (label --label_by branch)")
     max_seq_len: int = flag(-1, at_least=1, help="tokens of a prompt and its action; where a prompt has more, its "
                                                  "oldest steps are left out (-1: as it was labeled, else 1536)")
     padding_side: str = flag("left", choices=("left", "right"), help="where shorter sequences of a batch are padded")
@@ -119,6 +122,10 @@ def _step(row: Any, where: str, settings: SftSettings) -> LabeledStep:
     action = row.get("expert_action", row["action"])
     if not isinstance(action, str):
         raise UserError(f"{where}: field 'expert_action' is {action!r}, which isn't an action; {MEND}")
+    if settings.act_as == "winner":
+        if not isinstance(row.get("winner"), str):
+            raise UserError(f"{where}: no field 'winner' for --act_as winner; label with --label_by branch")
+        action = row["winner"] or action
     return LabeledStep(str(row["episode_id"]), state, foresight, action, k)
 
 
