@@ -3,8 +3,9 @@
 Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, so that all its directions learn at one pace. An
 epoch on transcripts took the demo's base LM, without drills, to a held-out loss of .62 where AdamW got to .72 at
 the same rate, and of .41 at three times that rate; for LoRA on a large model AdamW stays the default. Its update is
-scaled to the size of AdamW's (Liu et al., 2025), so that both have one learning rate. On a GPU it is PyTorch's own,
-from torch 2.9 on. That one computes matrix by matrix and in bfloat16, which takes three times as long on a CPU.
+scaled to the size of AdamW's (Liu et al., 2025), so that both have one learning rate. On a GPU large matrices get
+PyTorch's own, from torch 2.9 on. That one computes matrix by matrix and in bfloat16: it takes three times as long on a
+CPU, and with small matrices a GPU would spend the step on the starts of hundreds of kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from itp.errors import UserError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Jordan's quintic: steep at 0, so that five iterations bring every singular value to between .7 and 1.2."""
+
+LARGE = 2**20
+"""Entries of a matrix from which on a GPU is busy with its products alone."""
 
 
 @torch.no_grad()
@@ -36,7 +40,8 @@ def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 def muon(matrices: list[torch.nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Muon for ``matrices`` (each of two dimensions, all on one device), scaled to the size of AdamW's update."""
-    if matrices[0].is_cuda and hasattr(torch.optim, "Muon"):  # torch 2.9; setup.py allows older ones
+    large = matrices[0].is_cuda and max(matrix.numel() for matrix in matrices) >= LARGE
+    if large and hasattr(torch.optim, "Muon"):  # torch 2.9; setup.py allows older ones
         return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return BatchedMuon(matrices, lr=lr, weight_decay=weight_decay)
 
