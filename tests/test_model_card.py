@@ -204,7 +204,7 @@ def test_the_world_model_is_prompted_alike_by_every_program(warm_up: SftSettings
     made["labels"] = load_labeler(
         LabelSettings(expert_jsonl="", policy_model=policy_path, wm_model=world_model_path, max_k=2,
                       out_labeled_jsonl="", foresight_format="last_obs", history_keep_steps=2, max_seq_len=400,
-                      policy_device="cpu", wm_device="cpu"), (0, 1, 2), BatchBarrier()).world_model
+                      policy_device="cpu", wm_device="cpu"), (0, 1, 2), BatchBarrier(), {}).world_model
     write_transitions(tmp_path / "t.jsonl", [Transition("e", 0, STATE.render(), "look", "x")])
 
     async def no_figures(world_model: WorldModel, *args) -> dict:
@@ -303,7 +303,7 @@ def test_a_long_history_is_cut_alike_in_training_and_everywhere_else(
                              out_labeled_jsonl="", foresight_format="full", history_keep_steps=0, max_seq_len=BUDGET,
                              policy_device="cpu", wm_device="cpu")
     scored = seen_by_the_engine(monkeypatch, "score")
-    labeler = load_labeler(settings, (0, 1, 2), BatchBarrier())
+    labeler = load_labeler(settings, (0, 1, 2), BatchBarrier(), {})
     trajectory = ImaginedTrajectory(LONG, FUTURE)
     asyncio.run(labeler._score(ExpertStep(0, "x", Transition("e", 0, "", "look", "x"), LONG, ()), trajectory,
                                (0, 1, 2), " look\n"))

@@ -181,7 +181,7 @@ def test_every_method_imagines_in_the_game_and_the_same_at_any_concurrency(
         env.reset(game)
         assert [env.step(before).obs.text for before, _ in state.history] == [seen for _, seen in state.history]
         assert env.step(action).obs.text == said
-    assert len({said for *_, said in asked} - {"Nothing happens."}) > 8
+    assert len({said for *_, said in asked} - {"Nothing happens."}) > 5
     assert max(len(state.history) for _, state, *_ in asked) >= 3
     for i, record in alone.items():
         check_by_replay(env, games[i], record)
