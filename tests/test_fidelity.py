@@ -121,7 +121,7 @@ def test_measure_counts_by_kind() -> None:
     rows = [Transition("e", 0, state.render(), action, seen) for state, action, seen in played]
     perfect = asyncio.run(measure(Oracle(rows, {}), rows))
     assert perfect["all"] == {"exact_match": 1.0, "token_f1": 1.0, "fact_f1": 1.0, "delta_f1": 1.0,
-                              "delta_n": 1, "fact_f1_interval": [1, 1], "n": 5, "cut": 0}
+                              "delta_n": 1, "fact_f1_interval": [1, 1], "token_f1_interval": [1, 1], "n": 5, "cut": 0}
     assert {kind: row["n"] for kind, row in perfect.items()} == {
         "revisit": 2, "revisit_unchanged": 2, "first_visit": 1, "inspect": 1, "invalid": 1, "all": 5}
 

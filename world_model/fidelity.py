@@ -113,7 +113,7 @@ class Score:
 
 
 def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means and their number, with the 95 % interval (normal approximation) of Fact-F1.
+    """Means and their number, with the 95 % intervals (normal approximation) of both F1.
 
     ``delta_f1`` is the mean over the ``delta_n`` transitions that change the belief, or are predicted to, if there are
     any.  So it depends on the model how many these are.
@@ -123,9 +123,15 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
     deltas = [score.delta_f1 for score in scores if score.delta_f1 is not None]
     if deltas:
         means |= {"delta_f1": sum(deltas) / len(deltas), "delta_n": len(deltas)}
-    deviation = math.sqrt(sum((score.fact_f1 - means["fact_f1"]) ** 2 for score in scores) / n)
-    half = 1.96 * deviation / math.sqrt(n)
-    return {**means, "fact_f1_interval": [max(0.0, means["fact_f1"] - half), min(1.0, means["fact_f1"] + half)], "n": n}
+    intervals = {f"{name}_interval": _interval([getattr(score, name) for score in scores], means[name])
+                 for name in ("token_f1", "fact_f1")}
+    return {**means, **intervals, "n": n}
+
+
+def _interval(values: Sequence[float], mean: float) -> list[float]:
+    """The 95 % interval of the mean of values from 0 to 1."""
+    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
+    return [max(0.0, mean - half), min(1.0, mean + half)]
 
 
 async def measure(world_model: WorldModel, transitions: Sequence[Transition],
