@@ -9,6 +9,7 @@ set -euo pipefail
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:-$repo/runs/demo}"
 run=$(cd -- "${1:-$repo/runs/demo}" && pwd)
+[[ ! -d ${MODELS:-} ]] || MODELS=$(cd -- "$MODELS" && pwd)  # they may be given from where one is
 cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
