@@ -9,10 +9,11 @@ set -euo pipefail
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:-$repo/runs/demo}"
 run=$(cd -- "${1:-$repo/runs/demo}" && pwd)
+[[ ! -d ${MODELS:-} ]] || MODELS=$(cd -- "$MODELS" && pwd)  # they may be given from where one is
 cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-: "${GAMES:=20}" "${CPUS:=$(nproc)}" "${MODELS:=models/alfworld}"
+: "${GAMES:=20}" "${MODELS:=models/alfworld}"
 started=$SECONDS
 
 echo "== $GAMES games, made by the engine's own generator"

@@ -1,5 +1,5 @@
 # Sourced by the other scripts, in the repository's root: the virtual environment .venv with everything
-# installed, made on first use.  ITP_VENV names another one; an environment that is active is left alone
+# installed, made on first use; and CPUS.  ITP_VENV names another one; an environment that is active is left alone
 # when ITP_VENV=active.
 if [[ ${ITP_VENV:-} != active ]]; then
   venv=${ITP_VENV:-$PWD/.venv}
@@ -22,3 +22,5 @@ if [[ ${ITP_VENV:-} != active ]]; then
 fi
 # Threads that wait for work leave the cores to those that have some.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# Processes that run environments: one a core.
+: "${CPUS:=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"

@@ -17,7 +17,7 @@ source scripts/environment.sh
 # Sizes of the demo; tests/test_quickstart.py runs the same pipeline in miniature.
 : "${TRAIN_GAMES:=110}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=16}" "${MIXED_MISSIONS:=4}"
 : "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2600}" "${WM_EPOCHS:=1}"
-: "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LABEL_ROWS:=1200}" "${RL_EPISODES:=2560}" "${ITP_R:=1}"
+: "${MAX_K:=2}" "${LABEL_ROWS:=1200}" "${RL_EPISODES:=2560}" "${ITP_R:=1}"
 : "${REASONING_SHARE:=0}"  # 0.25 teaches thoughts, reflections, yes and no as well: for configs/experiments/methods.yaml
 
 step() { printf '\n== %s\n' "$*"; }

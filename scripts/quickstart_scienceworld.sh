@@ -15,7 +15,7 @@ cd "$repo"
 source scripts/environment.sh
 
 # Sizes of the demo.
-: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}" "${CPUS:=$(nproc)}"
+: "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}"
 : "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=15}" "${WALKS:=4}" "${MAX_K:=2}"
 : "${LABEL_ROWS:=500}" "${RL_EPISODES:=64}"
 

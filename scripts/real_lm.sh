@@ -24,7 +24,6 @@ source scripts/environment.sh
 : "${METHODS:=sft,foresight,react,cot,rap}" "${UNTOUCHED:=sft,react,foresight}"  # of the trained model, of the other
 : "${RAP_ACTIONS:=2}" "${RAP_DEPTH:=2}" "${RAP_ROLLOUTS:=2}"
 : "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${SW_TRAIN:=2}" "${SW_GAMES:=1}" "${SW_STEPS:=10}"
-: "${CPUS:=$(nproc)}"
 
 config=configs/demo/real_lm.yaml
 step() { printf '\n== %s (%s)\n' "$*" "$(since)"; }

@@ -1,9 +1,10 @@
 """Writes a trained model as it is released: weights in half precision, and a card that says what was measured.
 
-    python scripts/release_model.py --model runs/released/policy/merged_full --about docs/card.md \
+    python scripts/release_model.py --model runs/released/itp_r/merged_full --about models/alfworld/policy.md \
         --out_dir models/alfworld/policy
 
-The card is the README that training wrote, with the text of --about below its title.
+The card is the README that training wrote, with the text of --about below its title.  ``config.json`` comes last, so
+that a folder in which the script was stopped is no model; start it again.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from itp.config import flag, parse_settings
 from itp.errors import UserError
-from itp.files import read_object, read_text, write_atomic, write_json, writing
+from itp.files import check_output_folder, read_object, read_text, write_atomic, write_json, writing
 from itp.pretrained import check_model_path
 from itp.program import run_main
 
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
+CONFIG = "config.json"
 
 
 @dataclass
@@ -38,16 +40,29 @@ def release(settings: ReleaseSettings) -> None:
     model, out = Path(settings.model), Path(settings.out_dir)
     if not (model / WEIGHTS).is_file():
         raise UserError(f"{model} has no {WEIGHTS}: a model in several files isn't released by this script")
+    files = {file.name for file in model.iterdir() if file.is_file()}
+    _check_output(model, out, files | {CARD})
+    card, config = _card(model, settings), read_object(model / CONFIG) | {"dtype": "bfloat16"}
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(model.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".safetensors") and file.name != WEIGHTS:
-                shutil.copy(file, out)
+        (out / CONFIG).unlink(missing_ok=True)
+        for name in sorted(files - {WEIGHTS, CARD, CONFIG}):
+            shutil.copy(model / name, out)
         _halve(model / WEIGHTS, out / WEIGHTS)
-        write_json(out / "config.json", read_object(model / "config.json") | {"dtype": "bfloat16"})
-        write_atomic(out / CARD, _card(model, settings))
+        write_atomic(out / CARD, card)
+        write_json(out / CONFIG, config)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def _check_output(model: Path, out: Path, written: set[str]) -> None:
+    """Refuse to overwrite the trained model, and a folder with other files, which would count as the released one's."""
+    check_output_folder(out)
+    if out.resolve() == model.resolve():
+        raise UserError(f"--out_dir {out}: the trained model itself; choose another folder")
+    if out.is_dir() and (others := sorted({file.name for file in out.iterdir()} - written)):
+        raise UserError(f"--out_dir {out}: holds {others[0]}, which {model} hasn't; choose another folder, or delete "
+                        "that")
 
 
 def _halve(source: Path, target: Path) -> None:

@@ -5,19 +5,25 @@
 #   bash scripts/train_released.sh [OUTPUT_FOLDER]       (default: runs/released)
 #
 # The expert corrects the mistakes of a small policy (LEARNER), the quickstart's: run scripts/quickstart.sh before.
-# The world model sees random walks only, nothing of an expert.  What is finished is kept, what is missing is made.
+# The world model sees random walks only, of an expert's dialogues just the vocabulary.  What is finished is kept, what
+# is missing is made.
 set -euo pipefail
 
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:-$repo/runs/released}"
 run=$(cd -- "${1:-$repo/runs/released}" && pwd)
+[[ ! -d ${LEARNER:-} ]] || LEARNER=$(cd -- "$LEARNER" && pwd)  # it may be given from where one is
 cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
 : "${TRAIN_GAMES:=2500}" "${UNSEEN_GAMES:=408}" "${LABEL_ROWS:=12000}" "${DRILLS:=20000}" "${COPYING:=6000}"
-: "${HELD_OUT:=100}" "${MAX_K:=2}" "${CPUS:=$(nproc)}" "${LEARNER:=runs/quickstart/policy/merged_full}"
+: "${HELD_OUT:=100}" "${MAX_K:=2}" "${LEARNER:=runs/quickstart/policy/merged_full}"
 config=configs/released.yaml
+if [[ ! -f $LEARNER/config.json ]]; then  # before half an hour of games and episodes
+  echo "LEARNER=$LEARNER: no model folder; run scripts/quickstart.sh, or give another small policy" >&2
+  exit 2
+fi
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -67,7 +73,8 @@ python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" 
   --policy_model_path "$run/policy/merged_full" --out_dir "$run/itp_r" --config configs/demo/warm_up.yaml
 
 step "6/7 models for release, in half precision"
-python scripts/release_model.py --model "$run/itp_r/merged_full" --about models/alfworld/policy.md --out_dir "$run/models/policy"
+python scripts/release_model.py --model "$run/itp_r/merged_full" --about models/alfworld/policy.md \
+  --out_dir "$run/models/policy"
 python scripts/release_model.py --model "$run/world_model/merged_full" --about models/alfworld/world_model.md \
   --out_dir "$run/models/world_model"
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from itp.training.from_scratch.base_lm import BaseLMSettings, write_initial
+from itp.errors import UserError
+from itp.training.from_scratch.base_lm import BaseLMSettings, main, write_initial
 from itp.transitions import Transition
 from tests.tiny import TEXTS
 
@@ -51,3 +52,10 @@ def test_a_head_finds_what_followed_the_same_token_before(initial: Path) -> None
     assert all(back[t, t - 1] > 0.9 for t in range(1, len(tokens)))
     assert tokens[-1] == "shelf 1, you see"
     assert tokens[copying[-1].argmax()] == "mug 2" and copying[-1].max() > 0.25
+
+
+@pytest.mark.parametrize("flag", ["--num_layers=1", "--num_heads=64"])
+def test_a_model_without_room_for_an_induction_head_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["base_lm", "--transitions=t.jsonl", "--out_dir=out", "--copying=1", flag])
+    with pytest.raises(UserError, match="--num_layers 2 or more"):
+        main()

@@ -86,3 +86,8 @@ def test_with_change_objects_move_and_the_answer_to_that_is_not_learned() -> Non
 def test_the_same_seed_gives_the_same_rooms() -> None:
     first, again, other = (list(invented_episodes([START], 3, seed, 0.5)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_rooms_without_a_list_of_places_give_no_exercises() -> None:
+    state = State("put a mug in shelf.", "You see nothing.").render()
+    assert not list(memory_exercises([[Transition("e", 0, state, "look", "You see nothing.")]], 3, seed=1))

@@ -127,8 +127,8 @@ def contents(observation: str) -> list[Contents]:
 
 
 def receptacles(first_observation: str) -> list[str]:
-    """The receptacles that the first observation of a game lists, in its order."""
-    listing = first_observation.split("you see", 1)[1].split(TASK, 1)[0]
+    """The receptacles that the first observation of a game lists, in its order; none where it lists none."""
+    listing = first_observation.partition("you see")[2].partition(TASK)[0]
     return re.findall(NAME, listing)
 
 

@@ -39,7 +39,7 @@ class Belief:
     @classmethod
     def of(cls, state: State) -> Belief:
         """The belief after all of ``state``'s steps; steps that it omits are unknown."""
-        belief = cls(places={name: Place() for name in receptacles(state.first)} if "you see" in state.first else {})
+        belief = cls(places={name: Place() for name in receptacles(state.first)})
         for action, observation in state.history:
             belief = belief.after(action, observation)
         return belief

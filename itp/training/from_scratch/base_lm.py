@@ -43,6 +43,7 @@ from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_options
 from itp.transitions import Transition
 
+
 @dataclass
 class BaseLMSettings(FinetuneSettings):
     env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
@@ -75,6 +76,9 @@ def main() -> None:
     check_options(settings)
     if settings.copying and settings.env != "alfworld":
         raise UserError("--copying: invented rooms are ALFWorld's; leave it out")
+    if settings.copying and (settings.num_layers < 2 or settings.hidden_size < 4 * settings.num_heads):
+        raise UserError("--copying: an induction head needs --num_layers 2 or more, and --hidden_size of at least 4 "
+                        "times --num_heads")
     files = settings.transitions.split(",")
     episodes = [episode for path in files for episode in _episodes(path)]
     initial = Path(settings.out_dir) / "initial"
@@ -145,14 +149,15 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     with torch.no_grad():
         initial_weights.prepare_matching(model)
-        words = model.get_input_embeddings().weight
+        embeddings = model.get_input_embeddings().weight
         if copying:
-            initial_weights.leave_room(words, settings.hidden_size // settings.num_heads)
+            initial_weights.leave_room(embeddings, settings.hidden_size // settings.num_heads)
+        ids = tokenizer.convert_tokens_to_ids
         for token, parts in _compounds(tokenizer.get_vocab()):
-            words[tokenizer.convert_tokens_to_ids(token)] = words[tokenizer.convert_tokens_to_ids(parts)].sum(0)
+            embeddings[ids(token)] = embeddings[ids(parts)].sum(0)
         if copying:
-            initial_weights.make_alike(words)
-        model.get_output_embeddings().weight.copy_(words)
+            initial_weights.make_alike(embeddings)
+        model.get_output_embeddings().weight.copy_(embeddings)
         if copying:
             initial_weights.prepare_copying(model)
     beside = folder.with_name(f".{folder.name}.tmp")  # the next start takes what is in ``folder`` for whole

@@ -116,8 +116,8 @@ def memory_exercises(episodes: Sequence[Sequence[Transition]], count: int, seed:
 
 
 def invented_episodes(starts: Sequence[State], count: int, seed: int, change: float) -> Iterator[list[Transition]]:
-    """``count`` episodes of 6 to 24 steps, in the rooms of ``starts``."""
+    """``count`` episodes of 6 to 24 steps, in the rooms of ``starts``; none where these list no places."""
     draw = random.Random(f"invented {seed}")
     starts = [start for start in starts if len(phrases.receptacles(start.first)) > 1]
-    for number in range(count):
+    for number in range(count if starts else 0):
         yield invented_episode(draw.choice(starts), f"invented {number}", draw.randint(6, 24), change, draw)
