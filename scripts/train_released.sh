@@ -87,6 +87,7 @@ evaluate() {
     --env_processes "$CPUS" --concurrency 64 "$@"
 }
 wm=(--wm_model "$run/models/world_model")
+evaluate base-policy "${wm[@]}" --fixed_k 0 --policy_model "$run/policy/merged_full"  # the last of two flags counts
 evaluate k0 "${wm[@]}" --fixed_k 0
 evaluate k1 "${wm[@]}" --fixed_k 1
 evaluate k2 "${wm[@]}" --fixed_k 2
@@ -98,4 +99,4 @@ done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --wm_model "$run/models/world_model" --transitions "$run/held_out/transitions.jsonl" \
   --max_rows 1200 --max_depth 0 --out_json "$run/held_out/fidelity.json"
-python -m foresight_eval.report "$run"/eval/{k0,k1,k2,k-head,k1-perfect}
+python -m foresight_eval.report "$run"/eval/{k0,k1,k2,k-head,k1-perfect,base-policy}
