@@ -97,14 +97,14 @@ def prepared(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]])
     """The settings to go on with after the exercises: two runs in OUT_DIR, the second half as long with answers."""
     if not settings.drills and not settings.copying:
         return settings
-    for folder, share, answers, change in (("drills", 1, 0.0, 0.0), ("answers", 2, 0.5, 0.5)):
+    for folder, one_in, answers, change in (("drills", 1, 0.0, 0.0), ("answers", 2, 0.5, 0.5)):
         run = dataclasses.replace(settings, out_dir=str(Path(settings.out_dir) / folder), merged_dir="",
                                   push_to_hub="", epochs=1.0, batch_size=32, lr=settings.drill_lr,
                                   lr_scheduler_type="constant")
         if not run.merged_path.exists():
             seed = derive_seed(settings.seed, folder)
-            made = [*exercises(episodes, -(-settings.drills // share), seed, answers),
-                    *memory_exercises(episodes, -(-settings.copying // share), seed, change)]
+            made = [*exercises(episodes, -(-settings.drills // one_in), seed, answers),
+                    *memory_exercises(episodes, -(-settings.copying // one_in), seed, change)]
             if not made:
                 raise UserError(f"--drills, --copying: {settings.transitions} has no sights of ALFWorld to make "
                                 "exercises of; leave them out")
