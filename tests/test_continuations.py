@@ -20,7 +20,7 @@ from itp.lm.local import LocalLM
 from itp.lm.tokenize import Encoder, Growing
 from itp.models import load_policy
 from itp.text.dialogues import episode_dialogue
-from itp.text.prompts import CTRL, action_target, policy_prompt, world_model_prompt, world_model_target
+from itp.text.prompts import action_target, policy_prompt, world_model_prompt, world_model_target
 from itp.text.prompt_format import PromptFormat
 from itp.text.segments import dialogue_segments
 from itp.text.state import State, parse
@@ -34,6 +34,7 @@ from itp.training.run import finetune
 from itp.transitions import Transition
 from tests.families import write_family
 from tests.tokenizers_of import KINDS, tokenizer_of
+from tests.toy import control_prompt
 from world_model.base_tuning.examples import to_examples
 
 
@@ -109,8 +110,8 @@ def test_stage_2_sees_the_prompts_of_actions_and_heads(kind: str, tmp_path: Path
     for step, found in zip(steps, WarmUpTask(settings, steps)._tokens(tokenizer, {"examples": 0}), strict=True):
         prompt = policy_prompt(step.state.render(), form=form, foresight=foresight)
         assert found.prompt == encoder(prompt)
-        assert found.heads_prompt == encoder(prompt[:prompt.index(CTRL) + len(CTRL)]) == found.prompt[
-            :len(found.heads_prompt)]
+        assert found.heads_prompt == encoder(control_prompt(step.state.render(), form))
+        assert found.heads_prompt[:-1] == found.prompt[:len(found.heads_prompt) - 1]
         assert encoder.decode(found.target).strip() == step.action
 
 

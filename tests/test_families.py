@@ -83,6 +83,7 @@ class Seen:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.ids: set[tuple[int, ...]] = set()
+        self.heads: set[tuple[int, ...]] = set()
         self.policy: list[tuple[Policy, State, str, dict]] = []
         self.world: list[tuple[WorldModel, State, str]] = []
         for name, ids_of in (("generate", lambda r: r.ids), ("read_heads", lambda ids: ids), ("score", lambda p: p[0])):
@@ -104,14 +105,15 @@ class Seen:
         call = getattr(Engine, name)
 
         def caught(engine: Engine, requests: list) -> list:
-            self.ids.update(tuple(ids_of(request)) for request in requests)
+            into = self.heads if name == "read_heads" else self.ids
+            into.update(tuple(ids_of(request)) for request in requests)
             return call(engine, requests)
 
         patch.setattr(Engine, name, caught)
 
     def check(self, form: str, base: str, base_policy_path: str) -> int:
         """Every prompt, made by the training code of its model, is among the caught ids.  How many were compared."""
-        compared = set()
+        compared, controls = set(), set()
         for model, state, action in self.world:
             settings = WorldModelSettings(model_path=base, out_dir="", data_path="", prompt_form=form)
             tokenizer = model.lm.tokenizer
@@ -124,14 +126,14 @@ class Seen:
                                        model_path=base_policy_path)
                 task = WarmUpTask(settings, [LabeledStep("", state, foresight, "look", 0)])
                 step, = task._tokens(tokenizer, {"examples": 0})
-                assert any(ids[:len(step.heads_prompt)] == tuple(step.heads_prompt) for ids in self.ids)
+                controls.add(tuple(step.heads_prompt))
                 compared.add(tuple(step.prompt))
             else:
                 settings = base_policy.BasePolicySettings(model_path=base, out_dir="", train_json="", prompt_form=form)
                 talk, template = dialogue(state, foresight, name, "look"), trained_card(settings, tokenizer).template
                 row, = encode([Example(dialogue_examples(talk, template)[0], eos=False)], tokenizer, 9999).rows
                 compared.add(prompt_of(row))
-        assert compared <= self.ids
+        assert compared <= self.ids and self.heads and self.heads <= controls
         return len(compared)
 
 

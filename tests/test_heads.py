@@ -87,11 +87,11 @@ def test_the_control_token_is_added_once_and_never_shrinks_the_vocabulary(plain,
     assert ctrl == known
     torch.testing.assert_close(embeddings[ctrl], before[:known].mean(0))
     torch.testing.assert_close(embeddings[:known], before[:known])
-    # One token, wherever it stands, and the control prompt is the beginning of the policy's.
+    # One token behind the state, which all prompts of the policy begin with; the others don't have it.
     ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, form=FORM))[0].tolist()
-    start = encoded(tokenizer, control_prompt(STATE, FORM))[0].tolist()
-    assert ids[:len(start)] == start and start[-1] == ctrl and ids.count(ctrl) == 1
-    assert start[:-1] == encoded(tokenizer, STATE + "\n")[0].tolist()
+    control = encoded(tokenizer, control_prompt(STATE, FORM))[0].tolist()
+    assert control[:-1] == encoded(tokenizer, STATE + "\n")[0].tolist() == ids[:len(control) - 1]
+    assert control[-1] == ctrl and ctrl not in ids
 
 
 def test_heads_start_indifferent_and_compute_in_float32():
@@ -109,8 +109,7 @@ def test_heads_start_indifferent_and_compute_in_float32():
 def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain, tmp_path):
     policy = random_heads(PolicyWithHeads.create(*(loaded := load(plain)), 2))
     tokenizer = loaded[1]
-    texts = [control_prompt(STATE, FORM), policy_prompt(LONGER, foresight=FORESIGHT, form=FORM) + " open cabinet 1\n",
-             policy_prompt(STATE, form=FORM)]
+    texts = [control_prompt(STATE, FORM), control_prompt(LONGER, FORM), control_prompt(STATE, FORM) + " look\n"]
     alone = [read(policy, tokenizer, text) for text in texts]
     ctrl = tokenizer.convert_tokens_to_ids(CTRL)
     rows = [encoded(tokenizer, text)[0].tolist() for text in texts]
@@ -123,12 +122,16 @@ def test_one_state_reads_the_same_alone_padded_in_a_tree_and_in_the_engine(plain
     left = policy(ids, mask, torch.tensor([c + width - len(r) for c, r in zip(columns, rows, strict=True)]), positions)
 
     tree = TokenTree()
+    acting = policy_prompt(LONGER, foresight=FORESIGHT, form=FORM) + " open cabinet 1\n"
+    acting_nodes = tree.add(encoded(tokenizer, acting)[0].tolist())
     nodes = [tree.add(row) for row in rows]
     at = torch.tensor([(0, path[column]) for path, column in zip(nodes, columns, strict=True)])
     ids, mask, positions = batch([tree], 0)
     tree_out = policy(ids, mask, at, positions)
     boolean = policy(ids, mask == 0, at, positions, logits_at=torch.tensor([[0, 3], [0, 5]]))
     torch.testing.assert_close(boolean.logits, tree_out.logits[0, [3, 5]])
+    ids = encoded(tokenizer, acting)
+    torch.testing.assert_close(tree_out.logits[0, acting_nodes], policy.causal_lm(ids).logits[0], rtol=0, atol=1e-4)
 
     policy.save_pretrained(tmp_path / "policy", tokenizer)
     engine = load_policy(str(tmp_path / "policy")).lm.engine
@@ -151,7 +154,7 @@ async def test_a_loaded_policy_chooses_k_and_generates(plain, tmp_path):
     reading, = await lm.read_heads([control_prompt(STATE, FORM)])
     assert len(reading.k_logprobs) == 3 and torch.tensor(reading.k_logprobs).exp().sum().item() == pytest.approx(1)
     reply, = await lm.generate([policy_prompt(STATE, form=FORM)], GenParams(max_new_tokens=3))
-    assert reply.cached_tokens == reading.prompt_tokens  # the control token's keys and values serve the action
+    assert reply.cached_tokens == reading.prompt_tokens - 1  # the state's keys and values serve the action
     await lm.close()
     lm = load_policy(str(plain)).lm
     with pytest.raises(UserError, match="no heads"):
@@ -170,7 +173,7 @@ def test_the_control_row_trains_is_merged_and_saved(plain, tmp_path, tied, paddi
     if lora:
         policy.add_lora(peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"), ctrl)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
-    ids = encoded(tokenizer, policy_prompt(STATE, foresight=FORESIGHT, form=FORM) + " look\n")
+    ids = encoded(tokenizer, control_prompt(STATE, FORM) + " look\n")
     column = torch.tensor([ids[0].tolist().index(ctrl)])
     for _ in range(2):  # LoRA's B is zero at first, and so is the gradient of its A
         optimizer.zero_grad()

@@ -313,10 +313,9 @@ def test_a_long_history_is_cut_alike_in_training_and_everywhere_else(
 def test_the_heads_may_read_more_history_than_the_action_has(budgeted: tuple[str, list[LabeledStep]]) -> None:
     path, steps = budgeted
     policy = load_policy(path)
-    action = policy.action_prompt(LONG, foresight=FORESIGHT)
-    assert not action.startswith(policy.heads_prompt(LONG))
-    assert policy.action_prompt(LONG).startswith(policy.heads_prompt(LONG))
-    assert policy.heads_prompt(LONG).endswith("\n<CTRL>")
+    state, control = policy.heads_prompt(LONG).rsplit("\n", 1)
+    assert control == "<CTRL>" and policy.action_prompt(LONG).startswith(state)
+    assert not policy.action_prompt(LONG, foresight=FORESIGHT).startswith(state)
 
 
 def test_a_world_model_is_prompted_as_it_was_trained_beyond_the_budget(tmp_path: Path) -> None:

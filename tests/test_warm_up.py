@@ -87,8 +87,8 @@ def slow_loss(policy: PolicyWithHeads, tokenizer, rows: list[dict], beta_k: floa
     """Eq. 6 step by step from prompts as texts and the bare model; with "all", L_π over every k."""
     lm, nll, tokens, k_nll = policy.causal_lm, 0.0, 0, 0.0
     for row in rows:
-        text = row["state"] + "\n<CTRL>"
-        hidden = lm.model(torch.tensor([tokenizer.encode(text)])).last_hidden_state[0, -1]
+        text = row["state"]
+        hidden = lm.model(torch.tensor([tokenizer.encode(text + "\n<CTRL>")])).last_hidden_state[0, -1]
         k_nll -= (policy.heads.k_head(hidden)).log_softmax(-1)[row["k_label"]].item()
         for k in [row["k_label"]] if act_on == "label" else range(len(row["imagined"]) + 1):
             future = "".join(f"\nIf: {action}\nThen: {observation}" for action, observation in row["imagined"][:k])
@@ -119,11 +119,14 @@ def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path
     expected = slow_loss(policy, tokenizer, rows, 0.7, act_on)
 
     nodes, gradients = {}, []
-    for packed in (1, 0, 3):
+    for packed, attention in ((1, "sdpa"), (0, "sdpa"), (3, "sdpa"), (1, "flash_attention_2")):
         for left in (False, True):
-            task = task_for(dataclasses.replace(settings, steps_per_sequence=packed))
+            task = task_for(dataclasses.replace(settings, steps_per_sequence=packed, attn_implementation=attention))
             encoded = task.encode(AutoTokenizer.from_pretrained(model_path)).rows
-            nodes[packed] = sum(len(row["input_ids"]) for row in encoded)
+            if attention == "sdpa":
+                nodes[packed] = sum(len(row["input_ids"]) for row in encoded)
+            else:  # which knows no mask: the prompts of action and heads are sequences of their own
+                assert all(tree.is_chain for row in encoded for tree in row["trees"])
             module = WarmUp(policy, 0.7)
             collate = StepCollator(0, 8, left=left)
             assert module(**collate(encoded))["loss"].item() == pytest.approx(expected, abs=1e-4)
@@ -178,9 +181,8 @@ def test_long_prompts_lose_their_oldest_steps_and_nothing_else(model_path, tmp_p
     settings = settings_for(model_path, tmp_path, rows)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     whole, = task_for(settings).encode(tokenizer).rows
-    assert whole["tree"].is_chain
     action = tokenizer(f" {rows[0]['action']}\n", add_special_tokens=False)["input_ids"]
-    prompt = len(whole["input_ids"]) + 1 - len(action)  # nothing is predicted from the action's last token
+    prompt = len(whole["input_ids"]) - len(action)  # <CTRL> is there, and nothing is predicted from the last token
     need = prompt + 16  # what a prompt leaves for an action, however long that is
     short = task_for(dataclasses.replace(settings, max_seq_len=need - 1))
     cut = short.encode(tokenizer)
@@ -189,13 +191,13 @@ def test_long_prompts_lose_their_oldest_steps_and_nothing_else(model_path, tmp_p
     tokenizer.add_tokens([CTRL], special_tokens=True)
     step, = short._tokens(tokenizer, dict.fromkeys(cut.counts, 0))
     assert len(step.prompt) < prompt and step.ids == [*step.prompt, *action[:-1]]
-    # The heads read before anything is imagined, so the row branches: their prompt has all of the history.
-    assert not row["tree"].is_chain and tokenizer.decode(step.heads_prompt).count("Action:") == 8
+    # The heads read before anything is imagined: their prompt has all of the history.
+    assert len(row["input_ids"]) > len(step.ids) + 10 and tokenizer.decode(step.heads_prompt).count("Action:") == 8
     text = tokenizer.decode(step.ids)
     assert text.startswith(f"Task: put a clean plate in fridge\nObservation: {FIRST}\n[ 1 earlier steps omitted ]\n")
-    history, future = text.split(CTRL)
+    history, future = text.split("\nIf:", 1)
     assert history.count("Action:") == 7 and history.rstrip().endswith(rows[0]["obs_list"][0])
-    assert future.count("If:") == 2 and future.endswith("\nAction: " + rows[0]["action"])
+    assert future.count("If:") == 1 and future.endswith("\nAction: " + rows[0]["action"])
     assert task_for(dataclasses.replace(settings, max_seq_len=need)).encode(tokenizer).counts["cut"] == 0
     none = task_for(dataclasses.replace(settings, max_seq_len=20)).encode(tokenizer)
     assert none.rows == [] and none.counts["too_long"] == 1
@@ -237,7 +239,7 @@ async def readings(folder: Path, rows: list[dict]) -> tuple[list[int], list[str]
 @pytest.mark.asyncio
 async def test_the_k_head_learns_where_looking_ahead_helps(model_path, tmp_path):
     rows = [row for i in range(60) for row in episode(i)]
-    settings = settings_for(model_path, tmp_path, rows, steps_per_sequence=0, epochs=15.0, max_seq_len=600)
+    settings = settings_for(model_path, tmp_path, rows, steps_per_sequence=0, epochs=25.0, max_seq_len=600)
     metrics = warm_up.run(settings)
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["eval_k_accuracy"] >= 0.9 > metrics["eval_k_majority"]

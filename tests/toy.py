@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from itp.lm.base import GenParams, Generation, TokenLogprobs, asking
 from itp.seeding import derive_seed
+from itp.text import prompts
 from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import CTRL, YES, policy_prompt
 
 ACTIONS = [f"{verb} {thing} {n}" for verb in ("take", "clean") for thing in ("plate", "mug") for n in range(1, 6)]
 
 
 def control_prompt(state: str, form: PromptFormat) -> str:
     """The prompt up to ``<CTRL>``, where the heads read."""
-    return policy_prompt(state, form=form).split(CTRL)[0] + CTRL
+    return prompts.control_prompt(prompts.policy_prompt(state, form=form), form)
 
 
 def unit(*parts: object) -> float:
@@ -57,7 +57,7 @@ class ToyLM:
         if prompt.endswith("Helps:"):
             yes = p_yes(prompt)
             text = params.choices[0 if yes >= 0.5 else 1]
-            return Generation(text, 9, 1, 0, "stop", math.log(yes if text == YES else 1 - yes))
+            return Generation(text, 9, 1, 0, "stop", math.log(yes if text == prompts.YES else 1 - yes))
         if prompt.endswith("Observation:"):
             return Generation(f" you see {int(1000 * unit(prompt, seed))}", 9, 4, 0, "stop", -1.0)
         words = [choice.strip() for choice in params.choices] or ACTIONS

@@ -198,8 +198,7 @@ class Policy:
 
     def heads_prompt(self, state: State) -> str:
         """The prompt up to the control token, cut as the prompt of an action without an imagined trajectory is."""
-        tail = self.form.template.before_reply("Action")
-        return self.action_prompt(state).removesuffix(tail)
+        return prompts.control_prompt(self.action_prompt(state), self.form)
 
     def prompt(self, state: State, label: str, new_tokens: int, **parts: Any) -> str:
         """:func:`itp.text.prompts.policy_prompt` on what the policy is shown of ``state``, within the budget.

@@ -2,7 +2,7 @@
 
 A :class:`PromptTemplate` holds the parts that a chat template puts before and behind the text.  In plain text there is
 nothing before it and a line break behind it.  A :class:`PromptFormat` is all that :mod:`itp.text.prompts` must know
-about a model: its style, its environment, its template, and whether its prompts hold the control token.
+about a model: its style, its environment, its template, and whether it has heads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLAIN = PromptTemplate()
 class PromptFormat:
     """The format of a model's prompts.  ``style`` is one of STYLES.
 
-    ``control_token``: the policy has heads, which give K_t and V(s_t) at the control token of its prompts.
+    ``control_token``: the policy has heads, which give K_t and V(s_t) at a control token behind the state.
     """
 
     style: str = "tuned"

@@ -10,8 +10,9 @@ A *tuned* model (trained by this project) gets the bare state and a label that n
     Then: You pick up the plate 2 from the ..   /  K pairs of (â, ŝ)
     Action:                                     <- the policy goes on from here
 
-The prompts of a policy with heads have the line ``<CTRL>`` between state and imagined trajectory.  The heads give K_t
-and V(s_t) there, so the text up to this line is the same for the choice of K and for the action.
+A policy with heads reads K_t and V(s_t) at the line ``<CTRL>`` behind the state (:func:`control_prompt`).  Its other
+prompts don't have this line.  So a policy acts as well with heads as without, and the state, which all of its prompts
+begin with, is computed once.
 
 An *instruct* model (not trained by this project) gets the same text behind an instruction.  Both kinds of models may
 have prompts in turns of a chat (:mod:`itp.text.prompt_format`): then the text is the user's turn, and the model's turn
@@ -97,15 +98,22 @@ def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED,
     ``foresight`` comes from :func:`foresight_text`.  ``notes`` are complete lines such as ``"\\nReflection: ..."``
     between it and the label.  ``max_k``: the largest answer to ``Horizon``.
     """
-    mark = f"\n{CTRL}" if form.control_token else ""
-    return f"{_instructed(state, label, form, max_k)}{mark}{foresight}{notes}{form.template.before_reply(label)}"
+    return f"{_instructed(state, label, form, max_k)}{foresight}{notes}{form.template.before_reply(label)}"
+
+
+def control_prompt(action_prompt: str, form: PromptFormat = TUNED) -> str:
+    """The prompt at whose end the heads are read, in the state of ``action_prompt``.
+
+    ``action_prompt``: :func:`policy_prompt` for an action, without an imagined trajectory.
+    """
+    return f"{action_prompt.removesuffix(form.template.before_reply('Action'))}\n{CTRL}"
 
 
 def prompt_of_observation(heads_prompt: str, action: str) -> str:
     """The beginning of the prompts of the state after ``action``, up to the colon in front of its observation.
 
-    ``heads_prompt``: a policy's prompt up to the control token, in the state in which ``action`` was executed.  Behind
-    it comes :func:`world_model_target`.  In chat turns both are in the user's turn, where the policy reads them.
+    ``heads_prompt``: :func:`control_prompt` in the state in which ``action`` was executed.  Behind it comes
+    :func:`world_model_target`.  In chat turns both are in the user's turn, where the policy reads them.
     """
     state = heads_prompt.removesuffix(f"\n{CTRL}")
     return f"{state}\n{ACTION}{indent(action)}\n{OBSERVATION.rstrip()}"

@@ -111,7 +111,8 @@ def report(settings: RlSettings, devices: tuple[str, str], width: int) -> None:
         parts = policy_bytes(Shape.of(settings.policy_model), lora_r=settings.lora_r, width=width,
                              update_tokens=update, checkpointing=settings.gradient_checkpointing,
                              rows=settings.num_envs, length=length,
-                             # Drawn tokens are half of all at most, since they stand in the history, too.
+                             # Between two actions stand their labels, an answer and the control token, about as many
+                             # tokens as an action has at most; most answers are longer.
                              supervised=1.0 if settings.observation_loss else 0.5)
         parts["keys and values"] += settings.engine["cache_bytes"] - CACHE_BYTES
         needs.setdefault(devices[0], {}).update({f"policy's {name}": size for name, size in parts.items()})

@@ -5,7 +5,7 @@ r"""Stage 2, warm-up (eq. 6): the policy learns to act on imagined futures, its 
     python -m itp.training.train_adaptive_k sft --train_jsonl labeled.jsonl --policy_model POLICY --out_dir OUT
 
 The rows are those of stage 1.  L_π is the mean over the tokens of the expert's actions, L_K over the steps.
-The prompt is the one of every later stage: state, ``<CTRL>``, where K is learned, the imagined trajectory
+Both prompts are those of every later stage: state and ``<CTRL>``, where K is learned; state, the imagined trajectory
 of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no returns.
 
 Departure: ``--act_on all`` also trains L_π on the trajectories of the other k.  A policy without such training treats

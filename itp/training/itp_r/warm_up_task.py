@@ -25,7 +25,7 @@ from itp.lm.tokenize import Encoder
 from itp.model_card import ModelCard, format_for, prompt_settings
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
-from itp.text.prompts import CTRL, action_target, policy_prompt
+from itp.text.prompts import CTRL, action_target, control_prompt, policy_prompt
 from itp.text.state import State
 from itp.training.examples import COUNTS, Encoding, TrainingRow
 from itp.training import token_tree
@@ -77,7 +77,7 @@ class WarmUp(torch.nn.Module):
 class Encoded:
     """A step in tokens: the prompt of its action, the action, and the prompt up to ``<CTRL>`` at which K is learned.
 
-    The last is the beginning of the first, unless the imagined trajectory takes so much of the budget that the action's
+    Both prompts begin with the state, unless the imagined trajectory takes so much of the budget that the action's
     prompt holds less history.  At inference the heads read before anything is imagined.
     """
 
@@ -109,15 +109,14 @@ class WarmUpTask(TextTask):
         encoded = self._tokens(tokenizer, encoding.counts)
         for episode_id, episode in itertools.groupby(encoded, key=lambda e: e.step.episode_id):
             for steps in self._packed(list(episode)):
-                encoding.rows.append(make_row(steps))
+                encoding.rows.append(make_row(steps, chains=self.settings.attn_implementation == "flash_attention_2"))
                 encoding.groups.append(episode_id)
-        self._check_masks(encoding)
         return encoding
 
     def _tokens(self, tokenizer: PreTrainedTokenizerBase, counts: dict[str, int]) -> Iterator[Encoded]:
         """The steps whose prompts fit, cut as inference cuts them."""
         settings, form = self.settings, self.prompt_format(tokenizer)
-        encode, ctrl = Encoder(tokenizer), tokenizer.convert_tokens_to_ids(CTRL)
+        encode = Encoder(tokenizer)
         budget = PromptBudget(prompt_tokens(settings.max_seq_len, "action", settings.env), settings.max_seq_len,
                               encode.count)
         encode.check_line_breaks()
@@ -137,8 +136,7 @@ class WarmUpTask(TextTask):
                 counts["cut"] += 1
                 counts["lost_tokens"] += encode.count(whole) - len(prompt)
             unimagined = budget.prompt(step.state, functools.partial(render, foresight=""), len(target))
-            heads_prompt = [*encode.start, *encode(unimagined)]
-            yield Encoded(step, prompt, target, heads_prompt[:heads_prompt.index(ctrl) + 1])
+            yield Encoded(step, prompt, target, [*encode.start, *encode(control_prompt(unimagined, form))])
 
     def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         """As stage 1 prompts the base policy, since labels belong to their prompt, or as ``--prompt_form`` says."""
@@ -161,14 +159,6 @@ class WarmUpTask(TextTask):
             tree.add(step.ids)
             together.append(step)
         yield together
-
-    def _check_masks(self, encoding: Encoding) -> None:
-        """Raises UserError where a sequence branches and attention knows no mask."""
-        branched = sum(not row["tree"].is_chain for row in encoding.rows)
-        if branched and self.settings.attn_implementation == "flash_attention_2":
-            raise UserError(f"--attn_implementation flash_attention_2: {branched} steps have prompts beyond "
-                            f"--max_seq_len {self.settings.max_seq_len}, whose K and action are learned with different "
-                            "history; raise it, or take sdpa")
 
     def collator(self, pad_id: int, multiple: int = 1) -> StepCollator:
         return StepCollator(pad_id, multiple, left=self.settings.padding_side == "left")
@@ -280,21 +270,29 @@ def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torc
     return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
 
-def make_row(steps: Sequence[Encoded]) -> TrainingRow:
+def make_row(steps: Sequence[Encoded], *, chains: bool = False) -> TrainingRow:
     """Steps as one row: ``controls`` and ``k_labels`` of the steps that have a label, ``targets`` of all.
 
-    A target is (number of the labeled step or -1, node, token that follows it).
+    A row has one tree, or with ``chains`` a tree for each prompt, none of which branches.  A control is (tree, node), a
+    target (number of the labeled step or -1, tree, node, token that follows it).
     """
-    tree, controls, k_labels, targets = TokenTree(), [], [], []
+    trees, controls, k_labels, targets = [TokenTree()], [], [], []
+
+    def add(ids: Sequence[int]) -> list[tuple[int, int]]:
+        if chains and len(trees[-1]):
+            trees.append(TokenTree())
+        return [(len(trees) - 1, node) for node in trees[-1].add(ids)]
+
     for step in steps:
-        nodes, number = tree.add(step.ids), -1
+        places, number = add(step.ids), -1
         if step.step.k is not None:
             number = len(controls)
-            controls.append(tree.add(step.heads_prompt)[-1])
+            controls.append(add(step.heads_prompt)[-1])
             k_labels.append(step.step.k)
-        targets += [(number, node, token)
-                    for node, token in zip(nodes[len(step.prompt) - 1:], step.target, strict=True)]
-    return {"input_ids": tree.ids, "tree": tree, "controls": controls, "k_labels": k_labels, "targets": targets}
+        targets += [(number, *place, token)
+                    for place, token in zip(places[len(step.prompt) - 1:], step.target, strict=True)]
+    ids = [token for tree in trees for token in tree.ids]
+    return {"input_ids": ids, "trees": trees, "controls": controls, "k_labels": k_labels, "targets": targets}
 
 
 class StepCollator:
@@ -308,7 +306,7 @@ class StepCollator:
         self.tokens = self.slots = 0
 
     def __call__(self, rows: Sequence[TrainingRow]) -> TensorBatch:
-        trees: list[TokenTree] = [row["tree"] for row in rows]
+        trees: list[TokenTree] = [tree for row in rows for tree in row["trees"]]
         longest = max(map(len, trees))
         width = -(-longest // self.multiple) * self.multiple
         chains = all(tree.is_chain for tree in trees)
@@ -316,14 +314,20 @@ class StepCollator:
         # A causal LM sees nothing on the right, and without a mask its attention is a fused one.
         unmasked = chains and not (self.left and any(len(tree) < width for tree in trees))
         first = [width - len(tree) if self.left else 0 for tree in trees]
-        before = list(itertools.accumulate((len(row["controls"]) for row in rows), initial=0))
-        targets = torch.tensor([(b, first[b] + node, token, before[b] + i if i >= 0 else -1)
-                                for b, row in enumerate(rows) for i, node, token in row["targets"]])
+        trees_before, steps_before = (list(itertools.accumulate((len(row[what]) for row in rows), initial=0))
+                                      for what in ("trees", "controls"))
+
+        def place(b: int, tree: int, node: int) -> tuple[int, int]:
+            row = trees_before[b] + tree
+            return row, first[row] + node
+
+        targets = torch.tensor([(*place(b, tree, node), token, steps_before[b] + i if i >= 0 else -1)
+                                for b, row in enumerate(rows) for i, tree, node, token in row["targets"]])
         self.tokens += sum(map(len, trees))
         self.slots += ids.numel()
         return {
             "input_ids": ids, **({} if unmasked else {"attention_mask": mask, "position_ids": positions}),
-            "ctrl_pos": torch.tensor([(b, first[b] + node) for b, row in enumerate(rows) for node in row["controls"]],
+            "ctrl_pos": torch.tensor([place(b, *control) for b, row in enumerate(rows) for control in row["controls"]],
                                      dtype=torch.long).reshape(-1, 2),
             "k_labels": torch.tensor([k for row in rows for k in row["k_labels"]], dtype=torch.long),
             "target_pos": targets[:, :2], "target_ids": targets[:, 2], "target_step": targets[:, 3],
