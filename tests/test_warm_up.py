@@ -23,7 +23,7 @@ from itp.text.prompts import CTRL, policy_prompt
 from itp.text.state import State
 from itp.training.checkpoints import whole_checkpoints
 from itp.training.itp_r import warm_up
-from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings, as_labeled, read_labeled
+from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings, as_labeled, k_weights, read_labeled
 from itp.training.itp_r.warm_up_task import StepCollator, WarmUp, WarmUpTask
 from tests.killed import command_of, finish, kill
 from tests.tiny import write_tiny_model
@@ -141,6 +141,26 @@ def test_the_loss_is_that_of_eq_6_however_steps_are_packed_and_padded(model_path
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-4)
     assert nodes[0] < nodes[3] < nodes[1] and nodes[0] < 0.6 * nodes[1]
+
+
+def test_rare_labels_weigh_more_where_that_is_wanted(model_path, tmp_path):
+    steps = [LabeledStep("e", State("t", "o"), "", "look", k) for k in (0, 0, 0, 0, 0, 0, 0, 0, 1, 1, None)]
+    assert k_weights(steps, 0.0, 2) == [1.0, 1.0, 1.0]
+    assert k_weights(steps, 1.0, 2) == pytest.approx([0.625, 2.5, 1.0])  # 8 * .625 = 2 * 2.5, and 10 in sum
+    assert k_weights(steps, 0.5, 2)[:2] == pytest.approx([5 / 6, 5 / 3])
+    rows = [row | {"k_label": int(i == 0)} for i, row in enumerate(episode(0, 4))]
+    settings = settings_for(model_path, tmp_path, rows, k_balance=1.0, eval_share=0.0)
+    task, tokenizer = task_for(settings), AutoTokenizer.from_pretrained(model_path)
+    module = task.load(tokenizer, torch.float32)
+    assert module.k_weights.tolist() == pytest.approx([2 / 3, 2.0, 1.0])
+    torch.nn.init.normal_(module.policy.heads.k_head.weight)
+    batch = StepCollator(0)(task.encode(AutoTokenizer.from_pretrained(model_path)).rows)
+    k_nll = module(**batch)["sums"][2]
+    with torch.no_grad():
+        logits = module.policy(batch["input_ids"], batch.get("attention_mask"), batch["ctrl_pos"],
+                               batch.get("position_ids")).k_logits
+    wanted = -sum(logits.log_softmax(-1)[i, k] * (2.0 if k else 2 / 3) for i, k in enumerate(batch["k_labels"]))
+    torch.testing.assert_close(k_nll, wanted)
 
 
 def test_held_out_figures_count_whole_actions(model_path, tmp_path):

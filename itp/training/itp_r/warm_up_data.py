@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,10 @@ class SftSettings(PromptFlags, PackingFlags, FinetuneSettings):
     max_k: int = flag(-1, at_least=1, help="K_max, the most steps to look ahead (-1: the paper's, 5 for ALFWorld, 8 "
                                            "for ScienceWorld)", aliases=("kmax",))
     beta_k: float = flag(0.5, at_least=0, help="η, the weight of the K-head's loss")
+    k_balance: float = flag(0.0, at_least=0, before=0.0,
+                            help="weight rare labels K more: by (1 / share of the label) to this power (0: eq. 6; 1: "
+                                 "all labels weigh the same in sum).  Where most labels are 0, an unweighted K-head "
+                                 "never looks ahead")
     act_on: str = flag("label", choices=("label", "all"),
                        help="which imagined trajectories of a step the policy learns to act on: the labeled K's "
                             "(eq. 6), or every K's from 0 to kmax")
@@ -59,6 +65,17 @@ class LabeledStep:
     foresight: str
     action: str
     k: int | None
+
+
+def k_weights(steps: Sequence[LabeledStep], power: float, kmax: int) -> list[float]:
+    """The weight of each label K = 0..``kmax`` in the K-head's loss, whose mean over the labeled steps is 1.
+
+    Proportional to (1 / share of the label) ** ``power``; 1 for a label that no step has.
+    """
+    counts = Counter(step.k for step in steps if step.k is not None)
+    raw = {k: (counts.total() / n) ** power for k, n in counts.items()}
+    mean = sum(raw[k] * n for k, n in counts.items()) / max(counts.total(), 1)
+    return [raw[k] / mean if k in raw else 1.0 for k in range(kmax + 1)]
 
 
 def as_labeled(settings: SftSettings) -> SftSettings:

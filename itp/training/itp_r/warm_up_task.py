@@ -30,7 +30,7 @@ from itp.text.state import State
 from itp.training.examples import COUNTS, Encoding, TrainingRow
 from itp.training import token_tree
 from itp.training.token_tree import TokenTree
-from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings
+from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings, k_weights
 from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
 from itp.training.settings import trained_card
 from itp.training.task import TrainedModule
@@ -42,11 +42,15 @@ TRAINED = "trained.safetensors"
 
 
 class WarmUp(torch.nn.Module):
-    """L_WT = L_π + η·L_K of a batch (:class:`StepCollator`) of T columns with N steps and M supervised tokens."""
+    """L_WT = L_π + η·L_K of a batch (:class:`StepCollator`) of T columns with N steps and M supervised tokens.
 
-    def __init__(self, policy: PolicyWithHeads, beta_k: float) -> None:
+    ``k_weights``: of each label K in L_K; all 1 where none are given.
+    """
+
+    def __init__(self, policy: PolicyWithHeads, beta_k: float, k_weights: Sequence[float] = ()) -> None:
         super().__init__()
         self.policy, self.beta_k = policy, beta_k
+        self.register_buffer("k_weights", torch.tensor(k_weights or [1.0] * (policy.kmax + 1)), persistent=False)
         self.config = policy.causal_lm.config  # DeepSpeed's "auto" settings look there
         policy.heads.v_head.requires_grad_(False)  # not in eq. 6, and DDP wants a gradient of every weight
 
@@ -61,7 +65,7 @@ class WarmUp(torch.nn.Module):
         out = self.policy(input_ids, attention_mask, ctrl_pos, position_ids, logits_at=target_pos)
         logits = out.logits.float()  # (M, V)
         nll = functional.cross_entropy(logits, target_ids, reduction="sum")
-        k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="sum")
+        k_nll = functional.cross_entropy(out.k_logits, k_labels, self.k_weights, reduction="sum")
         tokens, steps = torch.tensor([len(target_ids), len(k_labels)]) if items is None else items
         loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
         with torch.no_grad():
@@ -176,7 +180,8 @@ class WarmUpTask(TextTask):
                                 "stage 2 configuration, or --lora_r 0")
             policy.add_lora(lora_config(self.settings, policy.causal_lm, self.settings.lora_targets),
                             tokenizer.convert_tokens_to_ids(CTRL))
-        module = WarmUp(policy, self.settings.beta_k)
+        module = WarmUp(policy, self.settings.beta_k,
+                        k_weights(self.steps, self.settings.k_balance, self.settings.max_k))
         if options:
             module.hf_device_map = model.hf_device_map  # so that the Trainer leaves the layers where they are
         return module
