@@ -88,6 +88,19 @@ def test_files_and_links_exist(page: Path) -> None:
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_example_of_the_readme_imagines_and_acts(capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert said.count("\nIf: ") == said.count("\nThen: You ") == 2 and re.search(r"\nAction: [a-z]+ ", said)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
+
+
 def test_there_are_commands_to_check() -> None:
     assert sum(len(list(modules(page))) for page in PAGES) > 25
 
