@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import re
 import shlex
@@ -53,6 +54,9 @@ TABLES = {
     "comparison": lambda results: tables.comparison(results, results[0]), "k_by_length": analyses.k_by_length,
     "accuracy": analyses.accuracy, "depth": analyses.depth, "training": analyses.training,
 }
+POOLED = "pooled"
+"""The table that pools runs which differ in one variable, as their seed, and compares them with others."""
+VARIABLE = re.compile(r"\{(\w+)\}")
 FIGURES = ("success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_against_golden_steps", "k_of")
 
 
@@ -66,10 +70,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One process.  ``settings``: what its program reads from ``command``.  ``out``: the file or folder it makes."""
+    """One process.  ``settings``: what its program reads from ``command``.  ``out``: the file or folder it makes.
+
+    ``form``: its name before ``variables`` are filled in: K, and those of ``over``.
+    """
 
     part: str
     name: str
+    form: str
+    variables: Mapping[str, Any]
     command: Sequence[str]
     settings: Any
     out: Path
@@ -77,6 +86,10 @@ class Run:
     @property
     def title(self) -> str:
         return f"{self.part}/{self.name}"
+
+    def name_without(self, *variables: str) -> str:
+        """Its name, the same whatever ``variables`` are."""
+        return fill(re.sub(rf"-?\w*\{{({'|'.join(variables)})\}}", "", self.form), self.variables)
 
 
 def main() -> None:
@@ -118,15 +131,19 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_experiment(path: Path) -> dict[str, Any]:
     """What a file holds, with the parameters that it uses.  Raises UserError for an unknown name in it."""
     said = read_file(path)
-    check_keys(said, path, ("title", "paper", "tables"), optional=("common", "parameters", "runs", "figures"))
-    for name, kind in (("runs", dict), ("parameters", dict), ("common", str), ("tables", list), ("figures", list)):
+    check_keys(said, path, ("title", "paper", "tables"), optional=("common", "parameters", "over", "runs", "figures"))
+    for name, kind in (("runs", dict), ("parameters", dict), ("common", str), ("over", dict), ("tables", list),
+                       ("figures", list)):
         if not isinstance(said.get(name, kind()), kind):
             raise UserError(f"{path}: {name} is {said[name]!r}, which is not a {kind.__name__}")
-    runs, own = said.get("runs", {}), said.get("parameters", {})
+    runs, own, over = said.get("runs", {}), said.get("parameters", {}), said.get("over", {})
+    for name, values in over.items():
+        if not isinstance(values, list) or not values or name in own:
+            raise UserError(f"{path}, over: {name} must be a list of values, and no parameter's name")
     for name, part in runs.items():
         check_keys(part, f"{path}, part {name}", ("command", "each"))
     for shown in said["tables"]:
-        check_table(shown, runs, f"{path}, tables")
+        check_table(shown, runs, over, f"{path}, tables")
     for name in said.get("figures", ()):
         known(name, FIGURES, f"{path}, figures", "figure")
     common = read_file(path.parent / said["common"]) if "common" in said else {}
@@ -135,11 +152,11 @@ def read_experiment(path: Path) -> dict[str, Any]:
     parameters = own | common | own
     for name, parameter in parameters.items():
         check_keys(parameter, f"{path}, parameter {name}", ("default", "help"))
-    used = {"max_k" if name == "k" else name for name in re.findall(r"\{(\w+)\}", f"{runs} {said['tables']}")} - {"out"}
+    used = {"max_k" if name == "k" else name for name in VARIABLE.findall(f"{runs} {said['tables']}")} - {"out", *over}
     for name in sorted(used):
         known(name, parameters, path, "parameter")
     parameters = {name: parameter for name, parameter in parameters.items() if name in used}
-    return {"figures": [], **said, "runs": runs, "parameters": parameters}
+    return {"figures": [], **said, "runs": runs, "over": over, "parameters": parameters}
 
 
 def read_file(path: Path) -> Any:
@@ -150,9 +167,13 @@ def read_file(path: Path) -> Any:
                         "configs/experiments/*.yaml") from error
 
 
-def check_table(shown: Any, runs: Mapping[str, Any], where: str) -> None:
-    check_keys(shown, where, ("table",), optional=("part", "title", "columns", "paper", "files"))
-    known(shown["table"], TABLES, where, "table")
+def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
+    check_keys(shown, where, ("table",), optional=("part", "title", "columns", "paper", "files", "pool", "against", "x"))
+    known(shown["table"], (*TABLES, POOLED), where, "table")
+    if shown["table"] == POOLED:
+        check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
+        for name in ("pool", *("x" for _ in shown.get("x", "")[:1])):
+            known(shown[name], over, f"{where}, {name}", "variable")
     known(shown.get("part", ""), ("", *runs), where, "part")
     for column in shown.get("columns", ()):
         known(column, tables.overview([]).header if shown["table"] == "overview" else (), where, "column")
@@ -198,17 +219,25 @@ def plan(experiment: Mapping[str, Any], values: dict[str, Any]) -> list[Run]:
     runs: dict[str, Run] = {}
     for part, said in experiment["runs"].items():
         for name, flags in said["each"].items():
-            for k in range(values["max_k"] + 1) if "{k}" in name else ["{k}"]:
-                run = make_run(part, name, f"{said['command']} {flags or ''}", values | {"k": k})
+            for variables in combinations(name, experiment["over"], values):
+                run = make_run(part, name, f"{said['command']} {flags or ''}", values, variables)
                 if run.title in runs:
                     raise UserError(f"two runs are named {run.title}; give other parameters")
                 runs[run.title] = run
     return list(runs.values())
 
 
-def make_run(part: str, name: str, command: str, values: Mapping[str, Any]) -> Run:
+def combinations(name: str, over: Mapping[str, Sequence[Any]], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All values together of the variables that are in a run's ``name``: K, and those of ``over``."""
+    used = [variable for variable in VARIABLE.findall(name) if variable == "k" or variable in over]
+    choices = [range(values["max_k"] + 1) if variable == "k" else over[variable] for variable in used]
+    return [dict(zip(used, chosen, strict=True)) for chosen in itertools.product(*choices)]
+
+
+def make_run(part: str, form: str, command: str, values: Mapping[str, Any], variables: Mapping[str, Any]) -> Run:
     """The run of ``command``, with the flag for its output."""
-    name, words = fill(name, values), [fill(word, values) for word in shlex.split(command)]
+    values = {**values, **variables}
+    name, words = fill(form, values), [fill(word, values) for word in shlex.split(command)]
     program = " ".join(words[:3])
     known(program, PROGRAMS, f"{part}/{name}", "program")
     settings, out_flag, suffix = PROGRAMS[program]
@@ -219,14 +248,14 @@ def make_run(part: str, name: str, command: str, values: Mapping[str, Any]) -> R
     parser = Parser(allow_abbrev=False)
     add_flags(parser, settings)
     try:
-        return Run(part, name, words, from_args(settings, parser.parse_args(words[3:])), out)
+        return Run(part, name, form, variables, words, from_args(settings, parser.parse_args(words[3:])), out)
     except UserError as error:
         raise UserError(f"{part}/{name}: {error}") from error
 
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
     """``text`` with the values of its {names}."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), text)
+    return VARIABLE.sub(lambda match: str(values.get(match[1], match[0])), text)
 
 
 def chosen(runs: Sequence[Run], only: str) -> list[Run]:
@@ -276,7 +305,7 @@ def show(experiment: Mapping[str, Any], values: Mapping[str, Any], runs: Sequenc
     """
     out, finished = Path(values["out"]), [run for run in runs if run not in failed]
     made = [table for shown in experiment["tables"] if (table := make_table(shown, finished, values))]
-    figures = draw(experiment["figures"], finished, out / "figures") if experiment["figures"] else []
+    figures = draw(experiment, finished, out / "figures")
     missing = [f"LEFT OUT, because they failed: {', '.join(run.title for run in failed)}."] if failed else []
     given = {name: values[name] for name in (*experiment["parameters"], "out")}
     write_atomic(out / "result.md", "\n".join([
@@ -305,7 +334,10 @@ def collect(runs: Sequence[Run]) -> tuple[list[Result], dict[str, Any]]:
 
 def make_table(shown: Mapping[str, Any], runs: Sequence[Run], values: Mapping[str, Any]) -> tables.Table | None:
     """A table with the columns that the file names, and then the paper's.  None if there are no data for it."""
-    results, models = collect([run for run in runs if shown.get("part", run.part) == run.part])
+    runs = [run for run in runs if shown.get("part", run.part) == run.part]
+    results, models = collect(runs)
+    if shown["table"] == POOLED:
+        return analyses.pooled(*pools(shown, runs)) if results else None
     took = {name: read_metrics(Path(fill(file, values))) for name, file in shown.get("files", {}).items()}
     made_of = {"accuracy": [models], "depth": [results, models], "training": [took]}.get(shown["table"], [results])
     if not any(made_of):
@@ -323,6 +355,29 @@ def make_table(shown: Mapping[str, Any], runs: Sequence[Run], values: Mapping[st
                                rows=tuple(map(tuple, rows)))
 
 
+def curves(shown: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[float, Any]]:
+    """Of the runs without their variables ``pool`` and ``x``, by name: x -> success with its interval."""
+    runs = [run for run in runs if shown.get("part", run.part) == run.part]
+    found: dict[str, dict[float, Any]] = {}
+    for run in runs:
+        name, x = run.name_without(shown["pool"]), run.variables[shown["x"]]
+        results = collect([other for other in runs if other.name_without(shown["pool"]) == name])[0]
+        if results:
+            found.setdefault(run.name_without(shown["pool"], shown["x"]), {})[x] = analyses.pooled_success(results)
+    return found
+
+
+def pools(shown: Mapping[str, Any], runs: Sequence[Run]) -> tuple[dict[str, list[Result]], dict[str, str]]:
+    """The results of the runs that only differ in the variable ``pool``, by name; of each, what it is compared with."""
+    groups: dict[str, list[Result]] = {}
+    baselines: dict[str, str] = {}
+    for run in runs:
+        name = run.name_without(shown["pool"])
+        groups.setdefault(name, []).extend(collect([run])[0])
+        baselines[name] = fill(shown["against"], run.variables)
+    return groups, baselines
+
+
 def read_metrics(path: Path) -> dict[str, Any] | None:
     """The content of ``metrics.json``, or the sum of the seconds in ``timing.jsonl``.  None if the file is missing."""
     if not path.is_file():
@@ -332,11 +387,15 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
     return read_object(path)
 
 
-def draw(figures: Sequence[str], runs: Sequence[Run], folder: Path) -> list[str]:
-    """Draw those of ``figures`` that there are data for into ``folder``.  Returns the names of the drawn ones."""
+def draw(experiment: Mapping[str, Any], runs: Sequence[Run], folder: Path) -> list[str]:
+    """Draw the figures that there are data for into ``folder``.  Returns the names of the drawn ones."""
+    figures, by = tuple(experiment["figures"]), [shown for shown in experiment["tables"] if "x" in shown]
+    if not figures and not by:
+        return []
     results, models = collect(runs)
     try:
-        drawn = [plot for plot in plots.draw(results, [{"models": models}]) if plot.name.startswith(tuple(figures))]
+        drawn = [plot for plot in plots.draw(results, [{"models": models}]) if figures and plot.name.startswith(figures)]
+        drawn += [plots.success_by(found, shown["x"]) for shown in by if (found := curves(shown, runs))]
     except UserError as error:  # matplotlib is missing
         log.warning("the figures are left out: %s", error)
         return []

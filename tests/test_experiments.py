@@ -70,6 +70,10 @@ def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize("change, said", [
+    (put("over", {"seed": 3}), "over: seed must be a list of values, and no parameter's name"),
+    (put("over", {"max_k": [3]}), "over: max_k must be a list of values, and no parameter's name"),
+    (put("tables", 0, {"table": "pooled", "pool": "seed", "against": "a"}), "tables, pool: unknown variable 'seed'"),
+    (put("tables", 0, {"table": "pooled", "against": "a"}), "tables: needs pool"),
     (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
     (put("tables", None), "needs tables"),
     (put("tables", {"table": "overview"}), "tables is {'table': 'overview'}, which is not a list"),
@@ -272,6 +276,35 @@ def test_k_by_length_and_deployment(tmp_path: Path) -> None:
     # Each step: 0.1, 0.2 or 0.3 s, two calls, 100 tokens read and 4 written.
     columns = ("p50 s", "calls", "tokens/ep", "tokens/s", "M s")
     assert [row[name] for name in columns] == ["0.20", "2.0", "312", "20.0", "-"]
+
+
+def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Path) -> None:
+    games = make_games(tmp_path / "games", 4)
+    solved = {"sft-18-s1": (0, 0, 1, 1), "sft-18-s2": (0, 0, 0, 1), "itp-18-s1": (1, 0, 1, 1), "itp-18-s2": (0, 1, 1, 1)}
+    said = json.loads(json.dumps(SMALL))
+    said |= {"over": {"games": [18], "seed": [1, 2]}, "figures": [],
+             "tables": [{"table": "pooled", "part": "play", "pool": "seed", "against": "sft-{games}"}]}
+    said["runs"] = {"play": {"command": "python -m foresight_eval --policy_model {policy}-{games}-{seed}", "each": {
+        "sft-{games}-s{seed}": "--method sft", "itp-{games}-s{seed}": "--fixed_k 1"}}}
+    (tmp_path / "pooled.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    experiment, values = program.parse([str(tmp_path / "pooled.yaml"), "--out", str(tmp_path / "out")])
+    runs = program.plan(experiment, values)
+    assert [run.name for run in runs] == list(solved)
+    assert [run.settings.policy_model for run in runs] == ["p-18-1", "p-18-2"] * 2
+    assert {run.name_without("seed") for run in runs} == {"sft-18", "itp-18"}
+    for run in runs:
+        write_result(run.out, [make_episode(game, success=bool(won), imagined=())
+                               for game, won in zip(games, solved[run.name], strict=True)])
+    table = program.make_table(experiment["tables"][0], runs, values)
+    rows = {row[0]: row[1:] for row in table.rows}
+    # Shares of each game: sft 0, 0, .5, 1; itp .5, .5, 1, 1.  Differences .5, .5, .5, 0: mean .375, deviation .25.
+    assert rows["sft-18"][1:4] == ("50.0, 25.0", "4 x 2", "-") and rows["sft-18"][0].startswith("37.5")
+    assert rows["itp-18"][1:4] == ("75.0, 75.0", "4 x 2", "+37.5 (+13.0 to +62.0)")
+    assert rows["itp-18"][0].startswith("75.0")
+    assert {name: {x: rate for x, (rate, _) in points.items()} for name, points in program.curves(
+        experiment["tables"][0] | {"x": "games"}, runs).items()} == {"sft": {18: 0.375}, "itp": {18: 0.75}}
+    assert program.draw({"figures": [], "tables": [experiment["tables"][0] | {"x": "games"}]}, runs,
+                        tmp_path / "figures") == ["success_by_games"]
 
 
 def test_what_a_program_took_adds_up_over_its_starts(tmp_path: Path) -> None:

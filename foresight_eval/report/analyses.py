@@ -11,7 +11,7 @@ from typing import Any
 from foresight_eval.hindsight import fact_f1_by_depth
 from foresight_eval.report.tables import ROLES, Table, number, percent, with_interval
 from foresight_eval.results import Result, mean_k_by_golden_steps
-from foresight_eval.statistics import mean_interval
+from foresight_eval.statistics import mean, mean_interval
 
 
 def deployment(results: Sequence[Result]) -> Table:
@@ -82,6 +82,47 @@ def k_by_length(results: Sequence[Result]) -> Table:
     return Table("k_by_length", "Mean k by the length of the expert's solution",
                  "Mean over games of an episode's mean k; in brackets, how many games have a solution of that length.",
                  ("steps", *(result.title for result in results)), tuple(rows))
+
+
+def pooled(groups: Mapping[str, Sequence[Result]], baselines: Mapping[str, str]) -> Table:
+    """Results of several seeds as one, each compared with its baseline, which has the same seeds and games.
+
+    ``groups``: the results of a name, in the order of their seeds.  ``baselines``: to what each name is compared.
+    A game's success is its share over the seeds.  The intervals are those of means over games, so they say what other
+    games would do; the single seeds stand beside them.
+    """
+    rows = []
+    for name, results in groups.items():
+        if not results:
+            continue
+        won, (success, interval) = by_game(results), pooled_success(results)
+        rates = [result.summary["overall"]["rate"] for result in results]
+        baseline, difference = baselines[name], "-"
+        if groups.get(baseline) and baseline != name:
+            before = by_game(groups[baseline])
+            changes = [won[game] - before[game] for game in won.keys() & before.keys()]
+            low, high = mean_interval(changes, low=-1.0, high=1.0)
+            difference = f"{100 * sum(changes) / len(changes):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        rows.append((name, with_interval(success, interval),
+                     ", ".join(map(percent, rates)), f"{len(won)} x {len(results)}", difference,
+                     number(mean([result.summary["mean_k"] for result in results]), 2),
+                     number(mean([result.summary["cost"]["tokens_per_episode"] for result in results]))))
+    return Table("pooled", "All seeds together",
+                 "Success in percent, a mean over seeds and games, with its 95 % interval over games; each seed; games x "
+                 "seeds; the difference to the baseline on the same games and seeds, in points.",
+                 ("", "success", "seeds", "n", "difference", "mean k", "tokens/ep"), tuple(rows))
+
+
+def pooled_success(results: Sequence[Result]) -> tuple[float, tuple[float, float]]:
+    """The mean success of several seeds, with its 95 % interval over games."""
+    shares = list(by_game(results).values())
+    return sum(shares) / len(shares), mean_interval(shares, high=1.0)
+
+
+def by_game(results: Sequence[Result]) -> dict[str, float]:
+    """The share of ``results`` that solved a game, of the games that all of them played."""
+    games = set.intersection(*(set(result.outcomes) for result in results))
+    return {game: sum(result.outcomes[game] for result in results) / len(results) for game in sorted(games)}
 
 
 def training(metrics: Mapping[str, Mapping[str, Any] | None]) -> Table:

@@ -9,7 +9,7 @@ import functools
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,26 @@ def success_against_budget(results: Sequence[Result]) -> Plot | None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return Plot("success_against_budget", "Success against budget",
                 "Success with its 95 % interval against the tokens that an episode took.", figure)
+
+
+def success_by(curves: Mapping[str, Mapping[float, tuple[float, tuple[float, float]]]], variable: str) -> Plot:
+    """Success against a variable of the experiment, a curve for each name: value -> (success, its interval)."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _canvas(1, width=5.4)
+        for i, (name, points) in enumerate(curves.items()):
+            _errorbar(axes, list(points), [rate for rate, _ in points.values()],
+                      [interval for _, interval in points.values()], i, label=name, line=True)
+        values = sorted({value for points in curves.values() for value in points})
+        if values[0] > 0 and values[-1] > 5 * values[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+        axes.set(xlabel=variable, ylabel="success, %", ylim=(0, 102))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return Plot(f"success_by_{variable}", f"Success by {variable}",
+                "Success, a mean over seeds and games, with its 95 % interval over games.", figure)
 
 
 def _thousands(value: float, _: int) -> str:
