@@ -5,12 +5,14 @@
 #   python scripts/experiment.py configs/experiments/when_it_pays.yaml
 #
 # For each number of GAMES that an expert plays (MISSIONS dialogues each) and each of SEEDS: a base LM on those episodes and
-# on random walks, and a policy on the dialogues.  What is finished is kept, what is missing is made.
+# on random walks, and a policy on the dialogues.  DATA names games that there are already, such as runs/released/data.
+# What is finished is kept, what is missing is made.
 set -euo pipefail
 
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "${1:-$repo/runs/when_it_pays}"
 run=$(cd -- "${1:-$repo/runs/when_it_pays}" && pwd)
+[[ ! -d ${DATA:-} ]] || DATA=$(cd -- "$DATA" && pwd)  # it may be given from where one is
 cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
@@ -19,17 +21,20 @@ source scripts/environment.sh
 : "${EPISODES:=6000}"  # a policy reads about so many in all, but no dialogue more than MOST_EPOCHS times
 : "${MOST_EPOCHS:=12}"
 
-echo "== $TRAIN_GAMES games to learn on, $UNSEEN_GAMES in rooms that training never sees"
-python -m itp.envs.alfworld_games --out "$run/data" --train "$TRAIN_GAMES" --seen 0 --unseen "$UNSEEN_GAMES" --seed 11 \
-  --processes "$CPUS"
+if [[ -z ${DATA:-} ]]; then
+  DATA=$run/data
+  echo "== $TRAIN_GAMES games to learn on, $UNSEEN_GAMES in rooms that training never sees"
+  python -m itp.envs.alfworld_games --out "$DATA" --train "$TRAIN_GAMES" --seen 0 --unseen "$UNSEEN_GAMES" --seed 11 \
+    --processes "$CPUS"
+fi
 collect() {
   local name=$1
   shift
   echo "== $name"
-  python -m world_model.collect --env_data_root "$run/data" --out_dir "$run/$name" --env_processes "$CPUS" \
+  python -m world_model.collect --env_data_root "$DATA" --out_dir "$run/$name" --env_processes "$CPUS" \
     --concurrency 64 "$@"
 }
-collect walks --actor random --max_steps 40
+collect walks --actor random --max_games "$TRAIN_GAMES" --max_steps 40
 for games in $GAMES; do
   collect "expert-$games" --actor expert --max_games "$games" --missions "$MISSIONS" --noise 0
   epochs=$((EPISODES / (games * MISSIONS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from itp.games import Game
 from itp.lm.base import GenParams, Usage, asking, metered
 from itp.methods.base import Decision, Method, View
 from itp.methods.implement import FAILED, RECENT, what_it_knows
+from itp.methods.no_repeat import states
 from itp.methods.registry import METHODS, build
 from itp.methods.settings import NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
 from itp.text.prompts import foresight_text, policy_prompt, proposal_text
@@ -94,6 +96,23 @@ def test_rafa_plans_one_future_for_each_action() -> None:
     assert len(ends) == len(decision.considered) > 1
     best = max(ends, key=judged.__getitem__)
     assert decision.imagined.text() in best and best.endswith(decision.imagined.text() + "\nHelps:")
+
+
+def test_no_repeat_does_nothing_twice_in_the_same_state() -> None:
+    method, _, _ = made("no_repeat", candidates=20)
+    state, seen = START, []
+    for step in range(4):
+        seen.append(asyncio.run(method.act(replace(VIEW, step=step, state=state))).action)
+        state = state.after(seen[-1], "Nothing happens.")
+    assert len(set(seen)) == 4 and seen[0] == asyncio.run(made("sft")[0].act(VIEW)).action
+    known = [*states(START, "alfworld"), *states(state, "alfworld")]
+    assert len(known) == 6 and len(set(known)) == 1
+    moved = START.after("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a mug 1.")
+    assert len(set(states(moved, "alfworld"))) == 2
+    # There it may do again what it did elsewhere.
+    first = asyncio.run(made("sft")[0].act(replace(VIEW, state=moved))).action
+    assert asyncio.run(method.act(replace(VIEW, step=1, state=moved))).action == first
+    assert len(set(states(moved.after("look", START.first), "scienceworld"))) == 2
 
 
 def test_compute_matched_methods() -> None:

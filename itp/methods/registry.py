@@ -17,6 +17,7 @@ from itp.methods.implement import Implement
 from itp.methods.mcts import Mcts
 from itp.methods.mpc import Mpc
 from itp.methods.prompting import Cot, React
+from itp.methods.no_repeat import NoRepeat
 from itp.methods.perfect_imagination import PerfectImagination
 from itp.methods.rap import Rap
 from itp.methods.revise import Revise
@@ -24,7 +25,7 @@ from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
-    ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, React, Cot, SelfRefine, MultiAttempt,
+    ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
     KCandidates)}
 
 

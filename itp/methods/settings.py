@@ -44,7 +44,8 @@ class MethodSettings:
     k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
                                       "a K-head, else prompt", choices=K_POLICIES)
     k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
-    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates and multi_attempt propose")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt and no_repeat "
+                                                 "propose")
     beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
     rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
