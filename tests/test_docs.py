@@ -24,7 +24,7 @@ from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 SETTINGS = {
     "itp.doctor": doctor.DoctorSettings, "itp.smollm2": smollm2.Smollm2Settings,
     "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
