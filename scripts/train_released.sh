@@ -64,12 +64,12 @@ label() {
   shift
   python -m itp.training.train_adaptive_k label --expert_jsonl "$run/$name/transitions.jsonl" \
     --policy_model_path "$run/policy/merged_full" --wm_model_path "$run/world_model/merged_full" \
-    --out_labeled_jsonl "$run/labelled_$name.jsonl" --kmax "$MAX_K" --wm_batch_size 64 --concurrency 64 "$@"
+    --out_labeled_jsonl "$run/labelled_$name.jsonl" --kmax "$MAX_K" --lambda_k 0.02 --wm_batch_size 64 --concurrency 64 "$@"
 }
 label d_mixed_2 --max_rows "$LABEL_ROWS"
 label d_exp --max_rows $((LABEL_ROWS * 2 / 3))
 cat "$run"/labelled_{d_mixed_2,d_exp}.jsonl > "$run/labelled.jsonl"
-python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --act_on all --lr 0.0002 \
+python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --act_on all --k_balance 0.7 --lr 0.0001 \
   --policy_model_path "$run/policy/merged_full" --out_dir "$run/itp_r" --config configs/demo/warm_up.yaml
 
 step "6/7 models for release, in half precision"
