@@ -37,6 +37,10 @@ class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSer
     part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)", affects_result=False)
     max_games: int = flag(0, at_least=0, help="play so many games only, at equal distances over the split (0: all)",
                           affects_result=False)
+    trials: int = flag(1, at_least=1, help="play each game up to so many times in order, until it is solved",
+                       affects_result=False)
+    trials_after_success: bool = flag(False, help="go on with a game's trials after it was solved",
+                                      affects_result=False)
     only_ids: str = flag("", help="play these games only: indices such as 0,5,7", affects_result=False)
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
