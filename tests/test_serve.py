@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -181,8 +182,6 @@ def test_any_method_may_be_asked_for(served: Served) -> None:
     (TASK | {"history": [{"action": "go", "observation": "y " * 2500}]}, "exceed its context"),
 ])
 def test_bad_requests_are_answered_with_what_is_wrong(served: Served, body: Any, says: str) -> None:
-    import re
-
     status, answer = served.ask("/plan", body)
     assert status in (400, 422) and (status == 422 or body == b"[" * 5000), answer
     assert re.search(says, answer["detail"]) and "Traceback" not in served.log.read_text()
@@ -200,6 +199,16 @@ def test_a_body_that_is_too_large_or_too_slow(served: Served) -> None:
         slow.sendall(b"POST /plan HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
     assert served.plan()[0] == 200
+
+
+def test_the_examples_of_the_documentation(served: Served) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^curl http://127.0.0.1:30972(/\w+)(?: -H 'Content-Type: application/json' -d '(.*?)')?$", page,
+                          re.DOTALL | re.MULTILINE)
+    assert [path for path, _ in examples] == ["/plan", "/generate_policy", "/perception", "/health"]
+    answers = [served.ask(path, body or None) for path, body in examples]
+    assert [status for status, _ in answers] == [200] * 4
+    assert len(answers[1][1]) == 1 and answers[2][1][0]["inventory"] == ["mug 1(hot)"]
 
 
 def test_methods_paths_and_health(served: Served) -> None:
@@ -250,6 +259,14 @@ def test_a_request_that_takes_too_long(models: list[str], tmp_path: Path) -> Non
         status, answer = served.plan()
         assert status == 504 and "--request_s" in answer["detail"]
         served.wait_for(lambda health: health["under_way"] == 0)
+
+
+def test_a_model_behind_another_server_that_gives_no_answer(models: list[str], tmp_path: Path) -> None:
+    flags = ["--method", "sft", "--policy_backend", "openai", "--policy_api_base_url",
+             f"http://127.0.0.1:{free_port()}/v1", "--policy_api_max_retries", "0"]
+    with serving(tmp_path / "log", *models, *flags) as served:
+        status, answer = served.plan()
+        assert status == 502 and "/v1" in answer["detail"], answer
 
 
 def test_a_token(models: list[str], tmp_path: Path) -> None:

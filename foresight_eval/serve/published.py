@@ -1,8 +1,8 @@
 """The published form of a symbolic state, to and from what this project works with.
 
-A published state is ``{agent_location, inventory, world_state: {receptacle: {visited, open, objects}}}``.  Objects carry
-their conditions: ``mug 1(hot)``.  A history is lines such as ``3. You successfully go to shelf 1.`` and ``4. You attempt
-to open drawer 1 but fail.``  :func:`belief_of` and :func:`published_form` translate states.  :func:`text_state`
+A published state is ``{agent_location, inventory, world_state: {receptacle: {visited, open, objects}}}``.  Objects
+carry their conditions: ``mug 1(hot)``.  A history is lines such as ``3. You successfully go to shelf 1.`` and ``4. You
+attempt to open drawer 1 but fail.``  :func:`belief_of` and :func:`published_form` translate states.  :func:`text_state`
 makes the text state that a policy is prompted with: the game's sentences, as the state and the history imply them.
 """
 
