@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import http.client
+import http.server
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +117,7 @@ def served(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield served
 
 
-SLOW = ("--method", "cot", "--act_tokens", "1500", "--temperature", "1")
+SLOW = ("--method", "cot", "--act_tokens", "700", "--temperature", "1")
 """A policy that writes for a second or so."""
 
 
@@ -203,8 +205,8 @@ def test_a_body_that_is_too_large_or_too_slow(served: Served) -> None:
 
 def test_the_examples_of_the_documentation(served: Served) -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^curl http://127.0.0.1:30972(/\w+)(?: -H 'Content-Type: application/json' -d '(.*?)')?$", page,
-                          re.DOTALL | re.MULTILINE)
+    examples = re.findall(r"^curl http://127.0.0.1:30972(/\w+)(?: -H 'Content-Type: application/json' -d '(.*?)')?$",
+                          page, re.DOTALL | re.MULTILINE)
     assert [path for path, _ in examples] == ["/plan", "/generate_policy", "/perception", "/health"]
     answers = [served.ask(path, body or None) for path, body in examples]
     assert [status for status, _ in answers] == [200] * 4
@@ -262,11 +264,19 @@ def test_a_request_that_takes_too_long(models: list[str], tmp_path: Path) -> Non
 
 
 def test_a_model_behind_another_server_that_gives_no_answer(models: list[str], tmp_path: Path) -> None:
-    flags = ["--method", "sft", "--policy_backend", "openai", "--policy_api_base_url",
-             f"http://127.0.0.1:{free_port()}/v1", "--policy_api_max_retries", "0"]
-    with serving(tmp_path / "log", *models, *flags) as served:
-        status, answer = served.plan()
-        assert status == 502 and "/v1" in answer["detail"], answer
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(404, "no such model")
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        flags = ["--method", "sft", "--policy_backend", "openai", "--policy_api_base_url",
+                 f"http://127.0.0.1:{other.server_port}/v1"]
+        with serving(tmp_path / "log", *models, *flags) as served:
+            status, answer = served.plan()
+            assert status == 502 and f"{other.server_port}/v1" in answer["detail"], answer
+            assert "Traceback" not in served.log.read_text()
+        other.shutdown()
 
 
 def test_a_token(models: list[str], tmp_path: Path) -> None:
