@@ -18,6 +18,7 @@ from foresight_eval.plan import EvalPlan, check_answers, check_server, make_plan
 from foresight_eval.report.report import overview
 from foresight_eval.settings import EvalSettings
 from foresight_eval.summary import log_line, write_summary
+from foresight_eval.trials import usages
 from itp.distributed import Ranks, rank_devices
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
@@ -97,7 +98,7 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
 def forget_shortened(folder: Path) -> None:
     """Remove the results of games with shortened prompts: within a larger budget they are played differently."""
     for index, trials in results.read_trials(folder).items():
-        cut = [any(usage.get("shortened") for usage in record["meta"]["usage"].values()) for record in trials]
+        cut = [any(usage.get("shortened") for usage in usages(record)) for record in trials]
         if any(cut):
             log.info("game %d is played again, because a smaller --max_seq_len shortened its prompts", index)
             for trial in reversed(range(cut.index(True), len(trials))):  # the later ones build on it

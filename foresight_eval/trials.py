@@ -43,8 +43,12 @@ def summarize_trials(trials: Records) -> dict[str, Any] | None:
 
 def tokens(record: dict[str, Any]) -> int:
     """The tokens of an episode, and of the note that was made on it: prompts and answers of both models."""
-    spent = [*record["meta"]["usage"].values(), *record.get("look_back", {}).get("usage", {}).values()]
-    return sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in spent)
+    return sum(spent["prompt_tokens"] + spent["completion_tokens"] for spent in usages(record))
+
+
+def usages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an episode, and the note that was made on it, asked of each model."""
+    return [*record["meta"]["usage"].values(), *record.get("look_back", {}).get("usage", {}).values()]
 
 
 def _solved(trials: Sequence[dict[str, Any]]) -> bool:

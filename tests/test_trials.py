@@ -191,6 +191,16 @@ def test_starting_anew_removes_all_trials(base: AlfworldSettings, finished: Path
     assert [file.name for file in (tmp_path / "eval").glob("[0-9]*.json")] == ["1.json"]
 
 
+def test_a_larger_context_plays_again_from_the_first_shortened_trial_on(base: AlfworldSettings, tmp_path: Path) -> None:
+    """The prompt of a note holds the last step, too: it can be cut where no action's prompt is."""
+    plain = run(base, tmp_path / "plain", only_ids="0,1", trials=2)
+    longest = max(step["usage"]["policy"]["prompt_tokens"] for trials in plain.values()
+                  for step in trials[0]["foresight_steps"])
+    cut = run(base, tmp_path / "out", only_ids="0,1", trials=2, max_seq_len=longest + 16)
+    assert 1 in [trials[0]["look_back"]["usage"]["policy"]["shortened"] for trials in cut.values()]
+    assert run(base, tmp_path / "out", only_ids="0,1", trials=2, max_seq_len=0) == plain
+
+
 def test_a_later_trial_of_another_game_is_refused(base: AlfworldSettings, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "eval")
     shutil.copy(finished / "3.t1.json", tmp_path / "eval" / "2.t1.json")
