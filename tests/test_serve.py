@@ -26,7 +26,7 @@ import pytest
 from foresight_eval import results
 from foresight_eval.runner import evaluate
 from foresight_eval.serve.published import (
-    PublishedState, belief_of, history_of, perceive, published_form, text_state,
+    PublishedState, belief_of, earlier_trial, first_observation, history_of, perceive, published_form, text_state,
 )
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.alfworld.env import AlfworldEnv
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "a-token-of-some-length"
 TASK = {"task": "put a mug in fridge.", "first_observation": "You are in the middle of a room. Looking quickly around "
         "you, you see a desk 2, a fridge 1, and a cabinet 1."}
-PUBLISHED = {"agent_location": "desk 2", "inventory": ["plate 1(clean)"], "world_state": {
+PUBLISHED = {"agent_location": "desk 2", "inventory": "plate 1(clean)", "world_state": {
     "desk 2": {"visited": True, "open": "N/A", "objects": ["mug 2(hot)"]},
     "fridge 1": {"visited": False, "open": False, "objects": []}}}
 
@@ -210,7 +210,7 @@ def test_the_examples_of_the_documentation(served: Served) -> None:
     assert [path for path, _ in examples] == ["/plan", "/generate_policy", "/perception", "/health"]
     answers = [served.ask(path, body or None) for path, body in examples]
     assert [status for status, _ in answers] == [200] * 4
-    assert len(answers[1][1]) == 1 and answers[2][1][0]["inventory"] == ["mug 1(hot)"]
+    assert len(answers[1][1]) == 1 and answers[2][1][0]["inventory"] == "mug 1(hot)"
 
 
 def test_methods_paths_and_health(served: Served) -> None:
@@ -320,16 +320,42 @@ def test_policies_of_a_batch(served: Served) -> None:
     history = ["1. You attempt to open fridge 1 but fail.", "2. You successfully go to desk 2."]
     body = {"current_goals": [TASK["task"]] * 3, "current_states": [PUBLISHED] * 3,
             "histories": [history, "\n".join(history), []], "current_tasks": ["pick"] * 3, "model": "gpt",
-            "conditions_1": [[], [], []], "conditions_2": [[], [], []]}
+            "conditions_1": [{}, None, {}], "conditions_2": [[], [], None]}
     status, actions = served.ask("/generate_policy", body)
     assert status == 200 and len(actions) == 3 and actions[0] == actions[1] and all(map(str.strip, actions))
-    assert served.ask("/generate_policy", body | {"histories": [history]})[0] == 422
+    for wrong in ({"histories": [history]}, {"conditions_1": [{}]}, {"conditions_1": [{}, {}, {"desk 2": ["a mug"]}]},
+                  {"conditions_2": [[["open fridge 1"]], [], []]}):
+        assert served.ask("/generate_policy", body | wrong)[0] == 422
     status, answer = served.ask("/generate_policy", body | {"histories": [["You ponder."], [], []]})
     assert status == 422 and "history line 'You ponder.'" in answer["detail"]
     assert served.ask("/generate_policy", {"current_goals": [], "current_states": [], "histories": []}) == (200, [])
     many = {"current_goals": ["g"] * 300, "current_states": [{"world_state": {}}] * 300, "histories": [[]] * 300}
     status, answer = served.ask("/generate_policy", many)
     assert status == 422 and "300 states" in answer["detail"]
+
+
+def test_published_conditions_are_an_earlier_trial() -> None:
+    state = PublishedState(**PUBLISHED)
+    told = earlier_trial("g", state, {"desk 2": ["mug", "pen", "mug"], "fridge 1": []}, [
+        ("open fridge 1", "desk 2", None, {"visited": False}), ("take mug 2 from desk 2", "moon 1", [], None)])
+    assert told.state.first == first_observation(belief_of(state)) and not told.success
+    assert told.state.history == (
+        ("go to desk 2", "You arrive at desk 2. On the desk 2, you see a mug 2, a mug 1, and a pen 1."),
+        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
+        ("open fridge 1", "You open the fridge 1. The fridge 1 is open. In it, you see nothing."),
+        ("go to desk 2", "You arrive at desk 2."), ("open fridge 1", "Nothing happens."),
+        ("take mug 2 from desk 2", "Nothing happens."))
+    assert told.invalid == (False, False, False, False, True, True)
+
+
+def test_earlier_trials_reach_the_method(served: Served) -> None:
+    """Reflexion's prompt has the note of a failed trial in it: a label, a colon and the note's three words."""
+    ended = {"history": [{"action": "look", "observation": "Nothing happens."}], "note": "go to desk"}
+    plain, noted = (served.plan(method="reflexion", earlier=earlier) for earlier in ([], [ended]))
+    assert plain[0] == noted[0] == 200
+    assert noted[1]["tokens"]["policy"]["prompt"] > plain[1]["tokens"]["policy"]["prompt"] + 3
+    status, answer = served.plan(earlier=[ended | {"invalid": []}])
+    assert status == 422 and "invalid has 0 entries, and history 1" in answer["detail"]
 
 
 def test_perception_of_a_batch(served: Served) -> None:
@@ -403,7 +429,7 @@ def test_what_is_no_published_state() -> None:
     assert history_of("3. You successfully go to shelf 1.\n4. You attempt to open drawer 1 but fail.") == [
         ("go to shelf 1", True), ("open drawer 1", False)]
     lamp = published_form(Belief(conditions={"desklamp 1": frozenset({"lit"})}, inventory=frozenset({"desklamp 1"})))
-    assert lamp["inventory"] == ["desklamp 1(on)"] and text_state("g", PublishedState(**lamp), []) == State(
+    assert lamp["inventory"] == "desklamp 1(on)" and text_state("g", PublishedState(**lamp), []) == State(
         "g", "You are in the middle of a room. Looking quickly around you, you see nothing.")
 
 

@@ -11,11 +11,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from foresight_eval.serve.guard import Guard
-from foresight_eval.serve.planner import ModelFailed, Planner, answer
-from foresight_eval.serve.published import PublishedState, Text, perceive, text_state
+from foresight_eval.serve.planner import ModelFailed, Planned, Planner, answer, failed
+from foresight_eval.serve.published import (
+    FailedAction, ObjectLists, PublishedState, Text, earlier_trial, perceive, text_state,
+)
 from foresight_eval.serve.requests import Requests
 from foresight_eval.serve.settings import ServeSettings
 from itp.errors import UserError
+from itp.methods.base import EarlierTrial
 from itp.program import without_secrets
 from itp.seeding import derive_seed
 from itp.text.state import State
@@ -34,28 +37,41 @@ class Executed(_Body):
     observation: Text
 
 
+class Trial(_Body):
+    """An episode of the same game that was played to its end.  ``note``: a reflection on it."""
+
+    history: list[Executed]
+    success: bool = False
+    note: Text = ""
+    invalid: list[bool] | None = None
+
+
 class PlanRequest(_Body):
     """One state.  ``invalid``: which actions of the history the engine didn't take; by default "Nothing happens."."""
 
     task: Text
     first_observation: Text
     history: list[Executed] = Field(default_factory=list)
+    invalid: list[bool] | None = None
     admissible_actions: list[Text] | None = None
     seed: Seed = 0
     method: Text = ""
-    invalid: list[bool] | None = None
+    earlier: list[Trial] = Field(default_factory=list)
 
 
 class PolicyRequest(_Body):
-    """A batch in the published form.  ``model``, ``current_tasks`` and the conditions aren't read."""
+    """A batch in the published form; the conditions are one for each state, or none.
+
+    ``model`` and ``current_tasks`` aren't read.
+    """
 
     current_goals: list[Text]
     current_states: list[PublishedState]
     histories: list[list[Text] | Text]
     current_tasks: list[Any] | None = None
     model: Text = ""
-    conditions_1: Any = None
-    conditions_2: Any = None
+    conditions_1: list[ObjectLists | None] | None = None
+    conditions_2: list[list[FailedAction] | None] | None = None
 
 
 class Sample(_Body):
@@ -79,21 +95,21 @@ def make_app(settings: ServeSettings, planner: Planner, requests: Requests) -> F
 
     @app.post("/plan")
     async def plan(request: Request, body: PlanRequest) -> Any:
-        state = State(body.task, body.first_observation, tuple((e.action, e.observation) for e in body.history))
-        if body.invalid is not None and len(body.invalid) != len(body.history):
-            raise UserError(f"invalid has {len(body.invalid)} entries, and history {len(body.history)}")
+        state, invalid = _episode(body, body)
+        earlier = [EarlierTrial(ended, tuple(failed(ended) if wrong is None else wrong), trial.success, trial.note)
+                   for trial in body.earlier for ended, wrong in [_episode(body, trial)]]
         return answer(await requests.run(request, planner.decide(
-            state, body.admissible_actions, body.seed, method=body.method, invalid=body.invalid)))
+            state, body.admissible_actions, body.seed, method=body.method, invalid=invalid, earlier=earlier)))
 
     @app.post("/generate_policy")
     async def generate_policy(request: Request, body: PolicyRequest) -> Any:
-        states = _text_states(body)
-        if not states:
+        cases = _cases(body)
+        if not cases:
             return []
-        if len(states) > settings.max_waiting:
-            raise UserError(f"{len(states)} states in one request, and at most {settings.max_waiting} decisions may "
+        if len(cases) > settings.max_waiting:
+            raise UserError(f"{len(cases)} states in one request, and at most {settings.max_waiting} decisions may "
                             "wait (--max_waiting); send fewer")
-        made = await requests.run(request, _decide_all(planner, settings, states), len(states))
+        made = await requests.run(request, _decide_all(planner, settings, cases), len(cases))
         return [planned.decision.action for planned in made]
 
     @app.post("/perception")
@@ -111,20 +127,36 @@ def make_app(settings: ServeSettings, planner: Planner, requests: Requests) -> F
     return app
 
 
-async def _decide_all(planner: Planner, settings: ServeSettings, states: list[State]) -> list[Any]:
+def _episode(request: PlanRequest, played: PlanRequest | Trial) -> tuple[State, list[bool] | None]:
+    """The state of an episode in the game of ``request``, and what is said of its actions.  Raises UserError."""
+    if played.invalid is not None and len(played.invalid) != len(played.history):
+        raise UserError(f"invalid has {len(played.invalid)} entries, and history {len(played.history)}")
+    steps = tuple((step.action, step.observation) for step in played.history)
+    return State(request.task, request.first_observation, steps), played.invalid
+
+
+async def _decide_all(planner: Planner, settings: ServeSettings, cases: list[tuple[State, list[EarlierTrial]]],
+                      ) -> list[Planned]:
     """The decisions in some states, written freely: the published form lists no admissible actions."""
     return await asyncio.gather(*(
-        planner.decide(state, None, derive_seed(settings.seed, state.task, len(state.history)), selection="generate")
-        for state in states))
+        planner.decide(state, None, derive_seed(settings.seed, state.task, len(state.history)), selection="generate",
+                       earlier=earlier) for state, earlier in cases))
 
 
-def _text_states(body: PolicyRequest) -> list[State]:
-    """The text states of a batch.  Raises UserError."""
-    lengths = {"current_goals": len(body.current_goals), "current_states": len(body.current_states),
-               "histories": len(body.histories)}
+def _cases(body: PolicyRequest) -> list[tuple[State, list[EarlierTrial]]]:
+    """The text states of a batch, and the earlier trials that their conditions tell of.  Raises UserError."""
+    given = {"current_goals": body.current_goals, "current_states": body.current_states, "histories": body.histories,
+             "conditions_1": body.conditions_1, "conditions_2": body.conditions_2}
+    lengths = {name: len(values) for name, values in given.items() if values is not None}
     if len(set(lengths.values())) > 1:
         raise UserError(f"lists of different lengths: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
-    return [text_state(*each) for each in zip(body.current_goals, body.current_states, body.histories, strict=True)]
+    none = [None] * len(body.current_goals)
+    cases = []
+    for goal, state, lines, lists, failures in zip(body.current_goals, body.current_states, body.histories,
+                                                   body.conditions_1 or none, body.conditions_2 or none, strict=True):
+        earlier = [earlier_trial(goal, state, lists or {}, failures or [])] if lists or failures else []
+        cases.append((text_state(goal, state, lines), earlier))
+    return cases
 
 
 def _say_what_is_wrong(app: FastAPI) -> None:

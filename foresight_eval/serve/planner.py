@@ -21,7 +21,7 @@ from itp.errors import PromptTooLong, UserError
 from itp.games import Game
 from itp.lm.base import LM, Usage, metered
 from itp.lm.scheduler import BatchBarrier
-from itp.methods.base import Decision, Method, View
+from itp.methods.base import Decision, EarlierTrial, Method, View
 from itp.methods.registry import METHODS
 from itp.methods.settings import NEED_WORLD_MODEL, WRITE_THOUGHTS
 from itp.text.alfworld_phrases import NOTHING_HAPPENS
@@ -103,21 +103,22 @@ class Planner:
         return settings
 
     async def decide(self, state: State, admissible: Sequence[str] | None, seed: int, *, method: str = "",
-                     selection: str = "", invalid: Sequence[bool] | None = None) -> Planned:
+                     selection: str = "", invalid: Sequence[bool] | None = None,
+                     earlier: Sequence[EarlierTrial] = ()) -> Planned:
         """What ``method`` (by default the server's) does in ``state``, as it would in an evaluation.
 
         ``admissible``: the admissible actions, where actions are chosen among them.  ``seed``: the step's own.
         ``invalid``: which actions of the history the engine didn't take; by default those that nothing came of.
-        A method that reads its own earlier decisions finds none.  Raises UserError and PromptTooLong.
+        ``earlier``: the earlier trials of the game.  A method that reads its own earlier decisions finds none.
+        Raises UserError and PromptTooLong.
         """
         acts = await self.method(method or self.settings.method, selection or self.settings.action_selection)
         if acts.want_admissible and not admissible:
             raise UserError(f"method {acts.name} chooses among the admissible actions here: give admissible_actions")
-        if invalid is None:
-            invalid = [observation.strip() == NOTHING_HAPPENS for _, observation in state.history]
         game = Game(self.settings.env, "", "", "", "")
         view = View(game, len(state.history), state, Observation(
-            state.observation, state.task, tuple(admissible) if admissible else None), seed, invalid=tuple(invalid))
+            state.observation, state.task, tuple(admissible) if admissible else None), seed,
+                    invalid=tuple(failed(state) if invalid is None else invalid), earlier=tuple(earlier))
         async with self._seats:
             self.barrier.add(live=1)
             try:
@@ -137,6 +138,11 @@ class Planner:
         for lm in (self.policy_lm, self.wm_lm):
             if lm is not None:
                 await lm.close()
+
+
+def failed(state: State) -> list[bool]:
+    """Which actions of the history ALFWorld answered as one that it didn't take."""
+    return [observation.strip() == NOTHING_HAPPENS for _, observation in state.history]
 
 
 def answer(planned: Planned) -> dict[str, Any]:

@@ -9,14 +9,17 @@ makes the text state that a policy is prompted with: the game's sentences, as th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from itp.errors import UserError
+from itp.methods.base import EarlierTrial
 from itp.text.alfworld_phrases import (
-    CARRIES, MOVE_OR_PUT, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, listed, moved, picked_up,
+    CARRIES, MOVE_OR_PUT, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, go_to, listed, moved,
+    picked_up,
 )
 from itp.text.belief import Belief, Place
 from itp.text.state import State
@@ -111,12 +114,17 @@ def _split(name: str) -> tuple[str, frozenset[str]]:
 
 
 def published_form(belief: Belief) -> dict[str, Any]:
-    """The JSON of a belief; names and conditions in alphabetical order, receptacles as they became known."""
+    """The JSON of a belief; names and conditions in alphabetical order, receptacles as they became known.
+
+    ``inventory`` is null where nothing is held, a name where it is one object, and a list where it is several.
+    """
     def named(things: Iterable[str]) -> list[str]:
         return [thing + "".join(f"({_SAID.get(word, word)})" for word in sorted(belief.conditions.get(thing, ())))
                 for thing in sorted(things)]
 
-    return {"agent_location": belief.location or MIDDLE, "inventory": named(belief.inventory),
+    held = named(belief.inventory)
+    return {"agent_location": belief.location or MIDDLE,
+            "inventory": None if not held else held[0] if len(held) == 1 else held,
             "world_state": {name: {"visited": place.visited, "open": "N/A" if place.open is None else place.open,
                                    "objects": named(place.objects)} for name, place in belief.places.items()}}
 
@@ -149,7 +157,7 @@ def text_state(goal: str, state: PublishedState, lines: Sequence[str] | str) -> 
     What was where at the time is what is there now, without the takes and puts since.  Raises UserError.
     """
     belief, history = belief_of(state), history_of(lines)
-    text = State(goal, f"{OPENING} Looking quickly around you{SEES}{listed(belief.places)}.")
+    text = State(goal, first_observation(belief))
     contents = {name: set(place.objects) for name, place in belief.places.items()}
     for action, done in reversed(history):
         _undo(contents, action if done else "")
@@ -160,6 +168,42 @@ def text_state(goal: str, state: PublishedState, lines: Sequence[str] | str) -> 
     for action, done in history:
         text = text.after(action, room.said(action) if done else NOTHING_HAPPENS)
     return text
+
+
+def first_observation(belief: Belief) -> str:
+    """What the game says first in a room with these places."""
+    return f"{OPENING} Looking quickly around you{SEES}{listed(belief.places)}."
+
+
+ObjectLists = dict[Receptacle, list[Text]]
+FailedAction = tuple[Text, Text, list[Thing] | Text | None, Any]
+"""The action, where the agent stood, what it held, and the state of what the action names."""
+
+
+def earlier_trial(goal: str, state: PublishedState, object_lists: ObjectLists,
+                  failed: Sequence[FailedAction]) -> EarlierTrial:
+    """An earlier trial that showed what the published conditions say.
+
+    ``object_lists``: the types of what receptacles held, which get numbers from 1 on.  Raises UserError.
+    """
+    belief = belief_of(state)
+    text, room = State(goal, first_observation(belief)), {}
+    for place, kinds in object_lists.items():
+        counted = Counter(kinds)
+        room[place] = {f"{kind} {n + 1}" for kind in counted for n in range(counted[kind])}
+        if wrong := [thing for thing in room[place] if not _NAMED.fullmatch(thing)]:
+            raise UserError(f"object list of {place}: {wrong[0].rpartition(' ')[0]!r} is no type such as 'mug'")
+    openable = {name for name in room if name in belief.places and belief.places[name].open is not None}
+    showing = _Room(room, openable, set(openable))
+    for place in room:
+        for action in (go_to(place), f"open {place}")[:2 if place in openable else 1]:
+            text = text.after(action, showing.said(action))
+    begin = len(text.history)
+    for action, place, *_ in failed:
+        text = text.after(go_to(place), arrived(place)) if place in belief.places else text
+        text = text.after(action, NOTHING_HAPPENS)
+    invalid = [False] * begin + [seen == NOTHING_HAPPENS for _, seen in text.history[begin:]]
+    return EarlierTrial(text, tuple(invalid), success=False)
 
 
 def _undo(contents: dict[str, set[str]], action: str) -> None:
