@@ -11,6 +11,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "itp" / "__init__.py").re
 SERVING = ["transformers[serving]"]
 """For `transformers serve`, an OpenAI-compatible server of a local model."""
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7"]
+"""For `python -m foresight_eval.serve`, our own server of planned actions."""
+
 REPORT = ["matplotlib>=3.8"]
 """For the figures of `foresight_eval.report`."""
 
@@ -55,9 +58,11 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
-                "playwright>=1.50", *REPORT, *SERVING, *SMOLLM2],
+                "playwright>=1.50", *REPORT, *SERVE, *SERVING,
+                *SMOLLM2],
         "qlora": QLORA,
         "report": REPORT,
+        "serve": SERVE,
         "serving": SERVING,
         "smollm2": SMOLLM2,
     },

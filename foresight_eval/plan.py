@@ -1,4 +1,4 @@
-"""An evaluation's settings, resolved once: what is to be loaded, who chooses K, which models run where.
+"""An agent's settings, resolved once: what is to be loaded, who chooses K, which models run where.
 
 :func:`make_plan` reads the models' cards and refuses what can't work before anything is loaded; after that nobody asks
 the settings again what they mean.
@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from foresight_eval.settings import EvalSettings
+from foresight_eval.settings import AgentSettings
 from itp.agent import engine_world_model
 from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.heads import has_heads, kmax_of
@@ -44,7 +44,7 @@ class EvalPlan:
     (head, prompt, fixed or random).
     """
 
-    settings: EvalSettings
+    settings: AgentSettings
     method_settings: MethodSettings
     policy_server: Server | None
     wm_server: Server | None
@@ -109,7 +109,7 @@ class EvalPlan:
         return build(self.settings.method, policy, world_model, self.method_settings)
 
 
-def make_plan(settings: EvalSettings) -> EvalPlan:
+def make_plan(settings: AgentSettings) -> EvalPlan:
     """Resolve ``settings``.  Raises UserError for what can't work, before any model is loaded."""
     servers = {prefix: server_of(settings, prefix) for prefix in ("policy", "wm")}
     if _uses_world_model(settings):
@@ -132,11 +132,11 @@ def make_plan(settings: EvalSettings) -> EvalPlan:
     return plan
 
 
-def _uses_world_model(settings: EvalSettings) -> bool:
+def _uses_world_model(settings: AgentSettings) -> bool:
     return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
 
 
-def _max_k(settings: EvalSettings, heads: bool) -> int:
+def _max_k(settings: AgentSettings, heads: bool) -> int:
     """K_max: the flag's, else the K-head's, else the environment's."""
     if settings.max_k >= 0:
         return settings.max_k
@@ -146,13 +146,13 @@ def _max_k(settings: EvalSettings, heads: bool) -> int:
 # ---------------------------------------------------------------- what is refused
 
 
-def _check_model(settings: EvalSettings, server: Server | None, path: str, style: str) -> None:
+def _check_model(settings: AgentSettings, server: Server | None, path: str, style: str) -> None:
     """Refuse a model that isn't there, where it, or the tokenizer of what a server runs, is to be loaded."""
     if server is None or settings.chat_template and server.needs_template(path, style):
         check_model_path(path)
 
 
-def _check_one_world_model(settings: EvalSettings, server: Server | None) -> None:
+def _check_one_world_model(settings: AgentSettings, server: Server | None) -> None:
     """Refuse a missing world model, and one beside the engine, which nobody would ask."""
     if settings.wm_backend == ENGINE:
         if settings.wm_model:
@@ -162,7 +162,7 @@ def _check_one_world_model(settings: EvalSettings, server: Server | None) -> Non
         raise UserError(f"--method {settings.method} needs --wm_model (or --wm_backend openai, or --disable_wm 1)")
 
 
-def _check_countable(settings: EvalSettings) -> None:
+def _check_countable(settings: AgentSettings) -> None:
     """Refuse a budget for the prompts of a server, where no tokenizer here can count them."""
     try:
         load_tokenizer(settings.policy_model)
@@ -171,7 +171,7 @@ def _check_countable(settings: EvalSettings) -> None:
                         "that counts the prompts of a policy behind a server") from error
 
 
-def _check_method(settings: EvalSettings) -> None:
+def _check_method(settings: AgentSettings) -> None:
     """Refuse flags that contradict each other or the method."""
     method = settings.method
     if settings.k_policy == "fixed" and settings.fixed_k < 0:
@@ -195,7 +195,7 @@ def _check_method(settings: EvalSettings) -> None:
                         "--method foresight")
 
 
-def _check_revise(settings: EvalSettings) -> None:
+def _check_revise(settings: AgentSettings) -> None:
     """Refuse what leaves gated revision without an imagined step, or its number of steps to somebody else."""
     if settings.disable_wm or settings.fixed_k == 0:
         raise UserError("--method revise imagines what its draft leads to: give --fixed_k 1 or more, no --disable_wm, "
@@ -266,7 +266,7 @@ async def check_server(plan: EvalPlan) -> None:
         await policy_lm.close()
 
 
-async def check_scores(settings: EvalSettings, policy_lm: LM) -> None:
+async def check_scores(settings: AgentSettings, policy_lm: LM) -> None:
     """Refuse a server that can't score a given text, where that is wanted of the policy."""
     judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
     scores = scores or settings.method in SCORE_ACTIONS

@@ -1,4 +1,4 @@
-"""Is a file the record of a finished game?  A cut or foreign one is refused in a line that says what to delete.
+"""Is a file the record of a finished episode?  A cut or foreign one is refused in a line that says what to delete.
 
 Only what older versions wrote, too, is asked for.
 """
@@ -18,8 +18,9 @@ RECORD: Fields = {"meta": dict, "conversations": list, "foresight_steps": list}
 META: Fields = {
     "game_id": str, "split": str, "task_type": str, "success": bool, "score": NUMBER, "reward": NUMBER, "steps": int,
     "terminate_reason": str, "unparsed_actions": int, "restarts": int, "usage": dict}
-LATER: Fields = {"golden_steps": (int, type(None)), "best_score": NUMBER}
-"""Fields of ``meta`` that older results, and those of the other environment, lack."""
+LATER: Fields = {"golden_steps": (int, type(None)), "best_score": NUMBER, "trial": int}
+"""Fields of ``meta`` that older results, first trials, and those of the other environment, lack."""
+LOOK_BACK: Fields = {"note": str, "usage": dict}
 STEP: Fields = {
     "action": str, "obs_next": str, "k": int, "invalid": bool, "imagined_actions": list, "wm_raw_output": list,
     "thought": str, "reflection": str, "k_raw_output": str, "k_logprobs": list, "value": (*NUMBER, type(None)),
@@ -30,7 +31,7 @@ CONSIDERED: Fields = {"action": str, "value": NUMBER, "tries": int}
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a finished game.  Raises UserError."""
+    """The record of a finished episode.  Raises UserError."""
     record = read_object(path, RECORD, PLAY_AGAIN)
     meta, steps = record["meta"], record["foresight_steps"]
     there = {name: kind for name, kind in LATER.items() if name in meta}
@@ -41,6 +42,9 @@ def read_record(path: Path) -> dict[str, Any]:
     if meta["steps"] < len(steps):
         raise UserError(f"{path}: {len(steps)} steps, and meta.steps is {meta['steps']}; {PLAY_AGAIN}")
     _check_start(record["conversations"], path)
+    if "look_back" in record:
+        said = checked_object(record["look_back"], f"{path}: look_back", LOOK_BACK, PLAY_AGAIN)
+        _check_usage(said["usage"], f"{path}: look_back.usage")
     return record
 
 

@@ -1,27 +1,32 @@
 """Result files: one JSON a game, in the schema that users of the public release parse.
 
-A file appears whole or not at all, so that one that exists is a finished game.  :class:`Result` is a whole
-folder of them, as reports read it.
+``{idx}.json`` is a game's first trial.  Where a game is played several times, ``{idx}.t1.json``, ``{idx}.t2.json``, ...
+are the trials after it.  A file appears whole or not at all, so that one that exists is a finished episode.
+:class:`Result` is a whole folder of them, as reports read it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foresight_eval.record_check import read_record
+from foresight_eval.record_check import PLAY_AGAIN, read_record
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
 from itp.errors import UserError
 from itp.files import read_object, short_names, write_json
+from itp.lm.base import Usage
+from itp.methods.base import EarlierTrial
 from itp.methods.settings import NEED_WORLD_MODEL
 from itp.rollout import Episode, Step
 from itp.run_dir import RECORD
-from itp.text.state import ACTION, OBSERVATION, State
+from itp.text.state import ACTION, OBSERVATION, parse
 
 BUCKETS = ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2")
 SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
@@ -30,6 +35,7 @@ SAME_GAMES = ("policy_fingerprint", "action_selection", *dict.fromkeys(
 """Settings by which two results are those of the same policy on the same games; not every program has all."""
 
 
+_TRIAL_NAME = re.compile(r"[0-9]+(\.t[1-9][0-9]*)?")
 NO_RESULTS = "not a result folder (no config.json of an evaluation); give what --out_dir named"
 
 
@@ -46,34 +52,80 @@ def bucket(task_type: str) -> str:
 
 
 def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
-    """Write the file of a finished game; returns what it holds."""
+    """Write the file of a finished episode; returns what it holds."""
     record = episode_record(index, episode)
-    write_json(folder / f"{index}.json", record)
+    write_json(trial_file(folder, index, episode.trial), record)
     return record
 
 
+def write_note(folder: Path, index: int, trial: int, note: str, usage: dict[str, Usage]) -> None:
+    """Add to an episode's file what the method said when it looked back on it."""
+    file = trial_file(folder, index, trial)
+    asked = {role: dataclasses.asdict(spent) for role, spent in sorted(usage.items())}
+    write_json(file, read_record(file) | {"look_back": {"note": note, "usage": asked}})
+
+
 def read_episodes(folder: Path) -> dict[int, dict[str, Any]]:
-    """All finished games of a result folder, by index.  Raises UserError for a file that isn't the record of one."""
-    return {index: read_record(file) for index, file in episode_files(folder).items()}
+    """The first trials of a result folder, by index.  Raises UserError for a file that isn't the record of one."""
+    return {index: trials[0] for index, trials in read_trials(folder).items()}
+
+
+def read_trials(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """All trials of every game of a result folder, by index.  Raises UserError for a file that isn't one's record."""
+    return {index: [read_record(file) for file in trial_files(folder, index)] for index in episode_files(folder)}
+
+
+def trial_file(folder: Path, index: int, trial: int = 0) -> Path:
+    """The file of a game's ``trial``-th episode, counted from 0."""
+    return folder / (f"{index}.t{trial}.json" if trial else f"{index}.json")
 
 
 def episode_files(folder: Path) -> dict[int, Path]:
-    """The files of finished games, by index."""
+    """The files of first trials, by index."""
     files = {int(file.stem): file for file in folder.glob("*.json") if file.stem.isdecimal()}
     return dict(sorted(files.items()))
 
 
+def trial_files(folder: Path, index: int) -> list[Path]:
+    """The files of a game's trials, in order, up to the first that is missing."""
+    return list(itertools.takewhile(Path.exists, (trial_file(folder, index, t) for t in itertools.count())))
+
+
+def all_trial_files(folder: Path) -> list[Path]:
+    """Every file of an episode, in no order."""
+    return [file for file in folder.glob("*.json") if _TRIAL_NAME.fullmatch(file.stem)]
+
+
+def earlier_trial(file: Path) -> EarlierTrial:
+    """What a method is told of the ended trial that ``file`` holds.  Raises UserError."""
+    record = read_record(file)
+    if not record["conversations"]:  # of a version that wrote no first observation where there was no step
+        raise UserError(f"{file}: no first observation, which the next trial needs; {PLAY_AGAIN}")
+    state = parse(record["conversations"][0]["value"])
+    for step in record["foresight_steps"]:
+        state = state.after(step["action"], step["obs_next"])
+    return EarlierTrial(state, tuple(step["invalid"] for step in record["foresight_steps"]),
+                        record["meta"]["success"], record.get("look_back", {}).get("note", ""))
+
+
 @dataclass(frozen=True)
 class Result:
-    """A result folder: ``config`` it was made with, ``summary``, ``records`` by index.
+    """A result folder: ``config`` it was made with, ``summary``, ``records`` of first trials by index.
 
-    ``summary``: see :func:`foresight_eval.summary.summarize`.
+    ``summary``: see :func:`foresight_eval.summary.summarize`.  ``later``: the other trials of a game, by index.
+    Whatever isn't said to be of all trials is of the first.
     """
 
     name: str
     config: dict[str, Any]
     summary: dict[str, Any]
     records: dict[int, dict[str, Any]]
+    later: dict[int, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def trials(self) -> dict[int, list[dict[str, Any]]]:
+        """All trials of every game, by index."""
+        return {index: [record, *self.later.get(index, ())] for index, record in self.records.items()}
 
     @property
     def title(self) -> str:
@@ -96,7 +148,12 @@ class Result:
     @property
     def outcomes(self) -> dict[tuple[str, str], bool]:
         """(split, game) -> was it solved."""
-        return {(meta["split"], meta["game_id"]): meta["success"] for meta in self.metas}
+        return self.outcomes_within(1)
+
+    def outcomes_within(self, k: int) -> dict[tuple[str, str], bool]:
+        """(split, game) -> was it solved in any of its first ``k`` trials."""
+        return {(trials[0]["meta"]["split"], trials[0]["meta"]["game_id"]):
+                any(record["meta"]["success"] for record in trials[:k]) for trials in self.trials.values()}
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -167,8 +224,10 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
     The summary's cost is that of ``cost.json``.
     """
     configs = [read_config(folder) for folder in folders]
-    return [Result(name, config, _summary(folder), read_episodes(folder))
-            for name, config, folder in zip(short_names(folders), configs, folders, strict=True)]
+    trials = [read_trials(folder) for folder in folders]
+    return [Result(name, config, _summary(folder), {i: each[0] for i, each in played.items()},
+                   {i: each[1:] for i, each in played.items() if len(each) > 1})
+            for name, config, folder, played in zip(short_names(folders), configs, folders, trials, strict=True)]
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -189,6 +248,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "error": game.path,
             "game_id": game.game_id,
             "split": game.split,
+            **({"trial": episode.trial} if episode.trial else {}),
             "task_type": game.task_type,
             "golden_steps": golden_steps(game),
             "restarts": episode.restarts,
@@ -212,10 +272,8 @@ def _sciworld_meta(index: int, episode: Episode) -> dict[str, Any]:
 
 
 def _conversations(episode: Episode) -> list[dict[str, str]]:
-    if not episode.steps:
-        return []
-    first: State = episode.steps[0].state
-    turns = [{"from": "human", "value": first.render()}]
+    first = episode.steps[0].state if episode.steps else episode.first
+    turns = [{"from": "human", "value": first.render()}] if first else []
     for step in episode.steps:
         turns.append({"from": "gpt", "value": ACTION + step.decision.action})
         turns.append({"from": "human", "value": OBSERVATION + step.observation})

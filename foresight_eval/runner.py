@@ -1,6 +1,6 @@
 """Plays the games of an evaluation and keeps what is finished.
 
-Every finished game is a file of its own, so a run that was killed is continued by its own command;
+Every finished episode is a file of its own, so a run that was killed is continued by its own command;
 another configuration on the same folder is refused.
 """
 
@@ -18,12 +18,15 @@ from foresight_eval.plan import EvalPlan, check_answers, check_server, make_plan
 from foresight_eval.report.report import overview
 from foresight_eval.settings import EvalSettings
 from foresight_eval.summary import log_line, write_summary
+from foresight_eval.trials import usages
 from itp.distributed import Ranks, rank_devices
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
 from itp.files import append_line, check_output_folder
 from itp.games import Game, spread
+from itp.lm.base import Usage
 from itp.lm.scheduler import BatchBarrier
+from itp.methods.base import EarlierTrial
 from itp.program import progress_bar
 from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import open_run_dir
@@ -49,7 +52,7 @@ async def evaluate(settings: EvalSettings) -> None:
     ranks.meet()
     if not ranks.first:  # after the first one, which fetches a model that isn't here
         plan = make_plan(settings)
-    missing = [i for i in chosen if not is_finished(folder, i)]
+    missing = [i for i in chosen if not is_finished(settings, folder, i)]
     if ranks.first:
         log.info("%d games to play, %d finished before", len(missing), len(chosen) - len(missing))
     mine = await play(plan, folder, {i: games[i] for i in chosen}, len(missing), ranks) if missing else LeftOut()
@@ -85,7 +88,7 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
     folder = Path(plan.settings.out_dir)
     check_output_folder(folder)
     if start_anew:  # first: a run killed in between must not leave old results under a new configuration
-        for file in results.episode_files(folder).values():
+        for file in results.all_trial_files(folder):
             file.unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
     return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",),
@@ -94,22 +97,37 @@ def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
 
 def forget_shortened(folder: Path) -> None:
     """Remove the results of games with shortened prompts: within a larger budget they are played differently."""
-    for index, record in results.read_episodes(folder).items():
-        if any(usage.get("shortened") for usage in record["meta"]["usage"].values()):
+    for index, trials in results.read_trials(folder).items():
+        cut = [any(usage.get("shortened") for usage in usages(record)) for record in trials]
+        if any(cut):
             log.info("game %d is played again, because a smaller --max_seq_len shortened its prompts", index)
-            (folder / f"{index}.json").unlink()
+            for trial in reversed(range(cut.index(True), len(trials))):  # the later ones build on it
+                results.trial_file(folder, index, trial).unlink()
 
 
 def check_games(folder: Path, games: list[Game]) -> None:
     """Refuse to go on where games came or went since: a result's index would name another game."""
-    for i, record in results.read_episodes(folder).items():
-        if i >= len(games) or games[i].game_id != record["meta"]["game_id"]:
-            raise UserError(f"{folder}/{i}.json is a result of {record['meta']['game_id']}, which is not game {i} of "
-                            "the split any more; choose another output path, or --override to start it anew")
+    for i, trials in results.read_trials(folder).items():
+        for trial, record in enumerate(trials):
+            if i >= len(games) or games[i].game_id != record["meta"]["game_id"]:
+                raise UserError(f"{results.trial_file(folder, i, trial)} is a result of {record['meta']['game_id']}, "
+                                f"which is not game {i} of the split any more; choose another output path, or "
+                                "--override to start it anew")
 
 
-def is_finished(folder: Path, index: int) -> bool:
-    return (folder / f"{index}.json").exists()
+def is_finished(settings: EvalSettings, folder: Path, index: int) -> bool:
+    """Whether no trial of the game is to be played any more."""
+    return earlier_trials(settings, folder, index) is None
+
+
+def earlier_trials(settings: EvalSettings, folder: Path, index: int) -> tuple[EarlierTrial, ...] | None:
+    """The trials of a game that are on file; None where no other is to be played."""
+    files = results.trial_files(folder, index)
+    if len(files) >= settings.trials:
+        return None
+    earlier = tuple(results.earlier_trial(file) for file in files)
+    solved = any(trial.success for trial in earlier)
+    return None if solved and not settings.trials_after_success else earlier
 
 
 async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing: int, ranks: Ranks) -> LeftOut:
@@ -124,15 +142,14 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
     method = plan.build_method(policy, world_model)
     concurrency = min(settings.concurrency, -(-missing // ranks.count))  # so that the first doesn't take them all
     pool = EnvPool(settings.make_env(method.want_admissible), processes_for(settings.env_processes, concurrency))
-    mine = (games[i] for i in ranks.share(list(games)) if not is_finished(folder, i))
-    record = Recorder(folder, games)
+    mine = (games[i] for i in ranks.share(list(games)) if not is_finished(settings, folder, i))
+    record = Recorder(folder, games, settings)
     start = time.monotonic()
     try:
         with progress_bar(missing, "game") as bar:
             async for episode in run_episodes(pool, method, mine, max_steps=settings.max_steps, seed=settings.seed,
-                                              concurrency=concurrency, barrier=barrier):
-                bar.update()
-                record.add(episode)
+                                              concurrency=concurrency, barrier=barrier, trials=record):
+                bar.update(episode.left_out or record.earlier(episode.game) is None)
     finally:
         seconds = time.monotonic() - start
         await pool.close()
@@ -147,10 +164,15 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
 
 @dataclasses.dataclass
 class Recorder:
-    """Writes episodes of ``games`` (by index) as they end, and counts them."""
+    """Writes the trials of ``games`` (by index) as they end, and counts them; for :func:`itp.rollout.run_episodes`.
+
+    What a method is told of earlier trials comes from their files, also within a run: so a run that was killed goes on
+    as one that wasn't.
+    """
 
     folder: Path
     games: Mapping[int, Game]
+    settings: EvalSettings
     episodes: int = 0
     steps: int = 0
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
@@ -159,7 +181,13 @@ class Recorder:
     def __post_init__(self) -> None:
         self._index = {game.game_id: i for i, game in self.games.items()}
 
-    def add(self, episode: results.Episode) -> None:
+    def earlier(self, game: Game) -> tuple[EarlierTrial, ...] | None:
+        return earlier_trials(self.settings, self.folder, self._index[game.game_id])
+
+    def keep_note(self, game: Game, trial: int, note: str, usage: dict[str, Usage]) -> None:
+        results.write_note(self.folder, self._index[game.game_id], trial, note, usage)
+
+    def keep(self, episode: results.Episode) -> None:
         if self.left_out.takes(episode):
             return
         i = self._index[episode.game.game_id]

@@ -1,4 +1,4 @@
-"""The flags of the evaluation programs: those that all share, and each environment's own."""
+"""The flags of an agent; those of the evaluation programs: what all share, and each environment's own."""
 
 from __future__ import annotations
 
@@ -22,22 +22,18 @@ from itp.text.prompt_format import STYLES
 
 
 @dataclass
-class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelServerFlags, EngineFlags):
+class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelServerFlags, EngineFlags):
+    """An agent: its models, how they are asked, and its method.
+
+    Programs add ``env``, ``max_k`` and ``max_k_without_head``, the K_max of an environment without a K-head's.
+    """
+
     policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub (with a server: what it "
                                   "runs, read only for how to prompt it)",
                              affects_result=False)
-    out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
-                        affects_result=False, aliases=("output_path",))
     wm_model: str = flag("", help="world model (not needed by methods without imagination, with a server or with "
                                 "--wm_backend engine)",
                          affects_result=False)
-    override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
-    debug: bool = flag(False, help="play the first 5 games only", affects_result=False)
-    part_num: int = flag(1, at_least=1, help="share the games out over this many runs", affects_result=False)
-    part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)", affects_result=False)
-    max_games: int = flag(0, at_least=0, help="play so many games only, at equal distances over the split (0: all)",
-                          affects_result=False)
-    only_ids: str = flag("", help="play these games only: indices such as 0,5,7", affects_result=False)
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
@@ -57,12 +53,29 @@ class EvalSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSer
     rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts: new tokens of a proposed action at most")
     rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
     concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)
-    env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
     method: str = flag("foresight", help="how to act", choices=tuple(METHODS))
     seed: int = flag(123, help="seed of everything random")
     device: str = flag("cuda", help="device of both models, where they have none of their own", affects_result=False)
     disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
     use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))
+
+
+@dataclass
+class EvalSettings(AgentSettings):
+    out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
+                        affects_result=False, aliases=("output_path",))
+    override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
+    debug: bool = flag(False, help="play the first 5 games only", affects_result=False)
+    part_num: int = flag(1, at_least=1, help="share the games out over this many runs", affects_result=False)
+    part_idx: int = flag(-1, help="which share this run plays, from 0 (-1: all)", affects_result=False)
+    max_games: int = flag(0, at_least=0, help="play so many games only, at equal distances over the split (0: all)",
+                          affects_result=False)
+    trials: int = flag(1, at_least=1, help="play each game up to so many times in order, until it is solved",
+                       affects_result=False)
+    trials_after_success: bool = flag(False, help="go on with a game's trials after it was solved",
+                                      affects_result=False)
+    only_ids: str = flag("", help="play these games only: indices such as 0,5,7", affects_result=False)
+    env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
 
 
 @dataclass

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.cost import measured_cost, summarize_cost
-from foresight_eval.results import BUCKETS, bucket, read_episodes
+from foresight_eval.results import BUCKETS, bucket, read_trials
 from foresight_eval.statistics import mean, mean_interval, wilson
+from foresight_eval.trials import summarize_trials
 from itp.files import write_atomic, write_json
 from itp.run_dir import RECORD, recorded
 
@@ -74,27 +75,39 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first.
 
-    Its ``world_model`` says so where the game itself was the world model; others have none.
+    Its ``world_model`` says so where the game itself was the world model; others have none.  Where games were played
+    several times, its ``trials`` is of all trials (:mod:`foresight_eval.trials`), and everything else of the first.
     """
-    records = read_episodes(folder)
+    trials = read_trials(folder)
+    records = {index: each[0] for index, each in trials.items()}
     summary = summarize(list(records.values()))
+    if (of_trials := summarize_trials(trials)) is not None:
+        summary["trials"] = of_trials
     if (folder / RECORD).is_file() and (world_model := recorded(folder)["config"].get("world_model")):
         summary["world_model"] = world_model
     write_json(folder / "summary.json", summary)
     write_json(folder / "cost.json", measured_cost(folder, list(records.values())))
-    rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*summary["buckets"], "All"])
-    writer.writerow(["" if rate is None else f"{100 * rate:.2f}" for rate in rates])
-    if summary["scores"]:  # a second row: the mean scores
-        scores = [summary["scores"][b]["score"] for b in summary["buckets"]] + [summary["overall_score"]["score"]]
-        writer.writerow([f"{score:.2f}" for score in scores])
-    write_atomic(folder / "summary.csv", table.getvalue())
-    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, r in records.items()))
+    write_atomic(folder / "summary.csv", _csv(summary))
+    write_atomic(folder / "log.txt", "".join(log_line(i, r["meta"]) + "\n" for i, each in trials.items() for r in each))
     return summary
 
 
+def _csv(summary: dict[str, Any]) -> str:
+    """Success in percent by task type and of all, then SR@k where games were played several times; the mean scores."""
+    within = summary.get("trials", {}).get("success_within", {})
+    rates = [summary["rates"][b] for b in summary["buckets"]] + [summary["overall"]["rate"]]
+    rates += [figures["rate"] for figures in within.values()]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*summary["buckets"], "All", *(f"SR@{k}" for k in within)])
+    writer.writerow(["" if rate is None else f"{100 * rate:.2f}" for rate in rates])
+    if summary["scores"]:  # a second row: the mean scores
+        scores = [summary["scores"][b]["score"] for b in summary["buckets"]] + [summary["overall_score"]["score"]]
+        writer.writerow([*(f"{score:.2f}" for score in scores), *[""] * len(within)])
+    return table.getvalue()
+
+
 def log_line(index: int, meta: dict[str, Any]) -> str:
+    trial = f" trial={meta['trial']}" if meta.get("trial") else ""
     return (f"[TaskResult] id={index} success={meta['success']} steps={meta['steps']} "
-            f"terminate_reason={meta['terminate_reason']} reward={meta['reward']:g}")
+            f"terminate_reason={meta['terminate_reason']} reward={meta['reward']:g}{trial}")

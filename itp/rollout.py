@@ -2,6 +2,7 @@
 
 Evaluation, data collection and online RL use it.  A method is written as if for one
 episode; that its model calls become batches is the business of the LMs (:mod:`itp.lm`).
+A game may be played several times in order (:class:`Trials`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvPool
@@ -21,7 +22,7 @@ from itp.errors import PromptTooLong, UnplayableGame, UserError
 from itp.games import Game
 from itp.lm.base import Usage, metered
 from itp.lm.scheduler import BatchBarrier
-from itp.methods.base import Decision, Method, View
+from itp.methods.base import Decision, EarlierTrial, Method, View
 from itp.seeding import derive_seed
 from itp.text.state import State
 
@@ -64,6 +65,7 @@ class Episode:
 
     ``reason``: success, step_limit, prompt_too_long, or how the engine ended it (engine_end where there is one way
     only).  env_died and unplayable: nothing was played, see :class:`LeftOut`.
+    ``first``: the state that it began in.  ``trial``: how many episodes of the game came before.
     """
 
     game: Game
@@ -76,6 +78,13 @@ class Episode:
     """What was asked of each model for an action that wasn't chosen, because a prompt was too long."""
     fault: str = ""
     """Why the game is unplayable."""
+    first: State | None = None
+    trial: int = 0
+
+    @property
+    def left_out(self) -> bool:
+        """Whether nothing was played."""
+        return self.reason in ("env_died", "unplayable")
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -104,7 +113,7 @@ class LeftOut:
             self.lost.append(episode.game.game_id)
         elif episode.reason == "unplayable":
             self.broken.append(episode.fault)
-        return episode.reason in ("env_died", "unplayable")
+        return episode.left_out
 
     def check_none_lost(self, what: str) -> None:
         """Raises UserError where games were lost, before anything is made of the others: they only need another try.
@@ -123,16 +132,31 @@ class LeftOut:
                             f"and {what_now}")
 
 
+class Trials(Protocol):
+    """What has several trials of each game played, and keeps them."""
+
+    def earlier(self, game: Game) -> tuple[EarlierTrial, ...] | None:
+        """The ended trials of ``game`` that are kept, in order; None where no trial more is wanted."""
+
+    def keep(self, episode: Episode) -> None:
+        """Keep a trial.  The next one of its game starts after that."""
+
+    def keep_note(self, game: Game, trial: int, note: str, usage: dict[str, Usage]) -> None:
+        """Keep what the method said of a kept trial, and what it asked of each model for that."""
+
+
 async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, max_steps: int, seed: int,
-                       concurrency: int, barrier: BatchBarrier | None = None) -> AsyncIterator[Episode]:
-    """Play every game once, ``concurrency`` at a time, and yield the episodes as they end.
+                       concurrency: int, barrier: BatchBarrier | None = None,
+                       trials: Trials | None = None) -> AsyncIterator[Episode]:
+    """Play every game once, or as often as ``trials`` says, ``concurrency`` at a time; yield the episodes as they end.
 
     ``concurrency`` + AHEAD environments are open.  Each takes the next of ``games`` when its last one has ended.  An
     episode has ``max_steps`` steps at most, or as many as its game's protocol says.
 
-    The random choices of an episode derive from (seed, game, step), so neither the concurrency nor the order of
-    the games changes what happens in it.  A prompt that the model's context doesn't hold ends its episode, and counts
-    as no success.  A broken game is left out (:class:`LeftOut`).  Any other error of a method ends the run.
+    The random choices of an episode derive from (seed, game, step, trial), so neither the concurrency nor the order of
+    the games changes what happens in it.  The trials of a game are played one after the other.  A prompt that the
+    model's context doesn't hold ends its episode, and counts as no success.  A broken game is left out
+    (:class:`LeftOut`).  Any other error of a method ends the run.
     """
     todo = iter(games)
     finished: asyncio.Queue[Episode | None] = asyncio.Queue()  # None: all workers have ended, or one failed
@@ -155,8 +179,22 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
             return
         async with pool.session() as env:
             while game is not None:
-                finished.put_nowait(await play(env, method, game, max_steps=max_steps, seed=seed, seat=seat))
+                async for episode in _trials_of(game, env):
+                    finished.put_nowait(episode)
                 game = next(todo, None)
+
+    async def _trials_of(game: Game, env) -> AsyncIterator[Episode]:
+        if trials is None:
+            yield await play(env, method, game, max_steps=max_steps, seed=seed, seat=seat)
+            return
+        while (earlier := trials.earlier(game)) is not None:
+            if earlier and not earlier[-1].note:
+                earlier = await _with_note(earlier, game, method, trials, seed=seed, seat=seat)
+            episode = await play(env, method, game, max_steps=max_steps, seed=seed, seat=seat, earlier=earlier)
+            trials.keep(episode)
+            yield episode
+            if episode.left_out:
+                return
 
     workers = [asyncio.create_task(worker()) for _ in range(concurrency + AHEAD)]
     everyone = asyncio.gather(*workers)
@@ -172,12 +210,34 @@ async def run_episodes(pool: EnvPool, method: Method, games: Iterable[Game], *, 
         await asyncio.gather(*workers, everyone, return_exceptions=True)
 
 
+async def _with_note(earlier: tuple[EarlierTrial, ...], game: Game, method: Method, trials: Trials, *, seed: int,
+                     seat: Seat) -> tuple[EarlierTrial, ...]:
+    """``earlier`` with what ``method`` says of the last one, which is kept before the next trial starts."""
+    trial = len(earlier) - 1
+    async with seat():
+        with metered() as usage:
+            try:
+                note = await method.look_back(earlier[-1], derive_seed(seed, game.game_id, "look back", trial))
+            except PromptTooLong as error:
+                log.warning("%s, trial %d: no note is made of it: %s", game.game_id, trial + 1, error)
+                note = ""
+    if note or usage:
+        trials.keep_note(game, trial, note, usage)
+    return (*earlier[:-1], replace(earlier[-1], note=note))
+
+
+def step_seed(seed: int, game: Game, step: int, trial: int) -> int:
+    """The seed of a step; a first trial has those of a game that is played once."""
+    return derive_seed(seed, game.game_id, step, *(("trial", trial) if trial else ()))
+
+
 async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat,
-               begin: State | None = None) -> Episode:
+               begin: State | None = None, earlier: tuple[EarlierTrial, ...] = ()) -> Episode:
     """One episode on one environment session, started again if the environment's process dies.
 
     The game is loaded first; ``seat`` is held from the first step to the last.  ``begin``: the state with its whole
     history where the episode begins, which then has up to ``max_steps`` steps more and doesn't repeat those before.
+    ``earlier``: the trials of the game before this one.
     """
     async def start() -> Observation:
         return await env.reset(game) if begin is None else await reach(env, game, begin)
@@ -189,7 +249,8 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
                 if not env.alive:  # another game's accident, while this one waited
                     observation = await start()
                 state = begin or State(observation.task, observation.text)
-                episode = await _play_once(env, method, game, observation, state, max_steps=max_steps, seed=seed)
+                episode = await _play_once(env, method, game, observation, state, max_steps=max_steps, seed=seed,
+                                           earlier=earlier)
         except EnvDied as died:
             log.warning("%s: %s; starting the episode again", game.game_id, died)
             continue
@@ -202,11 +263,11 @@ async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, se
 
 
 async def _play_once(env, method: Method, game: Game, observation: Observation, state: State, *, max_steps: int,
-                     seed: int) -> Episode:
-    episode, first = Episode(game), len(state.history)
+                     seed: int, earlier: tuple[EarlierTrial, ...]) -> Episode:
+    episode, first = Episode(game, first=state, trial=len(earlier)), len(state.history)
     for step in range(first, first + (game.max_steps or max_steps)):
-        view = View(game, step, state, observation, derive_seed(seed, game.game_id, step),
-                    tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps))
+        view = View(game, step, state, observation, step_seed(seed, game, step, len(earlier)),
+                    tuple(s.decision for s in episode.steps), tuple(s.invalid for s in episode.steps), earlier)
         start = time.perf_counter()
         try:
             with metered() as usage:

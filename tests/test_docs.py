@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from foresight_eval.serve.settings import ServeSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
 from itp.config import add_flags
@@ -33,7 +34,7 @@ SETTINGS = {
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
-    "foresight_eval.runner_sciworld": SciworldSettings,
+    "foresight_eval.runner_sciworld": SciworldSettings, "foresight_eval.serve": ServeSettings,
     "itp.training.train_adaptive_k label": LabelSettings, "itp.training.train_adaptive_k sft": SftSettings,
     "itp.training.train_adaptive_k rl_k": RlSettings,
 }

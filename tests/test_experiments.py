@@ -187,7 +187,8 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
     splits = {run.part: run.settings.split for run in planned("configs/experiments/table1.yaml")}
     assert splits == {"alfworld": "unseen", "scienceworld-seen": "dev", "scienceworld-unseen": "test"}
     from itp.methods.registry import METHODS
-    assert {run.settings.method for run in planned("configs/experiments/methods.yaml")} == set(METHODS)
+    once = set(METHODS) - {"reflexion"}  # which is sft where games are played once
+    assert {run.settings.method for run in planned("configs/experiments/methods.yaml")} == once
 
 
 def test_commands_of_the_pages_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def _episodes(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dic
     """What the list shows and filters by, and the whole of each episode, in the same order."""
     rows, records = [], []
     for r, result in enumerate(results):
-        for i, record in result.records.items():
+        for i, record in ((i, record) for i, trials in result.trials.items() for record in trials):
             meta, steps = record["meta"], record["foresight_steps"]
             task, first = _beginning(record)
             rows.append({
@@ -67,9 +67,10 @@ def _episodes(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dic
                 "steps": len(steps), "k": sum(step["k"] for step in steps) / len(steps) if steps else 0,
                 "tokens": sum(u["prompt_tokens"] + u["completion_tokens"] for u in meta["usage"].values()),
                 "game": f"{meta['split']}/{meta['game_id']}", "task": task,
+                **({"trial": meta.get("trial", 0) + 1} if len(result.trials[i]) > 1 else {}),
             })
             records.append({"first": first, "why": meta["terminate_reason"], "usage": meta["usage"],
-                            "golden": meta.get("golden_steps"),
+                            "golden": meta.get("golden_steps"), "note": record.get("look_back", {}).get("note", ""),
                             "steps": [_step(steps, t) for t in range(len(steps))]})
     return rows, records
 

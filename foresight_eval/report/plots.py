@@ -73,7 +73,7 @@ def draw(results: Sequence[Result], fidelity: Sequence[dict[str, Any]]) -> list[
         raise UserError("the report's figures need matplotlib; pip install 'itp[report]'") from error
     results = [result for result in results if result.records]
     with matplotlib.rc_context(STYLE):
-        plots = [success_against_budget(results), *by_depth(results, fidelity),
+        plots = [success_against_budget(results), success_against_trials(results), *by_depth(results, fidelity),
                  *(k_histogram(result) for result in results if _chooses(result)), k_against_golden_steps(results)]
     return [plot for plot in plots if plot is not None]
 
@@ -116,6 +116,22 @@ def success_by(curves: Mapping[str, Mapping[float, tuple[float, tuple[float, flo
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return Plot(f"success_by_{variable}", f"Success by {variable}",
                 "Success, a mean over seeds and games, with its 95 % interval over games.", figure)
+
+
+def success_against_trials(results: Sequence[Result]) -> Plot | None:
+    """SR@k, where games were played several times."""
+    curves = [(result, result.summary["trials"]["success_within"]) for result in results if "trials" in result.summary]
+    if not curves:
+        return None
+    figure, (axes,) = _canvas(1, width=5.4)
+    for i, (result, within) in enumerate(curves):
+        _errorbar(axes, [int(k) for k in within], [figures["rate"] for figures in within.values()],
+                  [figures["interval"] for figures in within.values()], i, label=result.title, line=True)
+    axes.set(xlabel="k: trials of a game", ylabel="SR@k, %", xticks=sorted({int(k) for _, by in curves for k in by}))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return Plot("success_against_trials", "Success against trials",
+                "Games solved in any of their first k trials, with 95 % intervals.", figure)
 
 
 def _thousands(value: float, _: int) -> str:

@@ -36,10 +36,12 @@ class ReportSettings:
 
 
 def overview(results: Sequence[Result]) -> str:
-    """One row a result folder; for ScienceWorld then a row for each task."""
+    """One row a result folder; for ScienceWorld then a row for each task; SR@k where games were played repeatedly."""
     shown = [tables.overview(results)]
     if tables.graded(results):
         shown += [tables.success(results), tables.scores(results)]
+    if tables.tried_again(results):
+        shown.append(tables.success_within(results))
     return "\n\n".join(map(tables.terminal, shown))
 
 
@@ -76,8 +78,11 @@ def main() -> None:
     print(overview(results))
     baseline = find_baseline(results, settings.baseline)
     if len(results) > 1:
-        compared = tables.comparison(results, baseline)
-        print(f"\n{compared.title}\n{tables.terminal(compared)}")
+        compared = [tables.comparison(results, baseline)]
+        if tables.tried_again(results):
+            compared.append(tables.comparison_within(results, baseline))
+        for table in compared:
+            print(f"\n{table.title}\n{tables.terminal(table)}")
     if settings.out_dir:
         write_report(results, baseline, fidelity, Path(settings.out_dir))
         print(f"\nreport: {Path(settings.out_dir) / 'index.html'}")

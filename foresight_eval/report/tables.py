@@ -14,6 +14,7 @@ from typing import Any
 
 from foresight_eval.results import Result, bucket, by_fixed_k
 from foresight_eval.statistics import mean_interval, paired
+from foresight_eval.trials import known_depth
 
 ROLES = ("policy", "world_model")
 MANY_TYPES = 8
@@ -103,20 +104,81 @@ def graded(results: Sequence[Result]) -> bool:
     return any("best_score" in meta for result in results for meta in result.metas)
 
 
-def comparison(results: Sequence[Result], baseline: Result) -> Table:
-    """Every result against ``baseline`` on the games that both played."""
+def success_within(results: Sequence[Result]) -> Table:
+    """Methods × k: SR@k with intervals."""
+    depth = max(len(_within(result)) for result in results)
+
+    def cell(result: Result, k: int) -> str:
+        known = known_depth(result.trials)
+        if known is not None and k > known:
+            return "-"
+        within = _within(result)
+        figures = within[str(min(k, len(within)))]  # all games are solved where there is none of this k
+        return with_interval(figures["rate"], figures["interval"])
+
+    rows = [(result.title, *(cell(result, k) for k in range(1, depth + 1)), str(len(result.records)))
+            for result in results if result.records]
+    return _upright(Table("success_within", "SR@k", "Share of the games, in percent, that were solved in any of their "
+                          "first k trials, with its 95 % Wilson interval.",
+                          ("", *(f"SR@{k}" for k in range(1, depth + 1)), "n"), tuple(rows)))
+
+
+def _within(result: Result) -> dict[str, dict[str, Any]]:
+    """k -> SR@k; of games that were played once SR@1 alone."""
+    return result.summary.get("trials", {"success_within": {"1": result.summary["overall"]}})["success_within"]
+
+
+def tried_again(results: Sequence[Result]) -> bool:
+    """Were games played several times?"""
+    return any("trials" in result.summary for result in results)
+
+
+def by_trial(results: Sequence[Result]) -> Table:
+    """Each trial of each result."""
     rows = []
     for result in results:
-        pair = paired(result.outcomes, baseline.outcomes)
-        if result.name != baseline.name and pair is not None:
-            low, high = pair.interval
-            rows.append((result.title, str(pair.n), f"{100 * pair.difference:+.1f}",
-                         f"{100 * low:+.1f} to {100 * high:+.1f}", str(pair.wins), str(pair.losses),
-                         "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}"))
+        for t, figures in result.summary.get("trials", {}).get("by_trial", {}).items():
+            rows.append((result.title, t, str(figures["n"]), with_interval(figures["rate"], figures["interval"]),
+                         number(figures["steps_per_episode"], 1), percent(figures["invalid_action_rate"]),
+                         number(figures["tokens_per_episode"])))
+    return Table("by_trial", "Trial by trial", "Means over the episodes that are a t-th trial. Where games end with "
+                 "their first success, these are of the games that no earlier trial solved. Tokens are those of the "
+                 "episode and of the note made on it. All other tables are of first trials, but for SR@k.",
+                 ("", "trial", "episodes", "success", "steps", "invalid", "tokens"), tuple(rows))
+
+
+def comparison(results: Sequence[Result], baseline: Result) -> Table:
+    """Every result against ``baseline`` on the games that both played."""
+    rows = [(result.title, *cells) for result in results
+            if result.name != baseline.name and (cells := _compared(result, baseline, 1))]
     return Table("comparison", f"Compared with {baseline.title} on the same games",
                  "Difference of success in points with its 95 % interval; games that only one of the two solved; "
                  "exact McNemar test.",
                  ("", "games", "difference", "95 %", "only it", f"only {baseline.title}", "p"), tuple(rows))
+
+
+def comparison_within(results: Sequence[Result], baseline: Result) -> Table:
+    """Every result against ``baseline`` by SR@k, with the largest k that is known of both."""
+    rows = []
+    for result in results:
+        depths = [depth for each in (result, baseline) if (depth := known_depth(each.trials)) is not None]
+        k = min(depths, default=max(len(_within(result)), len(_within(baseline))))
+        if result.name != baseline.name and (cells := _compared(result, baseline, k)):
+            rows.append((result.title, str(k), *cells))
+    return Table("comparison_within", f"SR@k compared with {baseline.title} on the same games",
+                 "Difference of SR@k in points with its 95 % interval, for the largest k that is known of both; games "
+                 "that only one of the two solved in its first k trials; exact McNemar test.",
+                 ("", "k", "games", "difference", "95 %", "only it", f"only {baseline.title}", "p"), tuple(rows))
+
+
+def _compared(result: Result, baseline: Result, k: int) -> tuple[str, ...]:
+    """The cells of a comparison by success in any of the first ``k`` trials; none without a game that both played."""
+    pair = paired(result.outcomes_within(k), baseline.outcomes_within(k))
+    if pair is None:
+        return ()
+    low, high = pair.interval
+    return (str(pair.n), f"{100 * pair.difference:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", str(pair.wins),
+            str(pair.losses), "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}")
 
 
 def cost(results: Sequence[Result]) -> Table:
@@ -147,6 +209,11 @@ def all_tables(results: Sequence[Result], baseline: Result) -> list[Table]:
         tables.append(scores(results))
     if len(results) > 1:
         tables.append(comparison(results, baseline))
+    if tried_again(results):
+        tables.append(success_within(results))
+        if len(results) > 1:
+            tables.append(comparison_within(results, baseline))
+        tables.append(by_trial(results))
     return [*tables, cost(results)]
 
 

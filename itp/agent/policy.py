@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,6 +166,15 @@ class Policy:
         reply, = await self._write(prompt, self.text_tokens, seed, (prompts.END,))
         return parse_line(reply.text, "Reflection")
 
+    async def look_back(self, state: State, seed: int) -> str:
+        """One line on a failed episode that ended in ``state``, from its whole history, as far as that fits."""
+        def render(shown: State) -> str:
+            return prompts.look_back_prompt(shown.render(), self.form)
+
+        prompt = self._budgeted(state, render, self.text_tokens)
+        reply, = await self._write(prompt, self.text_tokens, seed, (prompts.END,))
+        return parse_line(reply.text, "Reflection")
+
     async def judge(self, state: State, hypothetical: str) -> float:
         """P(yes) that ``hypothetical`` brings the task closer; P(yes) + P(no) = 1.
 
@@ -208,9 +217,12 @@ class Policy:
         def render(shown: State) -> str:
             return prompts.policy_prompt(shown.render(), label, self.form, **parts)
 
+        return self._budgeted(self._shown(state), render, new_tokens)
+
+    def _budgeted(self, state: State, render: Callable[[State], str], new_tokens: int) -> str:
         if self.form.template.thinks:
             new_tokens += self.thinking_tokens
-        return self.budget.prompt(self._shown(state), render, new_tokens)
+        return self.budget.prompt(state, render, new_tokens)
 
     def _shown(self, state: State) -> State:
         if self.form.style == "instruct" and not self.history:

@@ -16,11 +16,25 @@ from itp.text.state import State
 
 
 @dataclass(frozen=True)
+class EarlierTrial:
+    """An earlier episode of the same game, which was played to its end.
+
+    ``state``: the state after its last step, with the whole history.  ``invalid``: which actions of it the engine
+    didn't take.  ``note``: what the method said about it (:meth:`PolicyMethod.look_back`); empty where it said nothing.
+    """
+
+    state: State
+    invalid: tuple[bool, ...]
+    success: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class View:
     """What a method sees of its episode at step t.
 
     ``past``: its own decisions so far; ``invalid``: which of them the engine didn't take.  ``seed`` is this
-    step's own.
+    step's own.  ``earlier``: the earlier trials of this game, in order.
     """
 
     game: Game
@@ -30,6 +44,7 @@ class View:
     seed: int
     past: tuple[Decision, ...] = ()
     invalid: tuple[bool, ...] = ()
+    earlier: tuple[EarlierTrial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,12 @@ class Method(Protocol):
     async def act(self, view: View) -> Decision:
         """Decide on one action."""
 
+    async def look_back(self, trial: EarlierTrial, seed: int) -> str:
+        """A note on an ended trial of a game, for ``View.earlier`` of the next one; empty for none.
+
+        Asked between two trials, so methods that only play games once need none.
+        """
+
 
 class PolicyMethod:
     """The base of all methods with a policy; those that imagine also have a world model."""
@@ -107,3 +128,7 @@ class PolicyMethod:
     @property
     def want_admissible(self) -> bool:
         return self.policy.selection != "generate"
+
+    async def look_back(self, trial: EarlierTrial, seed: int) -> str:
+        """Most methods say nothing."""
+        return ""

@@ -17,7 +17,7 @@ from collections import Counter
 
 from itp.methods.base import Decision, PolicyMethod, View, decide
 from itp.seeding import derive_seed
-from itp.text.prompts import proposal_text
+from itp.text.prompts import proposal_text, reflection_text
 
 
 class SelfRefine(PolicyMethod):
@@ -30,7 +30,7 @@ class SelfRefine(PolicyMethod):
             tried, before = proposal_text(choice.action), choice.action
             reflection = await self.policy.reflect(state, tried, derive_seed(view.seed, "reflect", i))
             choice = await self.policy.act(state, admissible, derive_seed(view.seed, "act", i), foresight=tried,
-                                           notes=f"\nReflection: {reflection}")
+                                           notes=reflection_text(reflection))
             if choice.action == before:
                 break
         return decide(choice, reflection=reflection)

@@ -18,6 +18,7 @@ from itp.agent.imagination import imagine
 from itp.lm.base import HeadOutputs
 from itp.methods.base import Decision, PolicyMethod, View, decide
 from itp.seeding import derive_seed
+from itp.text.prompts import reflection_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ImagineThenPlan(PolicyMethod):
             reflection = await self.policy.reflect(view.state, foresight, derive_seed(view.seed, "reflect"))
         choice = await self.policy.act(
             view.state, view.observation.admissible, derive_seed(view.seed, "act"), foresight=foresight,
-            notes=f"\nReflection: {reflection}" if reflection else "", trace=self.settings.record_sampling)
+            notes=reflection_text(reflection) if reflection else "", trace=self.settings.record_sampling)
         heads = horizon.heads
         return decide(choice, k=horizon.k, imagined=imagined, k_raw=horizon.reply, reflection=reflection,
                       k_logprobs=heads.k_logprobs if heads else (), value=heads.value if heads else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.policy import Policy
-from itp.methods.base import Decision, PolicyMethod, View
+from itp.methods.base import Decision, EarlierTrial, PolicyMethod, View
 from itp.methods.settings import MethodSettings
 
 
@@ -22,3 +22,6 @@ class PerfectImagination:
 
     async def act(self, view: View) -> Decision:
         return await self.kind(self.policy, self.engine.at(view.game, view.state), self.settings).act(view)
+
+    async def look_back(self, trial: EarlierTrial, seed: int) -> str:
+        return await self.kind(self.policy, None, self.settings).look_back(trial, seed)

@@ -20,13 +20,14 @@ from itp.methods.prompting import Cot, React
 from itp.methods.no_repeat import NoRepeat
 from itp.methods.perfect_imagination import PerfectImagination
 from itp.methods.rap import Rap
+from itp.methods.reflexion import Reflexion
 from itp.methods.revise import Revise
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates)}
+    KCandidates, Reflexion)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,

@@ -59,6 +59,8 @@ _ASK = {
     "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
     "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
                   "closer, and what is to be done instead if it doesn't?",
+    "Looking back": "This attempt at the task has failed. In one line: what went wrong, and what is to be done "
+                    "differently in the next attempt?",
     "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
              "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
@@ -86,9 +88,19 @@ def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
     return "".join(f"{proposal_text(action)}\nThen: {indent(observation)}" for action, observation in steps)
 
 
+def reflection_text(reflection: str) -> str:
+    """A reflection as a line of a prompt's ``notes``."""
+    return f"\nReflection: {indent(reflection)}"
+
+
 def proposal_text(action: str) -> str:
     """A proposed action without an imagined outcome, as text."""
     return f"\nIf: {indent(action)}"
+
+
+def look_back_prompt(state: str, form: PromptFormat = TUNED) -> str:
+    """The policy's prompt for a reflection on a failed episode, which ended in ``state``."""
+    return f"{_instructed(state, 'Looking back', form, 0)}{form.template.before_reply('Reflection')}"
 
 
 def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED, *, foresight: str = "",

@@ -3,9 +3,9 @@ r"""Sequences that share beginnings, as one row of a batch: what they share is c
 The states of an episode grow out of one another, and a prompt is a state with something appended, so the
 prompts of a whole episode are hardly longer together than its last one::
 
-    s_0 -- <CTRL> -- Action: a_0                 a node is a token, a sequence a path from a root;
-     \-- s_1 -- <CTRL> -- If: .. -- Action: a_1  a token sees its ancestors and itself, and stands
-          \-- ...                                at its depth, as it would alone
+    s_0 -- Action: a_0 -- s_1 -- If: .. -- Action: a_1   a node is a token, a sequence a path from a root;
+     \-- <CTRL>            |\-- <CTRL>                   a token sees its ancestors and itself, and stands
+                            \-- ...                      at its depth, as it would alone
 
 Logits at a node are therefore those that its sequence would have alone, whatever else is in the tree.
 """

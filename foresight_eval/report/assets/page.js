@@ -53,9 +53,12 @@ function showMore() {
 
 // The list
 
+// The method, and which trial of the game, where there are several.
+const named = episode => episode.method + (episode.trial ? `, trial ${episode.trial}` : "");
+
 function row(episode) {
   const figure = (name, text) => el("span", `figure ${name}`, text);
-  const summary = el("summary", "", mark(episode.won), el("span", "method", episode.method),
+  const summary = el("summary", "", mark(episode.won), el("span", "method", named(episode)),
     el("span", "type", episode.type), el("span", "task", episode.task || episode.game),
     figure("steps", count(episode.steps, "step")), figure("k", `k ${episode.k.toFixed(2)}`),
     figure("tokens", count(episode.tokens, "token")));
@@ -72,7 +75,8 @@ function inside(episode) {
   const steps = record.steps;
   return el("div", "inside", facts(episode, record),
     el("p", "saw", el("b", "", "Task: "), episode.task), el("p", "saw", record.first),
-    ...steps.map((step, t) => stepNode(steps, t)));
+    ...steps.map((step, t) => stepNode(steps, t)),
+    record.note ? el("p", "note", el("b", "", "Looking back: "), record.note) : null);
 }
 
 function facts(episode, record) {
@@ -93,7 +97,7 @@ function sameGame(episode) {
   const others = episodes.filter(e => e.game === episode.game && e.id !== episode.id);
   if (!others.length) return null;
   return el("span", "others", "The same game by ", ...others.map(other => {
-    const button = el("button", "", mark(other.won), other.method);
+    const button = el("button", "", mark(other.won), named(other));
     button.type = "button";
     button.addEventListener("click", () => open(other));
     return button;

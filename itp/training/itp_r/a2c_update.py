@@ -43,7 +43,7 @@ class Sample:
     """One step of an episode, as the update needs it.
 
     ``ids``: token ids of the prompt that the action answers.  ``heads_ids``: those of the prompt up to ``<CTRL>`` at
-    which the heads were read: the beginning of the first, unless the imagined trajectory left it less history.
+    which the heads were read.  Both begin with the state, unless the imagined trajectory left the first less history.
     ``k`` is -1 where the K-head didn't choose K: then neither log P_θ(K|s) nor its entropy is in the loss.
     ``before_observation``, ``observation``: token ids of the state with the executed action, and of the observation
     that followed, where it is to be learned.
