@@ -16,6 +16,17 @@ from itp.text.state import State
 
 
 @dataclass(frozen=True)
+class EarlierTrial:
+    """An earlier episode of the same game, which was played to its end."""
+
+    state: State
+    """The state after its last step, with the whole history."""
+    invalid: tuple[bool, ...]
+    success: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class View:
     """What a method sees of its episode at step t.
 
@@ -30,6 +41,7 @@ class View:
     seed: int
     past: tuple[Decision, ...] = ()
     invalid: tuple[bool, ...] = ()
+    earlier: tuple[EarlierTrial, ...] = ()
 
 
 @dataclass(frozen=True)
