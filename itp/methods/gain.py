@@ -8,7 +8,7 @@ needed   it comes closer to what the task's words need (:meth:`itp.envs.alfworld
 lost     it takes the episode further away from it
 new      neither, and the state is one that the episode hasn't been in: contents seen for the first time, something
          taken, moved or changed.  Where the agent stands, and what is open, doesn't count, so walking about among
-         known places brings nothing
+         known places brings nothing.  Looking doesn't change what was seen: a prediction of other contents isn't believed
 
 The expected gain of an action is the mean over its samples: 1 for an outcome that is needed, -1 for one that is lost,
 NEW for one that is new, and else 0.  For tasks whose words aren't understood, and in ScienceWorld, an observation that
@@ -38,9 +38,13 @@ _ALREADY = ("at", "open", "closed")
 
 
 class Gain:
-    """The worth of outcomes in ``state``.  ``memory``: of places that the episode hasn't seen, as steps by place."""
+    """The worth of outcomes in ``state``.  ``memory``: of places that the episode hasn't seen, as steps by place.
 
-    def __init__(self, state: State, memory: Mapping[str, Steps]) -> None:
+    ``recall``: an imagined look at a remembered place shows what is remembered, whatever the world model predicts.
+    """
+
+    def __init__(self, state: State, memory: Mapping[str, Steps], recall: bool = False) -> None:
+        self.recall = recall
         self.symbolic = bool(receptacles(state.first))
         self.needs = Needs.of(state.task) if self.symbolic else None
         self.heard = {state.first, *(observation for _, observation in state.history)}
@@ -74,8 +78,9 @@ class Gain:
         after = before.after(action, observation)
         if action.split(" ")[0] not in _LOOKS:
             return after
-        known = {name: replace(place, objects=before.places[name].objects) for name, place in after.places.items()
-                 if name in before.places and before.places[name].visited}
+        sure = self._whole(before) if self.recall else before
+        known = {name: replace(place, objects=sure.places[name].objects) for name, place in after.places.items()
+                 if place.visited and name in sure.places and sure.places[name].visited}
         return replace(after, places={**after.places, **known})
 
     def _progress(self, belief: Belief) -> int:

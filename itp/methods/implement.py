@@ -57,7 +57,7 @@ class Implement(PolicyMethod):
 
     async def act(self, view: View) -> Decision:
         memory: dict[str, Steps] = {}
-        if self.settings.implement_memory and not isinstance(self.world_model, EngineDynamics):
+        if self.settings.implement_memory != "none" and not isinstance(self.world_model, EngineDynamics):
             memory = unseen(remembered(view.earlier), view.state)
         if not self.settings.implement_imagination:
             return decide(await self.policy.act(with_memory(view.state, memory), view.observation.admissible,
@@ -93,7 +93,9 @@ class _Step:
                                        for action, outcomes in self.outcomes.items()})
 
     async def by_gain(self) -> Decision:
-        gain, choices, values = Gain(self.view.state, self.memory), {}, {}
+        gain = Gain(self.view.state, self.memory, self.settings.implement_memory == "recall")
+        choices: dict[str, Choice] = {}
+        values: dict[str, float] = {}
         async for i, choice in self._likeliest():
             choices[choice.action] = choice
             self.outcomes[choice.action] = await self._imagine(choice.action, i)

@@ -25,6 +25,7 @@ LOOK_AHEAD = ("tot", "mpc", "rafa")
 """Their depth is K_max, which therefore can't be 0."""
 
 IMPLEMENT_CHOICES = ("policy", "gain")
+IMPLEMENT_MEMORY = ("context", "recall", "none")
 
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
@@ -54,7 +55,10 @@ class MethodSettings:
     implement_choice: str = flag("policy", before="policy", choices=IMPLEMENT_CHOICES,
                                  help="implement: the policy reads beliefs and chooses; or the action with the highest "
                                       "expected gain is taken, and the policy only proposes")
-    implement_memory: bool = flag(True, before=True, help="implement: remember the earlier trials of the game")
+    implement_memory: str = flag("context", before="context", choices=IMPLEMENT_MEMORY,
+                                 help="implement: what earlier trials of the game showed is read by the world model; "
+                                      "recall: and where actions are chosen by gain, it is believed more than the "
+                                      "world model, for one that doesn't copy what it has read; or it is forgotten")
     implement_imagination: bool = flag(True, before=True, help="implement: imagine; without, the policy acts on what "
                                                                "is remembered")
     implement_temperature: float = flag(1.0, at_least=0, before=1.0, help="implement: temperature of predictions")
