@@ -73,6 +73,10 @@ class Gain:
             return 1.0 if change > 0 else -1.0
         return 0.0 if self._key(after) in self.been else NEW
 
+    def remembered(self, memory: Mapping[str, Steps]) -> list[str]:
+        """The actions that go to places where ``memory`` has what the task needs next."""
+        return [steps[0][0] for steps in memory.values() if self.worth(steps[:2]) == 1]
+
     def _after(self, before: Belief, action: str, observation: str) -> Belief:
         """The belief after a predicted answer.  Looking at a place doesn't change what was seen there."""
         after = before.after(action, observation)

@@ -14,11 +14,11 @@ policy  The policy reads the beliefs so far when it proposes.  It executes a pro
 gain    Nobody reads: each round proposes the action that is likeliest among those that weren't imagined yet, the belief
         counts (:func:`itp.methods.gain.frequencies`), and the action with the highest expected gain is executed
         (:class:`itp.methods.gain.Gain`); a later proposal must be better by MARGIN.  Rounds end with an action whose
-        gain is at least ENOUGH.  So it needs no policy that can read imagined futures, and no training.
+        gain is at least ENOUGH, and go on, up to PATIENCE times as many, while no gain is above MARGIN.  So it needs no policy that can read imagined futures, and no training.
 
 ``implement_memory``: what earlier trials of the game showed (``View.earlier``) stands before the steps of the episode in
-what the world model reads (:mod:`itp.methods.memory`).  With ``gain`` the first proposal is that of the policy when it
-reads them too.  The world model also sees the last RECENT steps, and the last FAILED actions before these that the
+what the world model reads (:mod:`itp.methods.memory`).  With ``gain`` the policy reads them too for its first proposal, and
+the way to a place that is remembered to hold what the task needs next is proposed before.  The world model also sees the last RECENT steps, and the last FAILED actions before these that the
 engine didn't take.  The game itself as world model (``--wm_backend engine``) needs no memory.
 
 Departures: the state is text for a text world model; published models read symbolic states (docs/implement.md).
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 from itp.agent.engine_world_model import EngineDynamics
@@ -48,6 +48,9 @@ ENOUGH = 0.5
 """The expected gain with which no other action is tried: something new, or something needed, is to come of it."""
 
 
+PATIENCE = 8
+"""Times as many rounds as usual, while nothing that was imagined is worth anything: in a room that is mostly known, the
+likeliest actions lead to where the episode has been."""
 MARGIN = 0.25
 """The difference of expected gains that counts: between means of ten samples, smaller ones are mostly chance."""
 
@@ -96,12 +99,13 @@ class _Step:
         gain = Gain(self.view.state, self.memory, self.settings.implement_memory == "recall")
         choices: dict[str, Choice] = {}
         values: dict[str, float] = {}
-        async for i, choice in self._likeliest():
+        async for i, choice in self._likeliest(gain.remembered(self.memory)):
             choices[choice.action] = choice
             self.outcomes[choice.action] = await self._imagine(choice.action, i)
             self.beliefs[choice.action] = frequencies(choice.action, self.outcomes[choice.action])
             values[choice.action] = gain.expected(self.outcomes[choice.action])
-            if i > 0 and max(values.values()) >= ENOUGH:
+            best = max(values.values())
+            if i > 0 and best >= ENOUGH or len(values) >= self.settings.rounds and best > MARGIN:
                 break
         return self._decision(choices[preferred(values)], values)
 
@@ -126,35 +130,37 @@ class _Step:
                                        notes=self._notes())
         return choice, False
 
-    async def _likeliest(self) -> AsyncIterator[tuple[int, Choice]]:
+    async def _likeliest(self, remembered: Sequence[str]) -> AsyncIterator[tuple[int, Choice]]:
         """(round, proposal): different actions, by falling probability where the admissible actions are known.
 
-        Before these comes what was imagined behind the last action, where that came as imagined; it has round 0.
+        Before these, in round 0, come what was imagined behind the last action, where that came as imagined, and the
+        first action that is ``remembered`` to bring something needed.
         """
         admissible = self.view.observation.admissible
-        if (going_on := self._goes_on()) and (not admissible or going_on in admissible):
-            yield 0, Choice(going_on, going_on)
+        for action in dict.fromkeys([*self._goes_on(), *remembered[:1]]):
+            if not admissible or action in admissible:
+                yield 0, Choice(action, action)
         asked = [with_memory(self.view.state, self.memory), self.view.state] if self.memory else [self.view.state]
         if self.policy.selection == "generate" or not admissible:
             for one in asked:
                 for choice in await self.policy.candidates(one, admissible, self.settings.rounds,
                                                            self._seed("propose", len(one.history))):
-                    if choice.action not in self.outcomes and len(self.outcomes) < self.settings.rounds:
+                    if choice.action not in self.outcomes:
                         yield len(self.outcomes) + 1, choice
             return
-        for i in range(len(self.outcomes), self.settings.rounds):
+        for i in range(len(self.outcomes), PATIENCE * self.settings.rounds):
             if left := [action for action in admissible if action not in self.outcomes]:
                 choice, = await self.policy.sample(asked[0], left, 1, self._seed("propose", i), temperature=0.0)
                 yield i + 1, choice
             asked = asked[1:] or asked
 
-    def _goes_on(self) -> str:
-        """The second of two imagined actions, of which the first was executed and answered as imagined; else empty."""
+    def _goes_on(self) -> list[str]:
+        """The second of two imagined actions, of which the first was executed and answered as imagined."""
         past, state = self.view.past, self.view.state
         if not past or past[-1].imagined is None or len(past[-1].imagined.steps) < 2:
-            return ""
+            return []
         first, (action, _) = past[-1].imagined.steps[:2]
-        return action if first == state.history[-1] else ""
+        return [action] if first == state.history[-1] else []
 
     # --- imagination
 
