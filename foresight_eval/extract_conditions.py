@@ -2,8 +2,8 @@ r"""What the episodes of result folders tell about their rooms, as IMPLEMENT's f
 
     python -m foresight_eval.extract_conditions --results runs/eval/implement --out_dir runs/conditions
 
-``OUT_DIR`` then holds ``object_lists.json`` and ``failed_actions.json`` (:mod:`itp.text.conditions`), whose keys are the
-ids of the games.  All episodes of one game, of all folders, are trials in one room.
+``OUT_DIR`` then holds ``object_lists.json`` and ``failed_actions.json`` (:mod:`itp.text.conditions`), whose keys are
+the ids of the games.  All episodes of one game, of all folders, are trials in one room.
 """
 
 from __future__ import annotations

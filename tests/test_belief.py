@@ -133,7 +133,8 @@ def test_a_thousand_mutated_states_are_read_or_refused_in_one_line() -> None:
             text = json.dumps(state)
         else:
             at = draw.randrange(len(text))
-            text = text[:at] + draw.choice(["", "{", "}", '"', "(", "9", "\x00", "NaN"]) + text[at + draw.randint(0, 9):]
+            foreign = draw.choice(["", "{", "}", '"', "(", "9", "\x00", "NaN"])
+            text = text[:at] + foreign + text[at + draw.randint(0, 9):]
         try:
             belief = Belief.parse(text)
         except UserError as error:

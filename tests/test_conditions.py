@@ -142,13 +142,15 @@ def test_training_rows_say_what_the_engine_answered(tmp_path: Path) -> None:
     before, after = (Belief.parse(text) for text in (rows[2].state, rows[2].next_state))
     assert after == before.after("take mug 1 from desk 2", STEPS[1][1])
     prompt = world_model_prompt(rows[1].state, rows[1].action)
-    assert prompt.startswith("[PRE]\nSeen in earlier trials: {") and prompt.endswith("\nAction: go to desk 2\nObservation:")
+    assert prompt.startswith("[PRE]\nSeen in earlier trials: {")
+    assert prompt.endswith("\nAction: go to desk 2\nObservation:")
 
 
 def test_the_number_of_conditions_goes_from_none_to_all() -> None:
     known = Conditions({f"desk {i}": ("pen",) for i in range(4)}, FAILED)
     many = [sampled(known, "go to desk 1", openable_types(), random.Random(i)) for i in range(400)]
-    assert {len(one.object_lists) for one in many} == set(range(5)) and {len(one.failed) for one in many} == set(range(4))
+    assert {len(one.object_lists) for one in many} == set(range(5))
+    assert {len(one.failed) for one in many} == set(range(4))
     assert all(set(one.object_lists) <= set(known.object_lists) and set(map(str, one.failed)) <= set(map(str, FAILED))
                for one in many)
     assert not sampled(known, "close desk 1", openable_types(), random.Random(2)).object_lists

@@ -1,15 +1,16 @@
 """What an imagined outcome is worth for the task, computed without a language model.
 
-An outcome is judged by the symbolic state that it leads to (:mod:`itp.text.belief`), together with what is remembered of
-the places that this episode hasn't seen:
+An outcome is judged by the symbolic state that it leads to (:mod:`itp.text.belief`), together with what is remembered
+of the places that this episode hasn't seen:
 
 needed   it comes closer to what the task's words need (:meth:`itp.envs.alfworld.needs.Needs.progress`): the object is
          seen, reached, held, in its condition, at its place
 lost     it takes the episode further away from it
 new      neither, and the state is one that the episode hasn't been in: contents seen for the first time, something
          taken, moved or changed.  Where the agent stands, and what is open, doesn't count, so walking about among
-         known places brings nothing.  Looking doesn't change what was seen: a prediction of other contents isn't believed
+         known places brings nothing
 
+Looking doesn't change what was seen: a prediction of other contents there isn't believed.
 The expected gain of an action is the mean over its samples: 1 for an outcome that is needed, -1 for one that is lost,
 NEW for one that is new, and else 0.  For tasks whose words aren't understood, and in ScienceWorld, an observation that
 the episode hasn't had counts as new, unless it refuses the action.
@@ -24,7 +25,7 @@ from dataclasses import replace
 from itp.envs.alfworld.needs import Needs
 from itp.envs.scienceworld.env import INVALID
 from itp.methods.memory import Steps, with_memory
-from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents, kind, receptacles
+from itp.text.alfworld_phrases import contents, kind, receptacles
 from itp.text.belief import Belief
 from itp.text.facts import Fact
 from itp.text.state import State
@@ -118,7 +119,3 @@ def gathers_information(state: State, action: str) -> bool:
     known = {shown.place for _, observation in state.history for shown in contents(observation)}
     return place in receptacles(state.first) and place not in known
 
-
-def refused(observation: str) -> bool:
-    """Whether an observation says that an action wasn't taken."""
-    return observation == NOTHING_HAPPENS or observation.startswith(INVALID)

@@ -1,27 +1,31 @@
 """IMPLEMENT: model-based policy iteration at test time: propose, imagine, sum up, propose again.
 
-After *Model-Based Imaginative Planning for Embodied Agents* (ACL 2026); the idea is policy iteration on a model (Howard,
-1960), with language models for policy and model.  In each of at most ``rounds`` rounds the policy proposes an action.
-An action that is new to this step is imagined: the world model samples ``belief_samples`` outcomes where the action
-gathers information, that is, goes to or opens a receptacle whose contents the episode hasn't seen, and one outcome
-else.  Where the outcome of ``go to`` is a closed receptacle, opening it is imagined too, and both are one outcome.  The
-outcomes are summed up as a belief.  There are two ways to choose (``implement_choice``):
+After *Model-Based Imaginative Planning for Embodied Agents* (ACL 2026).  The idea is policy iteration on a model
+(Howard, 1960), with language models for policy and model.  In each of at most ``rounds`` rounds the policy proposes an
+action.  An action that is new to this step is imagined: the world model samples ``belief_samples`` outcomes where the
+action gathers information, that is, goes to or opens a receptacle whose contents the episode hasn't seen, and one
+outcome else.  Where the outcome of ``go to`` is a closed receptacle, opening it is imagined too, and both are one
+outcome.  The outcomes are summed up as a belief.  There are two ways to choose (``implement_choice``):
 
-policy  The policy reads the beliefs so far when it proposes.  It executes a proposal that it has imagined before, unless
-        it asks for help: more actions to be tried.  After the last round it must choose among the imagined actions.
-        Instruct models write thought, action and help flag in one reply, and a neutral summary with frequencies as
-        belief.  Models that were trained here know neither: they write the action, and a reflection as belief.
-gain    Nobody reads: each round proposes the action that is likeliest among those that weren't imagined yet, the belief
-        counts (:func:`itp.methods.gain.frequencies`), and the action with the highest expected gain is executed
+policy  The policy reads the beliefs so far when it proposes.  It executes a proposal that it has imagined before,
+        unless it asks for help: more actions to be tried.  After the last round it must choose among the imagined
+        actions.  Instruct models write thought, action and help flag in one reply, and a neutral summary with
+        frequencies as belief.  Models that were trained here know neither: they write the action, and a reflection as
+        belief.
+gain    Nobody reads.  Each round proposes the action that is likeliest among those that weren't imagined yet, and the
+        belief counts (:func:`itp.methods.gain.frequencies`).  The action with the highest expected gain is executed
         (:class:`itp.methods.gain.Gain`); a later proposal must be better by MARGIN.  Rounds end with an action whose
-        gain is at least ENOUGH, and go on, up to PATIENCE times as many, while no gain is above MARGIN.  So it needs no policy that can read imagined futures, and no training.
+        gain is at least ENOUGH, and go on, up to PATIENCE times as many, while no gain is above MARGIN.  So this way
+        needs no policy that can read imagined futures, and no training.
 
-``implement_memory``: what earlier trials of the game showed (``View.earlier``) stands before the steps of the episode in
-what the world model reads (:mod:`itp.methods.memory`).  With ``gain`` the policy reads them too for its first proposal, and
-the way to a place that is remembered to hold what the task needs next is proposed before.  The world model also sees the last RECENT steps, and the last FAILED actions before these that the
-engine didn't take.  The game itself as world model (``--wm_backend engine``) needs no memory.
+``implement_memory``: what earlier trials of the game showed (``View.earlier``) stands before the steps of the episode
+in what the world model reads (:mod:`itp.methods.memory`).  With ``gain`` the policy reads them too for its first
+proposal.  Before that the way to a place is proposed that is remembered to hold what the task needs next.  The world
+model also sees the last RECENT steps, and the last FAILED actions before these that the engine didn't take.  The game
+itself as world model (``--wm_backend engine``) needs no memory.
 
-Departures: the state is text for a text world model; published models read symbolic states (docs/implement.md).
+Departure: the world model reads and writes text, as the other methods' does, and the symbolic state is computed from it
+(docs/implement.md).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ writes it::
      "world_state": {"cabinet 1": {"visited": true, "open": false, "objects": ["mug 2"]},
                      "shelf 1": {"visited": false, "open": "N/A", "objects": []}}}
 
-``inventory`` is null where nothing is held.  ``open`` is "N/A" where a place can't be closed.  Departure: it is "N/A" too
-where nobody has seen yet whether a place is closed, because a belief claims nothing unseen.
+``inventory`` is null where nothing is held.  ``open`` is "N/A" where a place can't be closed.  Departure: it is "N/A"
+too where nobody has seen yet whether a place is closed, because a belief claims nothing unseen.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ _ASK = {
     "Belief": "The If/Then lines are samples of what one command might lead to, with how often each came, and may be "
               "wrong. Summarize them in at most 150 words, in one line, with the frequencies; don't judge, and don't "
               "advise.",
-    "Choice": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and how "
-              "often. Choose one of these commands. Reply with the command only.",
+    "Choice": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and "
+              "how often. Choose one of these commands. Reply with the command only.",
     "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
              "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "

@@ -1,8 +1,8 @@
 """The symbolic state of a ScienceWorld episode, as far as its texts tell it: the room, what was seen, what is held.
 
 ScienceWorld's objects have properties, parts and contents that no text lists completely.  So this is less than
-:mod:`itp.text.belief` knows of ALFWorld: for each room the things that ``look around`` listed the last time, whether its
-doors are open, and the inventory.  What was moved since a list was read is known only as far as the answer said it.
+:mod:`itp.text.belief` knows of ALFWorld: for each room the things that ``look around`` listed the last time, whether
+its doors are open, and the inventory.  What was moved since a list was read is known only as far as the answer said it.
 """
 
 from __future__ import annotations
