@@ -100,6 +100,7 @@ def test_the_published_form_by_hand() -> None:
     assert start == {"agent_location": "middle of the room", "inventory": None, "world_state": dict.fromkeys(
         ("cabinet 1", "microwave 1", "shelf 1"), unvisited)}
     assert Belief.from_json(start) == Belief.of(START)
+    assert Belief.from_json(start | {"inventory": "nothing"}) == Belief.from_json(start | {"inventory": ""})
     none = Belief.from_json({"agent_location": "shelf 1", "inventory": ["pen 1", "pen 2"],
                              "world_state": {"shelf 1": {"visited": True, "open": "N/A", "objects": None}}})
     assert none.inventory == {"pen 1", "pen 2"} and none.places == {"shelf 1": Place(True)}

@@ -17,10 +17,13 @@ from itp.text.state import State
 
 @dataclass(frozen=True)
 class EarlierTrial:
-    """An earlier episode of the same game, which was played to its end."""
+    """An earlier episode of the same game, which was played to its end.
+
+    ``state``: the state after its last step, with the whole history.  ``invalid``: which actions of it the engine
+    didn't take.  ``note``: what the method said about it; empty where it said nothing.
+    """
 
     state: State
-    """The state after its last step, with the whole history."""
     invalid: tuple[bool, ...]
     success: bool
     note: str = ""
@@ -31,7 +34,7 @@ class View:
     """What a method sees of its episode at step t.
 
     ``past``: its own decisions so far; ``invalid``: which of them the engine didn't take.  ``seed`` is this
-    step's own.
+    step's own.  ``earlier``: the earlier trials of this game, in order.
     """
 
     game: Game

@@ -35,6 +35,8 @@ _ENDS = {"hot": "cool", "cool": "hot"}
 MIDDLE = "middle of the room"
 """The location before the first ``go to``, in the published form."""
 NOT_OPENABLE = "N/A"
+_NOTHING = (None, "", "nothing")
+"""Inventories of nothing; the first is the one that is written."""
 _WRITTEN = {"hot": "hot", "cool": "cool", "clean": "clean", "lit": "on"}
 _READ = {written: word for word, written in _WRITTEN.items()}
 _THING = re.compile(rf"({NAME})((?:\([a-z]+\))*)")
@@ -142,9 +144,10 @@ class Belief:
         """The inverse of :meth:`to_json`.  Raises UserError, which begins with ``where``, for any other form."""
         checked_object(value, where, _STATE, _FORM)
         location, held = value["agent_location"], value["inventory"]
+        held = [] if held in _NOTHING else held
         conditions: dict[str, frozenset[str]] = {}
         return cls("" if location == MIDDLE else _name(location, f"{where}: agent_location"),
-                   _things([held] if isinstance(held, str) else held or [], f"{where}: inventory", conditions),
+                   _things([held] if isinstance(held, str) else held, f"{where}: inventory", conditions),
                    {_name(name, f"{where}: world_state"): _place_of(place, f"{where}: {name[:40]}", conditions)
                     for name, place in value["world_state"].items()},
                    conditions)
