@@ -19,7 +19,7 @@ from itp.text.conditions import Conditions
 class StateModel:
     """Both modes on ``world_model``, which :func:`itp.models.load_world_model` loads.
 
-    ``state_tokens``: of a new state at most; a room of 25 receptacles takes about 1,000 tokens of a common tokenizer.
+    ``state_tokens``: of a new state at most.
     """
 
     def __init__(self, world_model: WorldModel, state_tokens: int = 2048) -> None:
