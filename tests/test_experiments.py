@@ -174,7 +174,8 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
 
     assert {path.stem for path in SHIPPED} == {
         "table1", "methods", "lookahead", "without_rl", "world_models", "depth", "k_by_length", "deployment",
-        "training_cost"}
+        "training_cost", "implement"}
+    assert names("implement")[:2] == ["alfworld/without-planning", "alfworld/gain"] and len(names("implement")) == 8
     assert names("lookahead", "--max_k", "5") == [*(f"play/fixed-k{k}" for k in range(6)), "play/random",
                                                   "play/adaptive"]
     methods = ["CoT", "ReAct", "RAP", "ITP-I", "SFT", "ITP-R"]
