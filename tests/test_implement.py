@@ -115,9 +115,12 @@ def test_progress_of_the_expert_ends_at_the_top_in_real_games(games_root: Path) 
 def test_a_thousand_made_up_tasks_and_beliefs_have_a_progress() -> None:
     draw = random.Random(0)
     words = [*object_types()[:20], *list(place_types())[:20], *"put a hot two in under desklamp Ω 1".split()]
+    nowhere = ("go to shelf 99", "You arrive at shelf 99.")
+    assert Needs.of(START.task).progress(Belief.of(after(CLOSED, OPENED, TAKE, OVEN, HEAT, nowhere))) == 7
     for _ in range(1000):
         needs = Needs.of(" ".join(draw.choices(words, k=draw.randint(0, 9))))
-        steps = draw.choices([DESK, CLOSED, OPENED, EMPTY, TAKE, SHUT, OVEN, HEAT, SHELF, PUT], k=draw.randint(0, 8))
+        steps = draw.choices([DESK, CLOSED, OPENED, EMPTY, TAKE, SHUT, OVEN, HEAT, SHELF, PUT, nowhere],
+                             k=draw.randint(0, 8))
         if needs is not None:
             assert -1 <= needs.progress(Belief.of(after(*steps))) <= 2 * DELIVERED
 
@@ -358,3 +361,18 @@ def test_the_same_seed_gives_the_same_decision(choice: str) -> None:
     made: Callable[[], Decision] = lambda: decide(  # noqa: E731
         Scripted(ADMISSIBLE, ["a"] * 20), Answers(ANSWERS), view(START, ADMISSIBLE), implement_choice=choice)
     assert made() == made()
+
+
+def test_a_thousand_mutated_predictions_have_a_worth() -> None:
+    """World models write nonsense; whatever they say is worth something from -1 to 1."""
+    draw, steps = random.Random(2), [DESK, CLOSED, OPENED, TAKE, OVEN, HEAT, SHELF, PUT]
+    for _ in range(1000):
+        task = draw.choice([START.task, "find two mug and put them in cabinet", "look at mug under the desklamp", "x"])
+        done = steps[:draw.randint(0, len(steps))]
+        gain = Gain(after(*done, task=task), remembered((trial(*steps),)), draw.random() < 0.5)
+        action, said = draw.choice([*steps, ("look", "You are facing the desk 1."), ("", "")])
+        cut = draw.randint(0, len(said))
+        words = draw.choice(["mug 9", " desk 77", "\n", "On the sofa 3, you see a mug 3.", "is open. In it", "Ω"])
+        said = said[:cut] + words + said[cut:] if draw.random() < 0.7 else said[cut:]
+        assert gain.worth(((action, said),)) in (-1, 0, NEW, 1)
+        assert frequencies(action, [((action, said),)]).startswith("Of 1 predicted")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itp.envs.alfworld.expert import LAMPS, TOOLS
 from itp.envs.alfworld.vocabulary import place_types, task_object
 from itp.text.alfworld_phrases import kind
-from itp.text.belief import Belief
+from itp.text.belief import Belief, Place
 
 _CONDITIONS = {"hot": "hot", "heat": "hot", "cool": "cool", "cold": "cool", "clean": "clean"}
 _VERBS = {"hot": "heat", "cool": "cool", "clean": "clean"}
@@ -66,7 +66,8 @@ class Needs:
         for thing in belief.inventory:
             if kind(thing) == self.target and self._ready(belief, thing):
                 at_goal = belief.location == goal if delivered else kind(belief.location) == self.place
-                stage = 7 if at_goal and belief.places[belief.location].open is not False else 6
+                here = belief.places.get(belief.location, Place())  # a predicted place may not be in the room
+                stage = 7 if at_goal and here.open is not False else 6
             elif kind(thing) == self.target:
                 stage = 5 if kind(belief.location) == _TOOLS[self.condition] else 4
         return DELIVERED * len(delivered) + stage
