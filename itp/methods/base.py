@@ -20,7 +20,7 @@ class EarlierTrial:
     """An earlier episode of the same game, which was played to its end.
 
     ``state``: the state after its last step, with the whole history.  ``invalid``: which actions of it the engine
-    didn't take.  ``note``: what the method said about it; empty where it said nothing.
+    didn't take.  ``note``: what the method said about it (:meth:`PolicyMethod.look_back`); empty where it said nothing.
     """
 
     state: State

@@ -58,8 +58,6 @@ YES, NO = " yes\n", " no\n"
 _ASK = {
     "Action": "Reply with the next command only.",
     "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
-    "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
-                  "closer, and what is to be done instead if it doesn't?",
     "Plan": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and how "
             "often. Think in one line, propose a command (one of them or another) on the line after it (Action: ...), "
             "and say on a third line whether more commands are to be tried before acting (Help: yes or no).",
@@ -68,6 +66,8 @@ _ASK = {
               "advise.",
     "Choice": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and "
               "how often. Choose one of these commands. Reply with the command only.",
+    "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
+                  "closer, and what is to be done instead if it doesn't?",
     "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
              "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
