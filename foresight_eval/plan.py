@@ -211,7 +211,8 @@ def _check_server_policy(plan: EvalPlan) -> None:
     if plan.policy_server is None:
         return
     plan.policy_server.check_selection(settings.action_selection)
-    if settings.action_selection == "score" and method in DRAW_ACTIONS:
+    draws = method in DRAW_ACTIONS or method == "implement" and settings.implement_choice == "gain"
+    if settings.action_selection == "score" and draws:
         raise UserError(f"--method {method} draws several actions: with --policy_backend {settings.policy_backend} it "
                         "needs --action_selection generate")
     if method == "rap":

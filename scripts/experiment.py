@@ -168,7 +168,8 @@ def read_file(path: Path) -> Any:
 
 
 def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
-    check_keys(shown, where, ("table",), optional=("part", "title", "columns", "paper", "files", "pool", "against", "x"))
+    check_keys(shown, where, ("table",),
+               optional=("part", "title", "columns", "paper", "files", "pool", "against", "x"))
     known(shown["table"], (*TABLES, POOLED), where, "table")
     if shown["table"] == POOLED:
         check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
@@ -394,7 +395,8 @@ def draw(experiment: Mapping[str, Any], runs: Sequence[Run], folder: Path) -> li
         return []
     results, models = collect(runs)
     try:
-        drawn = [plot for plot in plots.draw(results, [{"models": models}]) if figures and plot.name.startswith(figures)]
+        drawn = [plot for plot in plots.draw(results, [{"models": models}])
+                 if figures and plot.name.startswith(figures)]
         drawn += [plots.success_by(found, shown["x"]) for shown in by if (found := curves(shown, runs))]
     except UserError as error:  # matplotlib is missing
         log.warning("the figures are left out: %s", error)

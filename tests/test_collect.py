@@ -105,6 +105,16 @@ def test_noise_is_history_and_never_a_lesson(monkeypatch, games_root: Path, tmp_
     read_dialogues(str(tmp_path / "dialogues.json"))
 
 
+def test_failing_actions_worked_before_and_are_never_a_lesson(monkeypatch, games_root: Path, tmp_path: Path) -> None:
+    rows = run(monkeypatch, games_root, tmp_path, "--noise", "0.667", "--failing", "0.4", "--max_steps", "30")
+    failed = [t for t in rows if t.next_state == "Nothing happens."]
+    assert 0.25 < len(failed) / len(rows) < 0.55  # nothing is gone at the first steps of an episode
+    assert all(t.expert_action not in ("", t.action) for t in failed)
+    assert {t.action.split()[0] for t in failed} >= {"take", "go"}  # what lies elsewhere; to where the agent is
+    for episode in by_episode(rows).values():
+        check_chain(episode)
+
+
 def test_the_expert_teaches_in_the_states_that_a_policy_reaches(monkeypatch, games_root: Path, tmp_path: Path) -> None:
     learner = write_tiny_model(tmp_path / "learner")
     flags = ("--noise", "0.5", "--noise_policy", str(learner), "--action_selection", "constrained", "--max_steps", "3")
@@ -199,6 +209,7 @@ def test_an_episode_that_the_engine_lost_is_no_failure(monkeypatch, games_root: 
     (("--env", "scienceworld", "--reasoning_share", "0.1"), "only ALFWorld's expert knows why"),
     (("--noise", "0,often"), "--noise '0,often'"),
     (("--noise", "1.5"), "between 0 and 1"),
+    (("--failing", "2"), "--failing 2.0"),
     (("--noise_policy", "somewhere"), "never acts at --noise 0"),
 ])
 def test_errors_come_before_anything_is_played(monkeypatch, games_root: Path, tmp_path: Path, flags, says) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from foresight_eval.extract_conditions import ExtractSettings
 from foresight_eval.serve.settings import ServeSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
@@ -22,7 +23,7 @@ from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
 from world_model import collect, fidelity
 from world_model.base_tuning.examples import WorldModelSettings
-from world_model.data_processing import convert, fetch
+from world_model.data_processing import convert, fetch, metaicl
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -32,6 +33,8 @@ SETTINGS = {
     "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
+    "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
+    "foresight_eval.extract_conditions": ExtractSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings, "foresight_eval.serve": ServeSettings,

@@ -259,6 +259,8 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
     ({"policy_backend": "openai"}, "--policy_backend openai needs --policy_api_base_url"),
     (SERVED | {"action_selection": "constrained"}, "no logits to walk a trie with"),
     (SERVED | {"action_selection": "score", "method": "mpc"}, "--method mpc draws several actions"),
+    (SERVED | {"action_selection": "score", "method": "implement", "implement_choice": "gain"},
+     "--method implement draws several actions"),
     (SERVED | {"method": "rap"}, "--method rap weighs"),
     (SERVED | {"k_policy": "head"}, "a server has no K-head"),
     (SERVED | {"prompt_style": "instruct"}, "/no/such/model: no such model folder"),

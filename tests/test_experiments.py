@@ -178,7 +178,8 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
 
     assert {path.stem for path in SHIPPED} == {
         "table1", "methods", "lookahead", "without_rl", "world_models", "depth", "k_by_length", "deployment",
-        "training_cost"}
+        "training_cost", "implement"}
+    assert names("implement")[:2] == ["alfworld/without-planning", "alfworld/gain"] and len(names("implement")) == 8
     assert names("lookahead", "--max_k", "5") == [*(f"play/fixed-k{k}" for k in range(6)), "play/random",
                                                   "play/adaptive"]
     methods = ["CoT", "ReAct", "RAP", "ITP-I", "SFT", "ITP-R"]
@@ -281,7 +282,8 @@ def test_k_by_length_and_deployment(tmp_path: Path) -> None:
 
 def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Path) -> None:
     games = make_games(tmp_path / "games", 4)
-    solved = {"sft-18-s1": (0, 0, 1, 1), "sft-18-s2": (0, 0, 0, 1), "itp-18-s1": (1, 0, 1, 1), "itp-18-s2": (0, 1, 1, 1)}
+    solved = {"sft-18-s1": (0, 0, 1, 1), "sft-18-s2": (0, 0, 0, 1),
+              "itp-18-s1": (1, 0, 1, 1), "itp-18-s2": (0, 1, 1, 1)}
     said = json.loads(json.dumps(SMALL))
     said |= {"over": {"games": [18], "seed": [1, 2]}, "figures": [],
              "tables": [{"table": "pooled", "part": "play", "pool": "seed", "against": "sft-{games}"}]}

@@ -24,7 +24,8 @@ PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.
             "world_model.collect",
             "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
-            "world_model.data_processing.fetch", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
+            "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
+            "foresight_eval.extract_conditions", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -140,18 +140,18 @@ def test_implement_asks_until_the_policy_keeps_an_action_that_it_knows() -> None
     method, policy_lm, wm_lm = made("implement", rounds=4, belief_samples=10)
     decision = asyncio.run(method.act(VIEW))
     rounds = labels(policy_lm)["Reflection:"]
-    assert 1 <= rounds <= 4 and len(wm_lm.asked) == 10 * rounds
-    assert len({seed for _, seed in wm_lm.asked}) == 10 * rounds  # each outcome is a draw of its own
+    assert 1 <= rounds <= 4 and len(wm_lm.asked) == rounds  # none of the toy's actions gathers information
+    assert len({seed for _, seed in wm_lm.asked}) == rounds
     last = [prompt for prompt, _ in policy_lm.asked if prompt.endswith("Action:")][-1]
     assert last.count("Reflection: ") == rounds == len(decision.considered)
     assert all(f"\nIf: {action}\nThen: you see " in last for action, _, _ in decision.considered)
 
 
-def test_implement_executes_its_last_proposal_even_where_nobody_asked_about_it() -> None:
-    method, policy_lm, wm_lm = made("implement", rounds=1, belief_samples=3)
+def test_implement_must_choose_among_what_it_imagined_after_the_last_round() -> None:
+    method, _, wm_lm = made("implement", rounds=1, belief_samples=3)
     decision = asyncio.run(method.act(VIEW))
     (asked, _, _), = decision.considered
-    assert len(wm_lm.asked) == 3 and decision.action != asked and decision.k == 0
+    assert len(wm_lm.asked) == 1 and decision.action == asked and decision.k == 1
 
 
 def test_implement_tells_the_world_model_what_failed_long_ago() -> None:

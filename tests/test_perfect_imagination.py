@@ -55,6 +55,9 @@ class Walker(ToyLM):
     def answer(self, prompt: str, seed: int, params: GenParams) -> Generation:
         if prompt.endswith("Helps:"):
             return super().answer(prompt, seed, params)
+        if params.choices:
+            choice = params.choices[int(len(params.choices) * unit(prompt, seed))]
+            return Generation(choice, 9, 4, 0, "stop", -unit(prompt))
         room = prompt.partition("Looking quickly around you, you see")[2].partition("\n")[0]
         places = re.findall(r"an? ([a-z]+ \d+)", room)
         actions = [f"{verb} {place}" for place in places for verb in ("go to", "go to", "open")] + ["inventory"]

@@ -11,7 +11,7 @@ import pytest
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.lm.base import GenParams, Generation
-from itp.text.parsing import labeled_action, parse_action, parse_horizon, parse_line, parse_thought
+from itp.text.parsing import labeled_action, parse_action, parse_help, parse_horizon, parse_line, parse_thought
 from itp.text.prompt_format import TUNED, PromptFormat, PromptTemplate
 from itp.text.state import State
 from world_model.data_processing.recorded import Turn, recorded
@@ -197,3 +197,12 @@ def test_no_reply_takes_long_to_read(unit: str) -> None:
 
 def test_a_horizon_of_thousands_of_digits_is_the_longest() -> None:
     assert parse_horizon("9" * 5000, 8) == 8
+
+
+@pytest.mark.parametrize(("reply", "wanted"), [
+    ("Thought: x\nAction: look\nHelp: yes", True), ("Action: look\n**Help:** `Yes`.", True), ("Help : true", True),
+    ("Action: look\nHelp: no", False), ("Action: look", False), ("", False), ("help: maybe yes", False),
+    ("I need help: yes I do", False), ("<think>Help: yes</think>Action: look\nHelp: no", False),
+    ("Action: look\nHelp: no\n" * 500, False)])
+def test_whether_help_is_wanted(reply: str, wanted: bool) -> None:
+    assert parse_help(reply) is wanted

@@ -10,7 +10,7 @@ list of shares separated by commas: each episode has one of them.  The actor's o
 ``expert_action``, so such steps show what to do after a mistake without teaching the mistake.
 ``--noise_policy`` executes a policy's action instead.  The expert then shows what to do where that policy's own
 mistakes lead (imitation with a mixture of expert and learner, DAgger: Ross et al., 2011), and the mistakes are in the
-data of the world model.
+data of the world model.  ``--failing`` executes actions that were admissible earlier and aren't now.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from itp.games import Game
 from itp.lm.memory_budget import EngineFlags
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import PolicyServerFlags, Server, server_of
-from itp.methods.actors import AnyAction, EngineExpert, ExpertActor, NoisyActor, RandomWalk, verb_first
+from itp.methods.actors import (
+    AnyAction, EngineExpert, ExpertActor, FailingActor, NoisyActor, RandomWalk, verb_first,
+)
 from itp.methods.base import Method
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
@@ -69,6 +71,8 @@ class CollectSettings(EnvFlags, PolicyServerFlags, EngineFlags):
     max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
+    failing: float = flag(0.0, at_least=0, help="share of actions that were admissible earlier and aren't now, so that "
+                                                "they fail: for conditions of IMPLEMENT's world model")
     max_k: int = flag(0, at_least=0, help="also write foresight and horizon dialogues up to this depth (0: none)",
                       aliases=("foresight_k",))
     foresight_share: float = flag(0.1, at_least=0, help="so many foresight dialogues an episode, on average; an "
@@ -171,6 +175,8 @@ def check(settings: CollectSettings) -> None:
                         "asks no policy there")
     if server:
         server.check_selection(settings.action_selection)
+    if settings.failing > 1:
+        raise UserError(f"--failing {settings.failing}: a share of the steps, at most 1")
     if settings.noise_policy and not any(_noises(settings.noise)):
         raise UserError("--noise_policy never acts at --noise 0; give its share of the steps, such as --noise 0.3,0.6")
     if settings.env == "alfworld" and not settings.env_data_root:
@@ -215,7 +221,7 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path,
     barrier = BatchBarrier()
     method = _actor(settings, barrier)
     noise = _policy(settings, settings.noise_policy, barrier) if settings.noise_policy else AnyAction()
-    noisy = NoisyActor(method, noise, _noises(settings.noise))
+    noisy = FailingActor(NoisyActor(method, noise, _noises(settings.noise)), settings.failing)
     expert = {"handcoded": "handcoded", "planner": "planner",
               "expert": "gold" if settings.env == "scienceworld" else ""}.get(settings.actor, "")
     pool = EnvPool(engine_of(settings, want_admissible=noisy.want_admissible, expert=expert),

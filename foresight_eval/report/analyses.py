@@ -108,8 +108,8 @@ def pooled(groups: Mapping[str, Sequence[Result]], baselines: Mapping[str, str])
                      number(mean([result.summary["mean_k"] for result in results]), 2),
                      number(mean([result.summary["cost"]["tokens_per_episode"] for result in results]))))
     return Table("pooled", "All seeds together",
-                 "Success in percent, a mean over seeds and games, with its 95 % interval over games; each seed; games x "
-                 "seeds; the difference to the baseline on the same games and seeds, in points.",
+                 "Success in percent, a mean over seeds and games, with its 95 % interval over games; each seed; games "
+                 "x seeds; the difference to the baseline on the same games and seeds, in points.",
                  ("", "success", "seeds", "n", "difference", "mean k", "tokens/ep"), tuple(rows))
 
 

@@ -16,7 +16,9 @@ from itp.errors import UserError
 from itp.lm.base import LM, GenParams, Generation, HeadOutputs, Trace
 from itp.seeding import derive_seed
 from itp.text import prompts
-from itp.text.parsing import clean_action, parse_action, parse_horizon, parse_line, parse_thought, without_thinking
+from itp.text.parsing import (
+    clean_action, parse_action, parse_help, parse_horizon, parse_line, parse_thought, without_thinking,
+)
 from itp.text.prompt_format import TUNED, PromptFormat
 from itp.text.state import State
 
@@ -141,6 +143,23 @@ class Policy:
         action = parse_action(raw)
         return Choice(action or clean_action(reply.text.strip().split("\n")[-1]), raw, parse_thought(raw), bool(action))
 
+    async def plan(self, state: State, seed: int, *, notes: str = "") -> tuple[Choice, bool]:
+        """A thought, an action, and whether more actions are to be tried in imagination; one reply, written freely."""
+        prompt = self.prompt(state, "Plan", self.text_tokens, notes=notes)
+        reply, = await self._write(prompt, self.text_tokens, seed, stop=NEXT_ROUND)
+        raw = reply.text if self.form.template.thinks else "Thought:" + reply.text
+        action = parse_action(raw)
+        return Choice(action or "", raw, parse_thought(raw), bool(action)), parse_help(raw)
+
+    async def choose(self, state: State, actions: Sequence[str], seed: int, *, notes: str = "") -> Choice:
+        """One of ``actions``.  Where a server's reply names none of them, it is the first."""
+        if not self.score_answers:
+            return await replace(self, selection="constrained").act(state, actions, seed, notes=notes)
+        prompt = self.prompt(state, "Choice", self.action_tokens, notes=notes)
+        reply, = await self._write(prompt, self.action_tokens, seed, self._ends)
+        choice = self._written(reply, prompt)
+        return choice if choice.action in actions else replace(choice, action=actions[0], parsed=False)
+
     async def propose(self, state: State, seed: int) -> str:
         """An imagined action â ~ π_θ(·|ŝ), decoded freely: nobody knows what an imagined state admits."""
         tokens = self.imagined_action_tokens
@@ -160,11 +179,11 @@ class Policy:
         outputs, = await self.lm.read_heads([prompt])
         return replace(outputs, prompt=prompt)
 
-    async def reflect(self, state: State, foresight: str, seed: int) -> str:
-        """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means."""
-        prompt = self.prompt(state, "Reflection", self.text_tokens, foresight=foresight)
+    async def reflect(self, state: State, foresight: str, seed: int, label: str = "Reflection") -> str:
+        """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means.  Label ``Belief``: a neutral summary."""
+        prompt = self.prompt(state, label, self.text_tokens, foresight=foresight)
         reply, = await self._write(prompt, self.text_tokens, seed, (prompts.END,))
-        return parse_line(reply.text, "Reflection")
+        return parse_line(reply.text, label)
 
     async def look_back(self, state: State, seed: int) -> str:
         """One line on a failed episode that ended in ``state``, from its whole history, as far as that fits."""

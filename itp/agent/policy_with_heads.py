@@ -1,8 +1,8 @@
 """π_θ with a K-head and a value head (what stage 2 trains, stage 3 goes on with and evaluation uses).
 
 Both heads are linear on the backbone's last hidden state at ``<CTRL>``: P_θ(K|s_t) over 0..K_max and
-V_θ(s_t).  The heads read the hidden state that predicts the next token.  The action's prompt begins with the same state,
-whose keys and values serve both.
+V_θ(s_t).  The heads read the hidden state that predicts the next token.  The action's prompt begins with the same
+state, whose keys and values serve both.
 
 A folder of :meth:`PolicyWithHeads.save_pretrained` is an ordinary model folder, which
 ``AutoModelForCausalLM`` loads, with ``policy_heads.safetensors`` and ``policy_heads.json`` beside it.  The

@@ -121,3 +121,25 @@ class NoisyActor:
         noisy = random.Random(derive_seed(view.seed, "noise")).random() < share
         executed = (await self.noise.act(view)).action if noisy else decision.action
         return dataclasses.replace(decision, action=executed, expert_action=decision.action)
+
+
+class FailingActor:
+    """Replaces a share of an actor's actions by some that were admissible earlier in the episode, and aren't now.
+
+    So data have failures that a world model must foresee: taking what isn't there any more, opening what is far away.
+    """
+
+    def __init__(self, actor: Method, share: float) -> None:
+        self.actor, self.share, self.name = actor, share, actor.name
+        self.want_admissible = actor.want_admissible or share > 0
+
+    async def act(self, view: View) -> Decision:
+        decision = await self.actor.act(view)
+        if not self.share:
+            return decision
+        now = frozenset(view.observation.admissible)
+        seen = now | (view.past[-1].memory if view.past else now)
+        draw = random.Random(derive_seed(view.seed, "failing"))
+        if (gone := sorted(seen - now)) and draw.random() < self.share:
+            decision = dataclasses.replace(decision, action=draw.choice(gone))
+        return dataclasses.replace(decision, memory=seen)

@@ -3,9 +3,9 @@
 A control for methods that look ahead: what they gain where the policy goes in circles may be had without a world model.
 ALFWorld's games answer the same action in the same state in the same way, so doing it again can bring nothing new.
 
-The state is what the episode has shown (:class:`itp.text.belief.Belief`) in ALFWorld, and the last observation elsewhere.
-The likeliest other action is executed.  Of a policy that writes freely it is the first other one of ``candidates`` draws.
-Where there is none, the likeliest is executed again.
+The state is what the episode has shown (:class:`itp.text.belief.Belief`) in ALFWorld, and the last observation
+elsewhere.  The likeliest other action is executed.  Of a policy that writes freely it is the first other one of
+``candidates`` draws.  Where there is none, the likeliest is executed again.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ SCORE_ACTIONS = ("revise",)
 LOOK_AHEAD = ("tot", "mpc", "rafa")
 """Their depth is K_max, which therefore can't be 0."""
 
+IMPLEMENT_CHOICES = ("policy", "gain")
+IMPLEMENT_MEMORY = ("context", "recall", "none")
+
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
 
@@ -49,7 +52,17 @@ class MethodSettings:
     beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
     rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
-                                                    "action")
+                                                    "action that gathers information; for others 1")
+    implement_choice: str = flag("policy", before="policy", choices=IMPLEMENT_CHOICES,
+                                 help="implement: the policy reads beliefs and chooses; or the action with the highest "
+                                      "expected gain is taken, and the policy only proposes")
+    implement_memory: str = flag("context", before="context", choices=IMPLEMENT_MEMORY,
+                                 help="implement: what earlier trials of the game showed is read by the world model; "
+                                      "recall: and where actions are chosen by gain, it is believed more than the "
+                                      "world model, for one that doesn't copy what it has read; or it is forgotten")
+    implement_imagination: bool = flag(True, before=True, help="implement: imagine; without, the policy acts on what "
+                                                               "is remembered")
+    implement_temperature: float = flag(1.0, at_least=0, before=1.0, help="implement: temperature of predictions")
     revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")

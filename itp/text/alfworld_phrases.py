@@ -154,6 +154,16 @@ def arrived(place: str) -> str:
     return f"You arrive at {place}."
 
 
+def arrived_at_closed(place: str) -> str:
+    """The answer to :func:`go_to` for a place that is closed."""
+    return f"{arrived(place)} The {place} is closed."
+
+
+def closed(place: str) -> str:
+    """The answer to ``close``."""
+    return f"You close the {place}."
+
+
 def arrival(place: str) -> str:
     """The answer to :func:`go_to`, up to the list of what is on ``place``; for a place that can't be closed."""
     return f"{arrived(place)} On the {place}{SEES}"

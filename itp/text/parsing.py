@@ -63,6 +63,8 @@ _SAID = re.compile(
 """The beginning of a sentence that says what the speaker does next."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER = rf"(?<![\w.-])(\d+|{'|'.join(_NUMBERS)})(?!\w)"
+_HELP = re.compile(rf"^{_BEFORE}help{_BEHIND}[{_MARKS}\s]{{0,8}}(?:yes|true)\b", re.MULTILINE | re.IGNORECASE)
+"""The line that asks for more actions to be tried in imagination."""
 _TRIED_LABELS = 20
 """Labels without an action behind them that are looked at: a model may repeat its label for ever."""
 
@@ -107,6 +109,11 @@ def parse_thought(reply: str) -> str:
     thought = text[:found[1]] if found else ""
     label = _THOUGHT_FIRST.match(thought)
     return thought[label.end() if label else 0:].strip()
+
+
+def parse_help(reply: str) -> bool:
+    """Whether a reply says ``Help: yes`` on a line of its own; False where it says nothing of it."""
+    return bool(_HELP.search(without_thinking(reply)))
 
 
 def parse_horizon(reply: str, max_k: int) -> int | None:

@@ -24,7 +24,9 @@ White space matters here.  A label ends with its colon; the model's text starts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from itp.text.prompt_format import PLAIN, TUNED, PromptFormat
 from itp.text.state import ACTION, OBSERVATION, indent
@@ -57,6 +59,14 @@ YES, NO = " yes\n", " no\n"
 _ASK = {
     "Action": "Reply with the next command only.",
     "Thought": "Think in one line (Thought: ...), then give the next command on the line after it (Action: ...).",
+    "Plan": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and how "
+            "often. Think in one line, propose a command (one of them or another) on the line after it (Action: ...), "
+            "and say on a third line whether more commands are to be tried before acting (Help: yes or no).",
+    "Belief": "The If/Then lines are samples of what one command might lead to, with how often each came, and may be "
+              "wrong. Summarize them in at most 150 words, in one line, with the frequencies; don't judge, and don't "
+              "advise.",
+    "Choice": "The If lines are actions that were tried in imagination, each with a belief: what would be seen, and "
+              "how often. Choose one of these commands. Reply with the command only.",
     "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
                   "closer, and what is to be done instead if it doesn't?",
     "Looking back": "This attempt at the task has failed. In one line: what went wrong, and what is to be done "
@@ -76,6 +86,40 @@ WORLD_INSTRUCTION = {"alfworld": _WORLD.format(kind="household"),
 FORESIGHT_FORMATS = ("full", "last_obs")
 """The part of an imagined trajectory that the policy reads: every step (eq. 3), or only the last imagined observation,
 as in the authors' release."""
+
+
+PERCEIVE, PREDICT = "[PER]", "[PRE]"
+"""The marks that the prompts of the two modes of IMPLEMENT's world model begin with."""
+
+
+def perception_state(belief: Mapping[str, Any], success: bool, observation: str) -> str:
+    """What mode [PER] is given besides the action: the old symbolic state, and what was seen.
+
+    This stands in the place of a state in :func:`world_model_prompt`, whose answer is the new symbolic state
+    (:func:`belief_text`).  ``belief``: see :meth:`itp.text.belief.Belief.to_json`.
+    """
+    return (f"{PERCEIVE}\nState: {belief_text(belief)}\nSeen: {indent(observation)}\n"
+            f"Success: {'yes' if success else 'no'}")
+
+
+def prediction_state(belief: Mapping[str, Any], object_lists: Mapping[str, Sequence[str]],
+                     failed_actions: Sequence[Sequence[Any]]) -> str:
+    """What mode [PRE] is given besides the action: the old symbolic state and both kinds of conditions.
+
+    It stands where :func:`perception_state` stands.  The conditions are in their published form
+    (:mod:`itp.text.conditions`).
+    """
+    return (f"{PREDICT}\nSeen in earlier trials: {_json(object_lists)}\n"
+            f"Failed in earlier trials: {_json(failed_actions)}\nState: {belief_text(belief)}")
+
+
+def belief_text(belief: Mapping[str, Any]) -> str:
+    """A symbolic state as JSON in one line: the form in which both modes are given it, and answer."""
+    return _json(belief)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def foresight_text(steps: Sequence[tuple[str, str]], keep: str = "full") -> str:
@@ -105,7 +149,8 @@ def look_back_prompt(state: str, form: PromptFormat = TUNED) -> str:
 
 def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED, *, foresight: str = "",
                   notes: str = "", max_k: int = 0) -> str:
-    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps).
+    """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps,
+    Plan, Belief, Choice).
 
     ``foresight`` comes from :func:`foresight_text`.  ``notes`` are complete lines such as ``"\\nReflection: ..."``
     between it and the label.  ``max_k``: the largest answer to ``Horizon``.

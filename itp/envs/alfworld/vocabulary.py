@@ -22,6 +22,11 @@ def place_types() -> dict[str, bool]:
     return {name.lower(): name in constants.OPENABLE_CLASS_LIST for name in constants.VAL_RECEPTACLE_OBJECTS}
 
 
+def openable_types() -> frozenset[str]:
+    """The types of receptacles that can be closed."""
+    return frozenset(name for name, opens in place_types().items() if opens)
+
+
 def task_object(task: str) -> str:
     """The type of object that a task is about, which it names first; empty where it names none."""
     return next((word for word in task.replace(".", " ").split() if word in object_types()), "")

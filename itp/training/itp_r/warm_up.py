@@ -9,7 +9,7 @@ Both prompts are those of every later stage: state and ``<CTRL>``, where K is le
 of K̃_t steps, and the action.  The value head is left as it is: eq. 6 has no returns.
 
 Departures: ``--k_balance`` weights rare labels more.  Where nearly all labels are 0, eq. 6 teaches a K-head that never
-looks ahead.  ``--act_on all`` also trains L_π on the trajectories of the other k.  A policy without such training treats
+looks ahead.  ``--act_on all`` also trains L_π on the trajectories of the other k.  A policy without it treats
 imagined steps as real ones.  Eq. 6 doesn't correct this if nearly all labels are 0.
 
 Rows of ``--label_by branch`` know which action won in the game itself.  ``--act_as winner`` learns that action in place

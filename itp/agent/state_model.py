@@ -1,0 +1,55 @@
+"""IMPLEMENT's world model on symbolic states: perception and prediction by one language model.
+
+The model was trained on rows of :mod:`world_model.data_processing.metaicl`.  Its prompts are those of world-model
+training, with the text of a mode in the place of the state (:func:`itp.text.prompts.perception_state`,
+:func:`itp.text.prompts.prediction_state`), and it answers with the new state as JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from itp.agent.world_model import WorldModel
+from itp.errors import UserError
+from itp.text import prompts
+from itp.text.belief import Belief
+from itp.text.conditions import Conditions
+
+
+class StateModel:
+    """Both modes on ``world_model``, which :func:`itp.models.load_world_model` loads.
+
+    ``state_tokens``: of a new state at most.
+    """
+
+    def __init__(self, world_model: WorldModel, state_tokens: int = 2048) -> None:
+        self.lm, self.form = world_model.lm, world_model.form
+        self.params = replace(world_model.params, max_new_tokens=state_tokens)
+
+    async def perceive(self, belief: Belief, action: str, observation: str, success: bool) -> Belief:
+        """[PER]: the state after ``action`` was answered, at temperature 0.  Raises UserError for a malformed reply."""
+        state = prompts.perception_state(belief.to_json(), success, observation)
+        reply, = await self._replies(state, action, 1, 0, 0.0)
+        return Belief.parse(reply, f"state after {action!r}")
+
+    async def predict(self, belief: Belief, action: str, conditions: Conditions, n: int, seed: int,
+                      temperature: float = 1.0) -> list[Belief]:
+        """[PRE]: ``n`` sampled states after ``action``; a reply that is no state leaves the state as it is.
+
+        ``conditions``: as :meth:`itp.text.conditions.Conditions.chosen` selects them for this action.
+        """
+        state = prompts.prediction_state(belief.to_json(), conditions.object_lists,
+                                         [one.row for one in conditions.failed])
+        return [_state_or(belief, reply) for reply in await self._replies(state, action, n, seed, temperature)]
+
+    async def _replies(self, state: str, action: str, n: int, seed: int, temperature: float) -> list[str]:
+        params = replace(self.params, temperature=temperature, seed=seed)
+        prompt = prompts.world_model_prompt(state, action, self.form)
+        return [reply.text for reply in await self.lm.generate([prompt] * n, params)]
+
+
+def _state_or(belief: Belief, reply: str) -> Belief:
+    try:
+        return Belief.parse(reply)
+    except UserError:
+        return belief
