@@ -30,9 +30,10 @@ play() {
 wm=(--method foresight --wm_model "$MODELS/world_model" --max_k 2)
 play acts-at-once "${wm[@]}" --fixed_k 0
 play imagines-1 "${wm[@]}" --fixed_k 1
+play plans --method implement --implement_choice gain --wm_model "$MODELS/world_model"
 
 echo
-python -m foresight_eval.report "$run"/eval/{acts-at-once,imagines-1} --out_dir "$run/report"
+python -m foresight_eval.report "$run"/eval/{acts-at-once,imagines-1,plans} --out_dir "$run/report"
 echo
 echo "Done in $((SECONDS - started)) s.  Every game, decision and imagined step: $run/report/index.html"
 if [[ -t 1 && -n ${DISPLAY:-}${WAYLAND_DISPLAY:-} ]] && command -v xdg-open > /dev/null; then

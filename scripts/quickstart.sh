@@ -61,7 +61,7 @@ MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT
   SAVE_STEPS=0 FP16=False bash world_model/base_tuning/run_worldmodel_tuning.sh --max_rows "$WM_ROWS" \
   --config configs/demo/world_model.yaml
 
-step "7/10 evaluation on unseen rooms: the base policy, and ITP-I"
+step "7/10 evaluation on unseen rooms: the base policy, ITP-I, and choice by the expected gain of imagined outcomes"
 evaluate() {
   local name=$1 policy=$2
   shift 2
@@ -72,6 +72,7 @@ evaluate() {
 evaluate sft "$run/policy/merged_full" --method sft --action_selection constrained
 evaluate sft-free "$run/policy/merged_full" --method sft --action_selection generate
 evaluate foresight "$run/policy/merged_full" --method foresight --action_selection constrained
+evaluate implement "$run/policy/merged_full" --method implement --implement_choice gain --action_selection constrained
 for actor in expert random; do
   collect "held_out/$actor" --actor "$actor" --split unseen --noise 0.3 --max_games 30 --max_steps 30
 done
@@ -80,13 +81,13 @@ python -m world_model.fidelity --wm_model "$run/world_model/merged_full" \
   --transitions "$run/held_out/transitions.jsonl" --out_json "$run/held_out/fidelity.json" \
   --max_depth 0
 echo "Success in percent on $UNSEEN_GAMES unseen games, after $(since):"
-python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight}
+python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight,implement}
 [[ $ITP_R == 1 ]] || exit 0
 
 step "8/10 ITP-R, stage 1: how far is it worth to look ahead?  Pseudo-labels for $LABEL_ROWS steps of the expert"
 python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transitions.jsonl" \
   --policy_model_path "$run/policy/merged_full" --wm_model_path "$run/world_model/merged_full" \
-  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --max_rows "$LABEL_ROWS" --wm_batch_size 64
+  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --lambda_k 0.02 --max_rows "$LABEL_ROWS" --wm_batch_size 64
 
 step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
 python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
@@ -104,12 +105,12 @@ evaluate "itp-r-k$MAX_K" "$run/itp_r/last" --method foresight --action_selection
 step "done in $(since)"
 cat <<EOF
 Success in percent on $UNSEEN_GAMES unseen games.  sft: the base policy, nothing imagined; sft-free: the same, writing
-freely instead of choosing among the admissible actions; foresight: ITP-I, K by prompt; warm-up: ITP-R after stage 2;
-itp-r: after stage 3, K by its K-head; itp-r-kN: the same policy with K fixed.  NB: share of the tokens that always
+freely instead of choosing among the admissible actions; foresight: ITP-I, K by prompt; implement: the action whose
+imagined outcomes promise the most; warm-up: ITP-R after stage 2; itp-r: after stage 3, K by its K-head; itp-r-kN: the same policy with K fixed.  NB: share of the tokens that always
 looking $MAX_K steps ahead costs.
 
 EOF
-python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight,warm-up,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
+python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight,implement,warm-up,itp-r,itp-r-k0,"itp-r-k$MAX_K"}
 cat <<EOF
 
 games         $run/data

@@ -23,7 +23,7 @@ def test_quickstart_in_miniature(tmp_path: Path) -> None:
     command = ["bash", str(REPO / "scripts" / "quickstart.sh"), str(tmp_path)]
     first = subprocess.run(command, env=os.environ | MINIATURE, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for name in ("sft", "sft-free", "foresight", "warm-up", "itp-r", "itp-r-k0", "itp-r-k1"):
+    for name in ("sft", "sft-free", "foresight", "implement", "warm-up", "itp-r", "itp-r-k0", "itp-r-k1"):
         summary = json.loads((tmp_path / "eval" / name / "summary.json").read_text())
         assert summary["overall"]["n"] == 6
         assert name in first.stdout
