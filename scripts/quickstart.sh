@@ -106,8 +106,8 @@ step "done in $(since)"
 cat <<EOF
 Success in percent on $UNSEEN_GAMES unseen games.  sft: the base policy, nothing imagined; sft-free: the same, writing
 freely instead of choosing among the admissible actions; foresight: ITP-I, K by prompt; implement: the action whose
-imagined outcomes promise the most; warm-up: ITP-R after stage 2; itp-r: after stage 3, K by its K-head; itp-r-kN: the same policy with K fixed.  NB: share of the tokens that always
-looking $MAX_K steps ahead costs.
+imagined outcomes promise the most; warm-up: ITP-R after stage 2; itp-r: after stage 3, K by its K-head; itp-r-kN: the
+same policy with K fixed.  NB: share of the tokens that always looking $MAX_K steps ahead costs.
 
 EOF
 python -m foresight_eval.report "$run"/eval/{sft,sft-free,foresight,implement,warm-up,itp-r,itp-r-k0,"itp-r-k$MAX_K"}

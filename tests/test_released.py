@@ -37,7 +37,7 @@ def test_the_demo_plays_and_writes_its_page(tmp_path: Path) -> None:
                          text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     overall = {name: json.loads((tmp_path / "eval" / name / "summary.json").read_text())["overall"]
-               for name in ("acts-at-once", "imagines-1")}
+               for name in ("acts-at-once", "imagines-1", "plans")}
     assert all(one["n"] == 4 and one["rate"] >= 0.5 for one in overall.values()), overall
     assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
     assert str(tmp_path / "report" / "index.html") in run.stdout
