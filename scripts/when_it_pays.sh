@@ -17,7 +17,7 @@ cd "$repo"
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
 
-: "${GAMES:=18 55 167}" "${SEEDS:=1 2 3}" "${MISSIONS:=6}" "${TRAIN_GAMES:=400}" "${UNSEEN_GAMES:=204}" "${DRILLS:=20000}"
+: "${GAMES:=18 55}" "${SEEDS:=1 2 3}" "${MISSIONS:=6}" "${TRAIN_GAMES:=400}" "${UNSEEN_GAMES:=204}" "${DRILLS:=20000}"
 : "${EPISODES:=6000}"  # a policy reads about so many in all, but no dialogue more than MOST_EPOCHS times
 : "${MOST_EPOCHS:=12}"
 
