@@ -93,10 +93,13 @@ evaluate k1 "${wm[@]}" --fixed_k 1
 evaluate k2 "${wm[@]}" --fixed_k 2
 evaluate k-head "${wm[@]}"
 evaluate k1-perfect --wm_backend engine --fixed_k 1
+evaluate no-repeat --method no_repeat
+evaluate gain "${wm[@]}" --method implement --implement_choice gain
+evaluate gain-perfect --wm_backend engine --method implement --implement_choice gain
 for actor in expert random; do
   collect "held_out/$actor" --actor "$actor" --split unseen --noise 0.3 --max_games "$HELD_OUT" --max_steps 30
 done
 cat "$run"/held_out/{expert,random}/transitions.jsonl > "$run/held_out/transitions.jsonl"
 python -m world_model.fidelity --wm_model "$run/models/world_model" --transitions "$run/held_out/transitions.jsonl" \
   --max_rows 1200 --max_depth 0 --out_json "$run/held_out/fidelity.json"
-python -m foresight_eval.report "$run"/eval/{k0,k1,k2,k-head,k1-perfect,base-policy}
+python -m foresight_eval.report "$run"/eval/{k0,k1,k2,k-head,k1-perfect,no-repeat,gain,gain-perfect,base-policy}
