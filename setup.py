@@ -35,6 +35,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["itp*", "world_model*", "foresight_eval*"]),
     package_data={"world_model.base_tuning": ["config/*.json", "*.sh"], "foresight_eval.report": ["assets/*"]},
+    entry_points={"console_scripts": [f"{name} = foresight_eval.commands:main" for name in (
+        "itp-doctor", "itp-games", "itp-collect", "itp-base-policy", "itp-world-model", "itp-fidelity", "itp-train",
+        "itp-eval", "itp-report", "itp-serve")]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<6",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,20 @@ PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
             "foresight_eval.extract_conditions", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
+
+
+def test_installed_commands_are_the_programs() -> None:
+    """What setup.py names is what foresight_eval.commands knows, and it runs."""
+    from foresight_eval.commands import COMMANDS
+
+    named = set(re.findall(r'"(itp-[a-z-]+)"', (ROOT / "setup.py").read_text(encoding="utf-8")))
+    assert named == set(COMMANDS)
+    for module in COMMANDS.values():
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    start = "import sys; sys.argv[0] = 'bin/itp-games'; from foresight_eval.commands import main; main()"
+    said = subprocess.run([sys.executable, "-c", start, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--unseen" in said.stdout
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
