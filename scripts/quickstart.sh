@@ -90,7 +90,7 @@ python -m itp.training.train_adaptive_k label --expert_jsonl "$run/d_exp/transit
   --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --lambda_k 0.02 --max_rows "$LABEL_ROWS" --wm_batch_size 64
 
 step "9/10 ITP-R, stages 2 and 3: warm-up, then online A2C over $RL_EPISODES episodes"
-python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
+python -m itp.training.train_adaptive_k sft --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --k_balance 0.5 \
   --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
 python -m itp.training.train_adaptive_k rl_k --policy_model_path "$run/warm_up/merged_full" \
   --wm_model_path "$run/world_model/merged_full" --env_data_path "$run/data" --out_dir "$run/itp_r" \
