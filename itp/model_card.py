@@ -25,10 +25,15 @@ from itp.text.prompts import FORESIGHT_FORMATS, INSTRUCTION, WORLD_INSTRUCTION
 MODEL_CARD = "itp_model.json"
 """The card's name in a model folder, beside ``config.json``."""
 
+OWN_PROMPT = "own"
+"""``control_prompt``: the control token stands in a prompt of its own.  A card without it is of an older policy, whose
+actions were prompted behind the token."""
+
 COPY_AGAIN = "copy the whole model folder again"
 _NUMBER = (int, type(None))
-CARD_FIELDS: Fields = {"prompt_style": str, "turns": dict, "control": bool, "foresight_format": (str, type(None)),
-                       "history_keep_steps": _NUMBER, "max_seq_len": _NUMBER, "warning": str, "update": _NUMBER}
+CARD_FIELDS: Fields = {"prompt_style": str, "turns": dict, "control": bool, "control_prompt": str,
+                       "foresight_format": (str, type(None)), "history_keep_steps": _NUMBER,
+                       "max_seq_len": _NUMBER, "warning": str, "update": _NUMBER}
 
 S = TypeVar("S")
 
@@ -77,7 +82,7 @@ class ModelCard:
         if self.template != PLAIN:
             values["turns"] = {"head": self.template.head, "tail": self.template.tail}
         if self.control_token:
-            values["control"] = True
+            values |= {"control": True, "control_prompt": OWN_PROMPT}
         for name in ("foresight_format", "history_keep_steps", "max_seq_len", "update"):
             if getattr(self, name) is not None:
                 values[name] = getattr(self, name)
@@ -95,6 +100,9 @@ def _check_values(values: Mapping[str, Any], file: Path) -> None:
     for name, known in (("prompt_style", STYLES), ("foresight_format", FORESIGHT_FORMATS)):
         if values.get(name) is not None and values[name] not in known:
             raise UserError(f"{file}: field {name!r} is {values[name][:40]!r}, not {' or '.join(known)}; {COPY_AGAIN}")
+    if values.get("control") and values.get("control_prompt") != OWN_PROMPT:
+        raise UserError(f"{file}: this policy learned to act with <CTRL> in its prompt, where it no longer stands; run "
+                        "stage 2 again on its base policy (train_adaptive_k sft)")
     for name, kind in CARD_FIELDS.items():
         if kind is _NUMBER and (values.get(name) or 0) < 0:
             raise UserError(f"{file}: field {name!r} is {values[name]}; {COPY_AGAIN}")

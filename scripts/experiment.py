@@ -89,7 +89,10 @@ class Run:
 
     def name_without(self, *variables: str) -> str:
         """Its name, the same whatever ``variables`` are."""
-        return fill(re.sub(rf"-?\w*\{{({'|'.join(variables)})\}}", "", self.form), self.variables)
+        form = self.form
+        for variable in variables:  # with the letter before it, as in a-s{seed}, if that stands alone
+            form = re.sub(rf"(-[a-z]?)?\{{{variable}\}}", "", form)
+        return fill(form, self.variables)
 
 
 def main() -> None:
@@ -172,9 +175,7 @@ def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], wh
                optional=("part", "title", "columns", "paper", "files", "pool", "against", "x"))
     known(shown["table"], (*TABLES, POOLED), where, "table")
     if shown["table"] == POOLED:
-        check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
-        for name in ("pool", *("x" for _ in shown.get("x", "")[:1])):
-            known(shown[name], over, f"{where}, {name}", "variable")
+        check_pooled(shown, runs, over, where)
     known(shown.get("part", ""), ("", *runs), where, "part")
     for column in shown.get("columns", ()):
         known(column, tables.overview([]).header if shown["table"] == "overview" else (), where, "column")
@@ -187,6 +188,24 @@ def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], wh
                 known(row, rows, f"{where}, {column}", "run")
             if not isinstance(figure, int | float):
                 raise UserError(f"{where}, {column}: {row} must be a number, not {figure!r}")
+
+
+def check_pooled(shown: Mapping[str, Any], runs: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where runs can't be pooled: all of their names have the variables, and no two lose their names."""
+    check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
+    variables = [shown[name] for name in ("pool", "x") if name in shown]
+    for name in variables:
+        known(name, over, where, "variable")
+    forms = [form for name, part in runs.items() if shown.get("part", name) == name for form in part["each"]]
+    for form in forms:
+        if missing := [name for name in variables if f"{{{name}}}" not in form]:
+            raise UserError(f"{where}: the run {form} has no {{{missing[0]}}} in its name")
+    pooled = [Run("", "", form, {}, (), None, Path()).name_without(*variables) for form in forms]
+    if "" in pooled or len(set(pooled)) < len(pooled):
+        raise UserError(f"{where}: without {' and '.join(variables)} these runs have the same name or none: "
+                        f"{', '.join(forms)}")
+    known(shown["against"], [Run("", "", form, {}, (), None, Path()).name_without(shown["pool"]) for form in forms],
+          f"{where}, against", "run")
 
 
 def check_keys(value: Any, where: object, required: Sequence[str], *, optional: Sequence[str] = ()) -> None:
@@ -360,21 +379,21 @@ def curves(shown: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[floa
     """Of the runs without their variables ``pool`` and ``x``, by name: x -> success with its interval."""
     runs = [run for run in runs if shown.get("part", run.part) == run.part]
     found: dict[str, dict[float, Any]] = {}
-    for run in runs:
-        name, x = run.name_without(shown["pool"]), run.variables[shown["x"]]
-        results = collect([other for other in runs if other.name_without(shown["pool"]) == name])[0]
+    for name, results in pools(shown, runs)[0].items():
+        run = next(run for run in runs if run.name_without(shown["pool"]) == name)
         if results:
-            found.setdefault(run.name_without(shown["pool"], shown["x"]), {})[x] = analyses.pooled_success(results)
+            found.setdefault(run.name_without(shown["pool"], shown["x"]), {})[run.variables[shown["x"]]] = \
+                analyses.pooled_success(results)
     return found
 
 
-def pools(shown: Mapping[str, Any], runs: Sequence[Run]) -> tuple[dict[str, list[Result]], dict[str, str]]:
+def pools(shown: Mapping[str, Any], runs: Sequence[Run]) -> tuple[dict[str, dict[Any, Result]], dict[str, str]]:
     """The results of the runs that only differ in the variable ``pool``, by name; of each, what it is compared with."""
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, dict[Any, Result]] = {}
     baselines: dict[str, str] = {}
     for run in runs:
         name = run.name_without(shown["pool"])
-        groups.setdefault(name, []).extend(collect([run])[0])
+        groups.setdefault(name, {}).update({run.variables[shown["pool"]]: result for result in collect([run])[0]})
         baselines[name] = fill(shown["against"], run.variables)
     return groups, baselines
 

@@ -66,14 +66,26 @@ def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def pooled(against: str, *names: str) -> Callable[[dict[str, Any]], None]:
+    """A change: runs of these names, which a table pools over their seeds."""
+    def change(said: Any) -> None:
+        said |= {"over": {"seed": [1, 2]}, "figures": [], "runs": {"play": said["runs"]["play"] | {
+            "each": dict.fromkeys(names)}}, "tables": [{"table": "pooled", "pool": "seed", "against": against}]}
+    return change
+
+
 # ---------------------------------------------------------------- what a file may hold
 
 
 @pytest.mark.parametrize("change, said", [
     (put("over", {"seed": 3}), "over: seed must be a list of values, and no parameter's name"),
     (put("over", {"max_k": [3]}), "over: max_k must be a list of values, and no parameter's name"),
-    (put("tables", 0, {"table": "pooled", "pool": "seed", "against": "a"}), "tables, pool: unknown variable 'seed'"),
+    (put("tables", 0, {"table": "pooled", "pool": "seed", "against": "a"}), "tables: unknown variable 'seed'"),
     (put("tables", 0, {"table": "pooled", "against": "a"}), "tables: needs pool"),
+    (pooled("a", "a-{seed}", "b"), "tables: the run b has no {seed} in its name"),
+    (pooled("a", "a-{seed}", "a-s{seed}"), "without seed these runs have the same name or none: a-{seed}, a-s{seed}"),
+    (pooled("a", "{seed}"), "without seed these runs have the same name or none: {seed}"),
+    (pooled("sft", "a-{seed}", "b-{seed}"), "tables, against: unknown run 'sft'; choose among a, b"),
     (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
     (put("tables", None), "needs tables"),
     (put("tables", {"table": "overview"}), "tables is {'table': 'overview'}, which is not a list"),
@@ -304,6 +316,10 @@ def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Pat
     assert rows["sft-18"][1:4] == ("50.0, 25.0", "4 x 2", "-") and rows["sft-18"][0].startswith("37.5")
     assert rows["itp-18"][1:4] == ("75.0, 75.0", "4 x 2", "+37.5 (+13.0 to +62.0)")
     assert rows["itp-18"][0].startswith("75.0")
+    # Where a seed is missing, only those that both have are compared: 0, 0, 0, 1 and 0, 1, 1, 1.
+    table = program.make_table(experiment["tables"][0], runs[1:], values)
+    assert {row[0]: row[5 - 1] for row in table.rows}["itp-18"] == "+50.0 (-6.6 to +106.6, 1 of 2 seeds)"
+    assert runs[0].name_without("seed", "games") == "sft"
     assert {name: {x: rate for x, (rate, _) in points.items()} for name, points in program.curves(
         experiment["tables"][0] | {"x": "games"}, runs).items()} == {"sft": {18: 0.375}, "itp": {18: 0.75}}
     assert program.draw({"figures": [], "tables": [experiment["tables"][0] | {"x": "games"}]}, runs,

@@ -83,9 +83,14 @@ def test_a_card_is_written_and_read(tmp_path: Path) -> None:
 
 def test_cards_of_earlier_versions_are_read(tmp_path: Path) -> None:
     write_json(tmp_path / "itp_model.json", {"prompt_style": "tuned", "turns": {"head": "<u>", "tail": "<a>"},
-                                             "foresight_format": "full", "history_keep_steps": 0, "control": True,
-                                             "update": 3})
-    assert ModelCard.read(tmp_path) == ModelCard("tuned", PromptTemplate("<u>", "<a>"), True, "full", 0, update=3)
+                                             "foresight_format": "full", "history_keep_steps": 0, "update": 3})
+    assert ModelCard.read(tmp_path) == ModelCard("tuned", PromptTemplate("<u>", "<a>"), False, "full", 0, update=3)
+
+
+def test_a_policy_that_acted_behind_the_control_token_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "itp_model.json", {"prompt_style": "tuned", "control": True})
+    with pytest.raises(UserError, match=r"itp_model.json: this policy learned to act with <CTRL> in its prompt.*stage 2"):
+        ModelCard.read(tmp_path)
 
 
 def test_a_hub_name_keeps_heads_and_card(tmp_path: Path) -> None:

@@ -155,12 +155,15 @@ def test_rare_labels_weigh_more_where_that_is_wanted(model_path, tmp_path):
     assert module.k_weights.tolist() == pytest.approx([2 / 3, 2.0, 1.0])
     torch.nn.init.normal_(module.policy.heads.k_head.weight)
     batch = StepCollator(0)(task.encode(AutoTokenizer.from_pretrained(model_path)).rows)
-    k_nll = module(**batch)["sums"][2]
+    made = module(**batch)
     with torch.no_grad():
         logits = module.policy(batch["input_ids"], batch.get("attention_mask"), batch["ctrl_pos"],
                                batch.get("position_ids")).k_logits
-    wanted = -sum(logits.log_softmax(-1)[i, k] * (2.0 if k else 2 / 3) for i, k in enumerate(batch["k_labels"]))
-    torch.testing.assert_close(k_nll, wanted)
+    nll = [-logits.log_softmax(-1)[i, k].item() for i, k in enumerate(batch["k_labels"])]
+    weighted = sum(loss * (2.0 if k else 2 / 3) for loss, k in zip(nll, batch["k_labels"], strict=True)) / 4
+    sums = made["sums"].tolist()
+    assert sums[2] == pytest.approx(sum(nll))  # what is reported is eq. 6's
+    assert made["loss"].item() == pytest.approx(sums[0] / sums[1] + settings.beta_k * weighted)
 
 
 def test_held_out_figures_count_whole_actions(model_path, tmp_path):
@@ -273,7 +276,7 @@ async def test_the_k_head_learns_where_looking_ahead_helps(model_path, tmp_path)
     matched = sum(a == row["action"] for a, row in zip(actions, unseen, strict=True))
     assert right >= 0.9 * len(unseen) and matched >= 0.9 * len(unseen)
     card = json.loads((tmp_path / "out" / "merged_full" / "itp_model.json").read_text())
-    assert card == {"prompt_style": "tuned", "control": True, "foresight_format": "full", "history_keep_steps": 0,
+    assert card == {"prompt_style": "tuned", "control": True, "control_prompt": "own", "foresight_format": "full", "history_keep_steps": 0,
                     "max_seq_len": settings.max_seq_len}
 
 

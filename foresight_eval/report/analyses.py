@@ -84,45 +84,59 @@ def k_by_length(results: Sequence[Result]) -> Table:
                  ("steps", *(result.title for result in results)), tuple(rows))
 
 
-def pooled(groups: Mapping[str, Sequence[Result]], baselines: Mapping[str, str]) -> Table:
-    """Results of several seeds as one, each compared with its baseline, which has the same seeds and games.
+Seeds = Mapping[object, Result]
+"""The results of runs that differ in one variable, by its value."""
 
-    ``groups``: the results of a name, in the order of their seeds.  ``baselines``: to what each name is compared.
-    A game's success is its share over the seeds.  The intervals are those of means over games, so they say what other
-    games would do; the single seeds stand beside them.
+
+def pooled(groups: Mapping[str, Seeds], baselines: Mapping[str, str]) -> Table:
+    """Results of several seeds as one, each compared with its baseline on the seeds and games that both have.
+
+    ``baselines``: to what each name of ``groups`` is compared.  A game's success is its share over the seeds.  The
+    intervals are those of means over games, so they say what other games would do; the single seeds stand beside them.
     """
     rows = []
     for name, results in groups.items():
         if not results:
             continue
         won, (success, interval) = by_game(results), pooled_success(results)
-        rates = [result.summary["overall"]["rate"] for result in results]
-        baseline, difference = baselines[name], "-"
-        if groups.get(baseline) and baseline != name:
-            before = by_game(groups[baseline])
-            changes = [won[game] - before[game] for game in won.keys() & before.keys()]
-            low, high = mean_interval(changes, low=-1.0, high=1.0)
-            difference = f"{100 * sum(changes) / len(changes):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        rows.append((name, with_interval(success, interval),
-                     ", ".join(map(percent, rates)), f"{len(won)} x {len(results)}", difference,
-                     number(mean([result.summary["mean_k"] for result in results]), 2),
-                     number(mean([result.summary["cost"]["tokens_per_episode"] for result in results]))))
+        rates = [percent(result.summary["overall"]["rate"]) for result in results.values()]
+        before = groups.get(baselines[name], {}) if baselines[name] != name else {}
+        rows.append((name, with_interval(success, interval), ", ".join(rates), f"{len(won)} x {len(results)}",
+                     _difference(results, before),
+                     number(mean([result.summary["mean_k"] for result in results.values()]), 2),
+                     number(mean([result.summary["cost"]["tokens_per_episode"] for result in results.values()]))))
     return Table("pooled", "All seeds together",
                  "Success in percent, a mean over seeds and games, with its 95 % interval over games; each seed; games "
-                 "x seeds; the difference to the baseline on the same games and seeds, in points.",
+                 "x seeds; the difference to the baseline on the games and seeds that both have, in points (with the "
+                 "number of seeds, where it isn't all).",
                  ("", "success", "seeds", "n", "difference", "mean k", "tokens/ep"), tuple(rows))
 
 
-def pooled_success(results: Sequence[Result]) -> tuple[float, tuple[float, float]]:
+def _difference(results: Seeds, before: Seeds) -> str:
+    """How much more ``results`` solve than ``before``, in points with the 95 % interval over games."""
+    seeds = [seed for seed in results if seed in before]
+    if not seeds:
+        return "-"
+    one, other = (by_game({seed: each[seed] for seed in seeds}) for each in (results, before))
+    changes = [one[game] - other[game] for game in one if game in other]
+    if not changes:
+        return "-"
+    low, high = mean_interval(changes, low=-1.0, high=1.0)
+    few = f", {len(seeds)} of {max(len(results), len(before))} seeds" * (len(seeds) < max(len(results), len(before)))
+    return f"{100 * sum(changes) / len(changes):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}{few})"
+
+
+def pooled_success(results: Seeds) -> tuple[float, tuple[float, float]]:
     """The mean success of several seeds, with its 95 % interval over games."""
     shares = list(by_game(results).values())
     return sum(shares) / len(shares), mean_interval(shares, high=1.0)
 
 
-def by_game(results: Sequence[Result]) -> dict[str, float]:
+def by_game(results: Seeds) -> dict[tuple[str, str], float]:
     """The share of ``results`` that solved a game, of the games that all of them played."""
-    games = set.intersection(*(set(result.outcomes) for result in results))
-    return {game: sum(result.outcomes[game] for result in results) / len(results) for game in sorted(games)}
+    outcomes = [result.outcomes for result in results.values()]
+    games = set.intersection(*map(set, outcomes))
+    return {game: sum(each[game] for each in outcomes) / len(outcomes) for game in sorted(games)}
 
 
 def training(metrics: Mapping[str, Mapping[str, Any] | None]) -> Table:

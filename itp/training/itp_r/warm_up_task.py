@@ -58,21 +58,22 @@ class WarmUp(torch.nn.Module):
                 target_pos: torch.Tensor, target_ids: torch.Tensor, target_step: torch.Tensor,
                 attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None,
                 items: torch.Tensor | None = None) -> TensorBatch:
-        """``loss``, and ``sums``: of the losses, what they are means over, and what was right (6,).
+        """``loss``, and ``sums``: of the losses, unweighted, what they are means over, and what was right (6,).
 
         ``items``: numbers of tokens and steps that the losses are divided by, if not this batch's.
         """
         out = self.policy(input_ids, attention_mask, ctrl_pos, position_ids, logits_at=target_pos)
         logits = out.logits.float()  # (M, V)
         nll = functional.cross_entropy(logits, target_ids, reduction="sum")
-        k_nll = functional.cross_entropy(out.k_logits, k_labels, self.k_weights, reduction="sum")
+        k_nll = functional.cross_entropy(out.k_logits, k_labels, reduction="none")
+        k_loss = (k_nll * self.k_weights.to(k_nll)[k_labels]).sum()
         tokens, steps = torch.tensor([len(target_ids), len(k_labels)]) if items is None else items
-        loss = nll / tokens + self.beta_k * k_nll / steps.clamp(min=1)
+        loss = nll / tokens + self.beta_k * k_loss / steps.clamp(min=1)
         with torch.no_grad():
             missed = torch.zeros(len(k_labels), device=logits.device)
             labeled = target_step >= 0
             missed.index_add_(0, target_step[labeled], (logits.argmax(-1) != target_ids)[labeled].float())
-            sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll, nll.new_tensor(len(k_labels)),
+            sums = torch.stack([nll, nll.new_tensor(len(target_ids)), k_nll.sum(), nll.new_tensor(len(k_labels)),
                                 (out.k_logits.argmax(-1) == k_labels).sum(), (missed == 0).sum()])
         return {"loss": loss, "sums": sums}
 
@@ -109,11 +110,11 @@ class WarmUpTask(TextTask):
         """Sequences of one or several steps of an episode."""
         tokenizer = copy.deepcopy(tokenizer)  # the model's own gets the token together with the model
         add_control_to_tokenizer(tokenizer)
-        encoding = Encoding([], [], dict.fromkeys(COUNTS, 0))
+        encoding, chains = Encoding([], [], dict.fromkeys(COUNTS, 0)), not self._may_branch()
         encoded = self._tokens(tokenizer, encoding.counts)
         for episode_id, episode in itertools.groupby(encoded, key=lambda e: e.step.episode_id):
             for steps in self._packed(list(episode)):
-                encoding.rows.append(make_row(steps, chains=self.settings.attn_implementation == "flash_attention_2"))
+                encoding.rows.append(make_row(steps, chains=chains))
                 encoding.groups.append(episode_id)
         return encoding
 
