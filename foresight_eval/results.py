@@ -96,11 +96,10 @@ def all_trial_files(folder: Path) -> list[Path]:
     return [file for file in folder.glob("*.json") if _TRIAL_NAME.fullmatch(file.stem)]
 
 
-def earlier_trial(file: Path) -> EarlierTrial:
-    """What a method is told of the ended trial that ``file`` holds.  Raises UserError."""
-    record = read_record(file)
+def earlier_trial(record: dict[str, Any], where: object) -> EarlierTrial:
+    """What a method is told of the ended trial that ``record`` holds.  Raises UserError, which begins with ``where``."""
     if not record["conversations"]:  # of a version that wrote no first observation where there was no step
-        raise UserError(f"{file}: no first observation, which the next trial needs; {PLAY_AGAIN}")
+        raise UserError(f"{where}: no first observation, which the next trial needs; {PLAY_AGAIN}")
     state = parse(record["conversations"][0]["value"])
     for step in record["foresight_steps"]:
         state = state.after(step["action"], step["obs_next"])
