@@ -173,6 +173,8 @@ class Result:
         config = self.config
         if config["method"] not in NEED_WORLD_MODEL or self.fixed_k == 0:
             return None
+        if config["method"] == "implement" and not config.get("implement_imagination", True):
+            return None
         # The fingerprint is that of a model in our own process, and the others name one on a server.
         return tuple(str(config.get(key)) for key in ("wm_fingerprint", "wm_backend", "wm_api_base_url",
                                                       "wm_api_model"))
