@@ -97,7 +97,7 @@ def all_trial_files(folder: Path) -> list[Path]:
 
 
 def earlier_trial(record: dict[str, Any], where: object) -> EarlierTrial:
-    """What a method is told of the ended trial that ``record`` holds.  Raises UserError, which begins with ``where``."""
+    """What a method is told of an ended trial.  Raises UserError, which begins with ``where``."""
     if not record["conversations"]:  # of a version that wrote no first observation where there was no step
         raise UserError(f"{where}: no first observation, which the next trial needs; {PLAY_AGAIN}")
     state = parse(record["conversations"][0]["value"])

@@ -411,8 +411,8 @@ def test_perception_follows_real_episodes(played: list[Episode]) -> None:
     for episode in played:
         form = Belief.of(episode.steps[0].state).to_json()
         for step in episode.steps:
-            form = json.loads(json.dumps(perceive(belief_of(PublishedState(**form)), step.decision.action, not step.invalid,
-                                                  step.observation)))
+            before = belief_of(PublishedState(**form))
+            form = json.loads(json.dumps(perceive(before, step.decision.action, not step.invalid, step.observation)))
         end = episode.steps[-1].state.after(episode.steps[-1].decision.action, episode.steps[-1].observation)
         assert form == json.loads(json.dumps(Belief.of(end).to_json()))
 

@@ -144,7 +144,7 @@ def by_trial(results: Sequence[Result]) -> Table:
                          number(figures["tokens_per_episode"])))
     return Table("by_trial", "Trial by trial", "Means over the episodes that are a t-th trial. Where games end with "
                  "their first success, these are of the games that no earlier trial solved. Tokens are those of the "
-                 "episode and of the note made on it. All other tables are of first trials, but for SR@k.",
+                 "episode and of the note made on it. Tables that don't speak of trials are of first trials.",
                  ("", "trial", "episodes", "success", "steps", "invalid", "tokens"), tuple(rows))
 
 

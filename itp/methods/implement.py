@@ -138,8 +138,9 @@ class _Step:
     async def _likeliest(self, remembered: Sequence[str]) -> AsyncIterator[tuple[int, Choice]]:
         """(round, proposal): different actions, at the policy's temperature where the admissible actions are known.
 
-        A greedy policy proposes them by falling probability.  Before these, in round 0, come what was imagined behind the last action, where that came as imagined, and the
-        first action that is ``remembered`` to bring something needed.
+        A greedy policy proposes them by falling probability.  Before these, in round 0, come what was imagined behind
+        the last action, where that came as imagined, and the first action that is ``remembered`` to bring something
+        needed.
         """
         admissible = self.view.observation.admissible
         for action in dict.fromkeys([*self._goes_on(), *remembered[:1]]):
