@@ -34,6 +34,7 @@ from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.methods.actors import ExpertActor
+from itp.methods.memory import remembered
 from itp.rollout import Episode, run_episodes, step_seed
 from itp.text.belief import Belief
 from itp.text.conditions import Conditions, failed_of
@@ -348,6 +349,11 @@ def test_published_conditions_are_an_earlier_trial() -> None:
         ("go to desk 2", "You arrive at desk 2."), ("open fridge 1", "Nothing happens."),
         ("take mug 2 from desk 2", "Nothing happens."))
     assert told.invalid == (False, False, False, False, True, True)
+    # What implement remembers of it; also where no look has said yet that a fridge can be closed.
+    assert [*remembered([told])] == ["desk 2", "fridge 1"]
+    unseen = Belief.of(State("g", told.state.first))
+    again = earlier_trial("g", unseen, Conditions({"fridge 1": ()}))
+    assert remembered([again])["fridge 1"] == remembered([told])["fridge 1"]
 
 
 def test_earlier_trials_reach_the_method(served: Served) -> None:

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
 from itp.methods.base import EarlierTrial
 from itp.text.alfworld_phrases import (
     CARRIES, MOVE_OR_PUT, NAME, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, arrived_at_closed,
-    closed, go_to, listed, moved, picked_up,
+    closed, go_to, kind, listed, moved, picked_up,
 )
 from itp.text.belief import MIDDLE, NOT_OPENABLE, Belief
 from itp.text.conditions import Conditions, FailedAction, failed_of, object_lists_of
@@ -157,10 +158,10 @@ def earlier_trial(goal: str, belief: Belief, known: Conditions) -> EarlierTrial:
     """An earlier trial that showed what is ``known``; the types of objects get numbers from 1 on.  Raises UserError."""
     text, room = State(goal, first_observation(belief)), {}
     for place, types in known.object_lists.items():
-        room[place] = {f"{kind} {n}" for kind, many in Counter(types).items() for n in range(1, many + 1)}
+        room[place] = {f"{what} {n}" for what, many in Counter(types).items() for n in range(1, many + 1)}
         if wrong := [thing for thing in room[place] if not re.fullmatch(NAME, thing)]:
             raise UserError(f"object list of {place}: {wrong[0].rpartition(' ')[0]!r} is no type such as 'mug'")
-    openable = {name for name in room if name in belief.places and belief.places[name].open is not None}
+    openable = {name for name in room if kind(name) in openable_types()}
     showing = _Room(room, openable, set(openable))
     for place in room:
         for action in (go_to(place), f"open {place}")[:2 if place in openable else 1]:
