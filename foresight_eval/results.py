@@ -96,11 +96,10 @@ def all_trial_files(folder: Path) -> list[Path]:
     return [file for file in folder.glob("*.json") if _TRIAL_NAME.fullmatch(file.stem)]
 
 
-def earlier_trial(file: Path) -> EarlierTrial:
-    """What a method is told of the ended trial that ``file`` holds.  Raises UserError."""
-    record = read_record(file)
+def earlier_trial(record: dict[str, Any], where: object) -> EarlierTrial:
+    """What a method is told of an ended trial.  Raises UserError, which begins with ``where``."""
     if not record["conversations"]:  # of a version that wrote no first observation where there was no step
-        raise UserError(f"{file}: no first observation, which the next trial needs; {PLAY_AGAIN}")
+        raise UserError(f"{where}: no first observation, which the next trial needs; {PLAY_AGAIN}")
     state = parse(record["conversations"][0]["value"])
     for step in record["foresight_steps"]:
         state = state.after(step["action"], step["obs_next"])
@@ -173,6 +172,8 @@ class Result:
         """What tells the world model that it asked from others; None where it asked none."""
         config = self.config
         if config["method"] not in NEED_WORLD_MODEL or self.fixed_k == 0:
+            return None
+        if config["method"] == "implement" and not config.get("implement_imagination", True):
             return None
         # The fingerprint is that of a model in our own process, and the others name one on a server.
         return tuple(str(config.get(key)) for key in ("wm_fingerprint", "wm_backend", "wm_api_base_url",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from foresight_eval import cost, results
 from foresight_eval.plan import EvalPlan, check_answers, check_server, make_plan
+from foresight_eval.record_check import read_record
 from foresight_eval.report.report import overview
 from foresight_eval.settings import EvalSettings
 from foresight_eval.summary import log_line, write_summary
@@ -125,7 +126,7 @@ def earlier_trials(settings: EvalSettings, folder: Path, index: int) -> tuple[Ea
     files = results.trial_files(folder, index)
     if len(files) >= settings.trials:
         return None
-    earlier = tuple(results.earlier_trial(file) for file in files)
+    earlier = tuple(results.earlier_trial(read_record(file), file) for file in files)
     solved = any(trial.success for trial in earlier)
     return None if solved and not settings.trials_after_success else earlier
 

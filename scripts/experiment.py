@@ -53,11 +53,14 @@ TABLES = {
     "overview": tables.overview, "scores": tables.scores, "cost": tables.cost, "deployment": analyses.deployment,
     "comparison": lambda results: tables.comparison(results, results[0]), "k_by_length": analyses.k_by_length,
     "accuracy": analyses.accuracy, "depth": analyses.depth, "training": analyses.training,
+    "success_within": lambda results: tables.success_within(results, doubling=True), "by_trial": tables.by_trial,
+    "against_best_without_imagination": analyses.against_best_without_imagination, "trial_cost": analyses.trial_cost,
 }
 POOLED = "pooled"
 """The table that pools runs which differ in one variable, as their seed, and compares them with others."""
 VARIABLE = re.compile(r"\{(\w+)\}")
-FIGURES = ("success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_against_golden_steps", "k_of")
+FIGURES = ("success_against_budget", "success_by_depth", "fact_f1_by_depth", "k_against_golden_steps", "k_of",
+           "success_against_trials")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from foresight_eval import extract_conditions
+from foresight_eval.results import write_episode
 from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
 from itp.text.belief import Belief
@@ -188,6 +189,16 @@ def test_conditions_come_out_of_result_folders(tmp_path: Path, monkeypatch: pyte
     extract_conditions.main()
     rooms = read_conditions(tmp_path / "c")
     assert rooms == dict.fromkeys(("game_0", "game_1"), Conditions({"desk 1": ("mug", "pen")}))
+    # Later trials tell of the same room: a place that the first didn't see, and a failure of their own.
+    later = make_episode(make_games(tmp_path / "again", 1)[0], success=False, imagined=[], played=[
+        ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is open. In it, you see a egg 1."),
+        ("close desk 1", "Nothing happens.")])
+    later.trial, later.steps[1].invalid = 1, True
+    write_episode(tmp_path / "run", 0, later)
+    extract_conditions.main()
+    assert read_conditions(tmp_path / "c") == {**rooms, "game_0": Conditions(
+        {"desk 1": ("mug", "pen"), "fridge 1": ("egg",)}, (FailedAction("close desk 1", "fridge 1", None, {
+            "visited": False, "open": "N/A", "objects": []}),))}
     monkeypatch.setattr(sys, "argv", ["x", "--results", str(tmp_path), "--out_dir", str(tmp_path / "c")])
     with pytest.raises(UserError, match="not a result folder"):
         extract_conditions.main()

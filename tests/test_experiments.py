@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from foresight_eval.report import analyses
+from foresight_eval.results import write_episode
 from itp.config import parse_settings
 from itp.errors import UserError
 from itp.run_dir import timed
@@ -190,7 +191,11 @@ def test_the_experiments_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch)
 
     assert {path.stem for path in SHIPPED} == {
         "table1", "methods", "lookahead", "without_rl", "world_models", "depth", "k_by_length", "deployment",
-        "training_cost", "implement"}
+        "training_cost", "implement", "trials", "when_it_pays"}
+    assert names("trials") == [f"alfworld/{name}" for name in (
+        "sft", "no_repeat", "reflexion", "implement-no-memory", "implement", "implement-no-imagination")]
+    assert {(run.settings.trials, run.settings.temperature, run.settings.max_steps) for run in planned(
+        "configs/experiments/trials.yaml", "--trials", "4")} == {(4, 1.0, 30)}
     assert names("implement")[:2] == ["alfworld/without-planning", "alfworld/gain"] and len(names("implement")) == 8
     assert names("lookahead", "--max_k", "5") == [*(f"play/fixed-k{k}" for k in range(6)), "play/random",
                                                   "play/adaptive"]
@@ -324,6 +329,49 @@ def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Pat
         experiment["tables"][0] | {"x": "games"}, runs).items()} == {"sft": {18: 0.375}, "itp": {18: 0.75}}
     assert program.draw({"figures": [], "tables": [experiment["tables"][0] | {"x": "games"}]}, runs,
                         tmp_path / "figures") == ["success_by_games"]
+
+
+def test_trials_are_compared_with_the_best_method_without_imagination(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment, values = program.parse(["configs/experiments/trials.yaml", "--out", str(tmp_path / "out")])
+    runs, games = program.plan(experiment, values), make_games(tmp_path / "games", 4)
+    # + is a success; a game ends with it, or after five trials.
+    played = {"sft": ["+", "+", "-----", "-----"], "no_repeat": ["+", "--+", "-----", "-+"],
+              "reflexion": ["-+", "--+", "-----", "-+"], "implement": ["+", "+", "-+", "+"],
+              "implement-no-imagination": ["-----"] * 4}
+    for run in runs:
+        if run.name not in played:
+            continue
+        write_result(run.out, [make_episode(game, success=letters == "+", imagined=())
+                               for game, letters in zip(games, played[run.name], strict=True)],
+                     method=run.settings.method, implement_imagination=run.settings.implement_imagination)
+        for i, (game, letters) in enumerate(zip(games, played[run.name], strict=True)):
+            for trial, letter in enumerate(letters[1:], 1):
+                episode = make_episode(game, success=letter == "+", imagined=(), tokens=200)
+                episode.trial = trial
+                write_episode(run.out, i, episode)
+    program.show(experiment, values, runs)
+    within, against, by_trial, cost = json.loads((tmp_path / "out/result.json").read_text())["tables"]
+    assert within["header"] == ["", "SR@1", "SR@2", "SR@4", "SR@5", "n"]
+    rates = {row[0]: [cell.split()[0] for cell in row[1:5]] for row in within["rows"]}
+    assert rates == {"sft": ["50.0"] * 4, "no_repeat": ["25.0", "50.0", "75.0", "75.0"],
+                     "reflexion": ["0.0", "50.0", "75.0", "75.0"], "implement": ["75.0", *["100.0"] * 3],
+                     "implement-no-imagination": ["0.0"] * 4}
+    # Of no_repeat and reflexion, which solve as many, the one that solves more in its first trials.
+    assert against["title"].startswith("SR@k compared with no_repeat")
+    assert {row[0]: row[1:4] for row in against["rows"]} == {
+        "sft": ["5", "4", "-25.0"], "reflexion": ["5", "4", "+0.0"], "implement": ["5", "4", "+25.0"],
+        "implement-no-imagination": ["5", "4", "-75.0"]}
+    assert [row[:3] for row in by_trial["rows"] if row[0] == "implement"] == [["implement", "1", "4"],
+                                                                              ["implement", "2", "1"]]
+    # A trial is three steps of (100 or 200) + 4 tokens.
+    assert {row[0]: row[1:] for row in cost["rows"]}["implement"] == [
+        "4", "1.25", str(round((4 * 312 + 612) / 4)), str(round((4 * 312 + 612) / 4))]
+    assert {row[0]: row[-1] for row in cost["rows"]}["implement-no-imagination"] == "-"
+    assert [path.name for path in (tmp_path / "out/figures").glob("*.svg")] == ["success_against_trials.svg"]
+    only = program.make_table({"table": "against_best_without_imagination"}, program.chosen(runs, "implement"), values)
+    assert only.rows == ()
 
 
 def test_what_a_program_took_adds_up_over_its_starts(tmp_path: Path) -> None:

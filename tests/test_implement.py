@@ -238,10 +238,11 @@ class Scripted:
     name, role, tokenizer, context_length = "scripted", "policy", None, None
 
     def __init__(self, order: Sequence[str] = (), texts: Sequence[str] = ()) -> None:
-        self.order, self.texts, self.prompts = list(order), list(texts), []
+        self.order, self.texts, self.prompts, self.asked = list(order), list(texts), [], []
 
     async def generate(self, prompts: Sequence[str], params: GenParams) -> list[Generation]:
         self.prompts += prompts
+        self.asked.append(params)
         if params.choices:
             text = min(params.choices, key=lambda choice: self.order.index(choice.strip()))
             return [Generation(text, 1, 1, 0, "stop", -1.0) for _ in prompts]
@@ -277,6 +278,19 @@ def test_by_gain_a_loop_gives_way_to_what_is_new_and_opening_belongs_to_going() 
         ("go to desk 1", 1), ("look", 1), ("go to cabinet 1", 4), ("open cabinet 1", 4)]
     assert {temperature for *_, temperature in wm.asked} == {0.7}
     assert wm.asked[-1][0] == after(DESK, SHELF, CLOSED)
+
+
+def test_by_gain_the_policy_proposes_at_its_temperature_with_the_seed_of_the_trial() -> None:
+    asked = {}
+    for temperature, seed in ((0.0, 5), (0.8, 5), (0.8, 6)):
+        lm = Scripted(ADMISSIBLE)
+        method = Implement(Policy(lm, selection="constrained", temperature=temperature), Answers(ANSWERS),
+                           MethodSettings(implement_choice="gain"))
+        asyncio.run(method.act(dataclasses.replace(view(START, ADMISSIBLE), seed=seed)))
+        drawn = [params for params in lm.asked if params.choices]
+        assert drawn and {params.temperature for params in drawn} == {temperature}
+        asked[temperature, seed] = [params.seed for params in drawn]
+    assert asked[0.8, 5] == asked[0.0, 5] and not set(asked[0.8, 5]) & set(asked[0.8, 6])
 
 
 def test_by_gain_what_was_imagined_behind_the_last_action_is_proposed_first() -> None:

@@ -26,7 +26,7 @@ import pytest
 from foresight_eval import results
 from foresight_eval.runner import evaluate
 from foresight_eval.serve.published import (
-    PublishedState, belief_of, earlier_trial, first_observation, history_of, perceive, published_form, text_state,
+    PublishedState, belief_of, earlier_trial, first_observation, history_of, perceive, text_state,
 )
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.alfworld.env import AlfworldEnv
@@ -34,8 +34,10 @@ from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.methods.actors import ExpertActor
+from itp.methods.memory import remembered
 from itp.rollout import Episode, run_episodes, step_seed
 from itp.text.belief import Belief
+from itp.text.conditions import Conditions, failed_of
 from itp.text.state import State
 from tests.killed import ENVIRONMENT
 from tests.openai_client import free_port
@@ -324,7 +326,8 @@ def test_policies_of_a_batch(served: Served) -> None:
     status, actions = served.ask("/generate_policy", body)
     assert status == 200 and len(actions) == 3 and actions[0] == actions[1] and all(map(str.strip, actions))
     for wrong in ({"histories": [history]}, {"conditions_1": [{}]}, {"conditions_1": [{}, {}, {"desk 2": ["a mug"]}]},
-                  {"conditions_2": [[["open fridge 1"]], [], []]}):
+                  {"conditions_2": [[["open fridge 1"]], [], []]},
+                  {"conditions_2": [[["open \ud800", "desk 2", None, {}]], [], []]}):
         assert served.ask("/generate_policy", body | wrong)[0] == 422
     status, answer = served.ask("/generate_policy", body | {"histories": [["You ponder."], [], []]})
     assert status == 422 and "history line 'You ponder.'" in answer["detail"]
@@ -335,10 +338,10 @@ def test_policies_of_a_batch(served: Served) -> None:
 
 
 def test_published_conditions_are_an_earlier_trial() -> None:
-    state = PublishedState(**PUBLISHED)
-    told = earlier_trial("g", state, {"desk 2": ["mug", "pen", "mug"], "fridge 1": []}, [
-        ("open fridge 1", "desk 2", None, {"visited": False}), ("take mug 2 from desk 2", "moon 1", [], None)])
-    assert told.state.first == first_observation(belief_of(state)) and not told.success
+    belief = belief_of(PublishedState(**PUBLISHED))
+    told = earlier_trial("g", belief, Conditions({"desk 2": ("mug", "pen", "mug"), "fridge 1": ()}, failed_of([
+        ["open fridge 1", "desk 2", None, {"visited": False}], ["take mug 2 from desk 2", "moon 1", [], None]], "x")))
+    assert told.state.first == first_observation(belief) and not told.success
     assert told.state.history == (
         ("go to desk 2", "You arrive at desk 2. On the desk 2, you see a mug 2, a mug 1, and a pen 1."),
         ("go to fridge 1", "You arrive at fridge 1. The fridge 1 is closed."),
@@ -346,6 +349,11 @@ def test_published_conditions_are_an_earlier_trial() -> None:
         ("go to desk 2", "You arrive at desk 2."), ("open fridge 1", "Nothing happens."),
         ("take mug 2 from desk 2", "Nothing happens."))
     assert told.invalid == (False, False, False, False, True, True)
+    # What implement remembers of it; also where no look has said yet that a fridge can be closed.
+    assert [*remembered([told])] == ["desk 2", "fridge 1"]
+    unseen = Belief.of(State("g", told.state.first))
+    again = earlier_trial("g", unseen, Conditions({"fridge 1": ()}))
+    assert remembered([again])["fridge 1"] == remembered([told])["fridge 1"]
 
 
 def test_earlier_trials_reach_the_method(served: Served) -> None:
@@ -370,7 +378,7 @@ def test_perception_of_a_batch(served: Served) -> None:
     assert failed == PUBLISHED and gone["agent_location"] == "fridge 1"
     assert gone["world_state"]["fridge 1"] == {"visited": True, "open": True, "objects": ["apple 1", "mug 3"]}
     status, answer = served.ask("/perception", {"samples": [take | {"old_state": {"world_state": {"desk": {}}}}]})
-    assert status == 422 and "'desk' is no name" in answer["detail"]
+    assert status == 422 and "samples.0.old_state" in answer["detail"] and "'desk' isn't a rec" in answer["detail"]
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +402,9 @@ def test_published_states_of_real_episodes_say_what_the_game_said(played: list[E
     for episode in played:
         for step in episode.steps:
             true, belief = step.state, Belief.of(step.state)
-            form = json.loads(json.dumps(published_form(belief)))
-            assert belief_of(PublishedState(**form)) == belief
-            made = text_state(true.task, PublishedState(**form), lines(true.history))
+            read = belief_of(PublishedState(**json.loads(json.dumps(belief.to_json()))))
+            assert read == belief
+            made = text_state(true.task, read, lines(true.history))
             for (action, seen), (_, said) in zip(true.history, made.history, strict=True):
                 if action != "look":
                     assert said == seen, action
@@ -407,12 +415,12 @@ def test_published_states_of_real_episodes_say_what_the_game_said(played: list[E
 
 def test_perception_follows_real_episodes(played: list[Episode]) -> None:
     for episode in played:
-        form = published_form(Belief.of(episode.steps[0].state))
+        form = Belief.of(episode.steps[0].state).to_json()
         for step in episode.steps:
-            form = json.loads(json.dumps(perceive(PublishedState(**form), step.decision.action, not step.invalid,
-                                                  step.observation)))
+            before = belief_of(PublishedState(**form))
+            form = json.loads(json.dumps(perceive(before, step.decision.action, not step.invalid, step.observation)))
         end = episode.steps[-1].state.after(episode.steps[-1].decision.action, episode.steps[-1].observation)
-        assert form == json.loads(json.dumps(published_form(Belief.of(end))))
+        assert form == json.loads(json.dumps(Belief.of(end).to_json()))
 
 
 @pytest.mark.parametrize("given, held", [(None, []), ("", []), ("nothing", []), ("a mug 1(hot)", ["mug 1"]),
@@ -424,12 +432,12 @@ def test_inventories(given: Any, held: list[str]) -> None:
 def test_what_is_no_published_state() -> None:
     with pytest.raises(UserError, match="agent_location 'moon 1'"):
         belief_of(PublishedState(agent_location="moon 1", world_state={}))
-    with pytest.raises(UserError, match="inventory 'something'"):
+    with pytest.raises(UserError, match="inventory: 'something' isn't an object"):
         belief_of(PublishedState(inventory="something", world_state={}))
     assert history_of("3. You successfully go to shelf 1.\n4. You attempt to open drawer 1 but fail.") == [
         ("go to shelf 1", True), ("open drawer 1", False)]
-    lamp = published_form(Belief(conditions={"desklamp 1": frozenset({"lit"})}, inventory=frozenset({"desklamp 1"})))
-    assert lamp["inventory"] == "desklamp 1(on)" and text_state("g", PublishedState(**lamp), []) == State(
+    lamp = belief_of(PublishedState(inventory="desklamp 1 (on)", world_state={}))
+    assert lamp.conditions == {"desklamp 1": {"lit"}} and text_state("g", lamp, []) == State(
         "g", "You are in the middle of a room. Looking quickly around you, you see nothing.")
 
 

@@ -275,7 +275,8 @@ def test_trials_end_with_success_unless_told_otherwise(tmp_path: Path, after: bo
 
 def test_an_earlier_trial_is_what_was_played(finished: Path) -> None:
     for file in results.all_trial_files(finished):
-        record, trial = json.loads(file.read_text()), results.earlier_trial(file)
+        record = json.loads(file.read_text())
+        trial = results.earlier_trial(record, file)
         turns = [turn["value"] for turn in record["conversations"]]
         assert trial.state.render() == "\n".join(value.replace("\n", "\n  ") if i else value
                                                  for i, value in enumerate(turns))

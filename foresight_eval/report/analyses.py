@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foresight_eval.hindsight import fact_f1_by_depth
-from foresight_eval.report.tables import ROLES, Table, number, percent, with_interval
+from foresight_eval.report.tables import (
+    ROLES, Table, common_depth, comparison_within, number, percent, with_interval,
+)
 from foresight_eval.results import Result, mean_k_by_golden_steps
 from foresight_eval.statistics import mean, mean_interval
+from foresight_eval.trials import tokens
 
 
 def deployment(results: Sequence[Result]) -> Table:
@@ -137,6 +140,35 @@ def by_game(results: Seeds) -> dict[tuple[str, str], float]:
     outcomes = [result.outcomes for result in results.values()]
     games = set.intersection(*map(set, outcomes))
     return {game: sum(each[game] for each in outcomes) / len(outcomes) for game in sorted(games)}
+
+
+def against_best_without_imagination(results: Sequence[Result]) -> Table:
+    """Every result by SR@k against the best one that asks no world model; the first where there is none.
+
+    The best is that with the highest SR@k at the largest k that is known of all these, and of those with the highest
+    SR@1.  It is chosen on the games of the comparison, which favours it.
+    """
+    alone = [result for result in results if result.world_model is None]
+    if not alone:
+        return comparison_within(results, results[0])
+    k = common_depth(alone)
+    best = max(alone, key=lambda result: [mean([*result.outcomes_within(at).values()]) or 0 for at in (k, 1)])
+    return comparison_within(results, best)
+
+
+def trial_cost(results: Sequence[Result]) -> Table:
+    """What all trials of a game took together."""
+    rows = []
+    for result in results:
+        games = list(result.trials.values())
+        took = [sum(map(tokens, trials)) for trials in games]
+        solved = sum(any(record["meta"]["success"] for record in trials) for trials in games)
+        rows.append((result.title, str(len(games)), number(mean([len(trials) for trials in games]), 2),
+                     number(mean(took)), number(sum(took) / solved if solved else None)))
+    return Table("trial_cost", "Tokens of all trials",
+                 "Trials and tokens of a game, on average, with those of the notes on it; all tokens of all games by "
+                 "the games that were solved in any trial.",
+                 ("", "games", "trials/game", "tokens/game", "tokens/solved"), tuple(rows))
 
 
 def training(metrics: Mapping[str, Mapping[str, Any] | None]) -> Table:

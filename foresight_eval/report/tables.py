@@ -104,9 +104,10 @@ def graded(results: Sequence[Result]) -> bool:
     return any("best_score" in meta for result in results for meta in result.metas)
 
 
-def success_within(results: Sequence[Result]) -> Table:
-    """Methods × k: SR@k with intervals."""
+def success_within(results: Sequence[Result], *, doubling: bool = False) -> Table:
+    """Methods × k: SR@k with intervals.  ``doubling``: for k = 1, 2, 4, ... and the largest, instead of every k."""
     depth = max(len(_within(result)) for result in results)
+    ks = [k for k in range(1, depth + 1) if not doubling or k == depth or k.bit_count() == 1]
 
     def cell(result: Result, k: int) -> str:
         known = known_depth(result.trials)
@@ -116,11 +117,11 @@ def success_within(results: Sequence[Result]) -> Table:
         figures = within[str(min(k, len(within)))]  # all games are solved where there is none of this k
         return with_interval(figures["rate"], figures["interval"])
 
-    rows = [(result.title, *(cell(result, k) for k in range(1, depth + 1)), str(len(result.records)))
+    rows = [(result.title, *(cell(result, k) for k in ks), str(len(result.records)))
             for result in results if result.records]
     return _upright(Table("success_within", "SR@k", "Share of the games, in percent, that were solved in any of their "
                           "first k trials, with its 95 % Wilson interval.",
-                          ("", *(f"SR@{k}" for k in range(1, depth + 1)), "n"), tuple(rows)))
+                          ("", *(f"SR@{k}" for k in ks), "n"), tuple(rows)))
 
 
 def _within(result: Result) -> dict[str, dict[str, Any]]:
@@ -143,7 +144,7 @@ def by_trial(results: Sequence[Result]) -> Table:
                          number(figures["tokens_per_episode"])))
     return Table("by_trial", "Trial by trial", "Means over the episodes that are a t-th trial. Where games end with "
                  "their first success, these are of the games that no earlier trial solved. Tokens are those of the "
-                 "episode and of the note made on it. All other tables are of first trials, but for SR@k.",
+                 "episode and of the note made on it. Tables that don't speak of trials are of first trials.",
                  ("", "trial", "episodes", "success", "steps", "invalid", "tokens"), tuple(rows))
 
 
@@ -161,14 +162,19 @@ def comparison_within(results: Sequence[Result], baseline: Result) -> Table:
     """Every result against ``baseline`` by SR@k, with the largest k that is known of both."""
     rows = []
     for result in results:
-        depths = [depth for each in (result, baseline) if (depth := known_depth(each.trials)) is not None]
-        k = min(depths, default=max(len(_within(result)), len(_within(baseline))))
+        k = common_depth([result, baseline])
         if result.name != baseline.name and (cells := _compared(result, baseline, k)):
             rows.append((result.title, str(k), *cells))
     return Table("comparison_within", f"SR@k compared with {baseline.title} on the same games",
                  "Difference of SR@k in points with its 95 % interval, for the largest k that is known of both; games "
                  "that only one of the two solved in its first k trials; exact McNemar test.",
                  ("", "k", "games", "difference", "95 %", "only it", f"only {baseline.title}", "p"), tuple(rows))
+
+
+def common_depth(results: Sequence[Result]) -> int:
+    """The largest k of which SR@k is known of all ``results``, and that one of them played or needed."""
+    depths = [depth for each in results if (depth := known_depth(each.trials)) is not None]
+    return min(depths, default=max(len(_within(each)) for each in results))
 
 
 def _compared(result: Result, baseline: Result, k: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from foresight_eval.serve.guard import Guard
 from foresight_eval.serve.planner import ModelFailed, Planned, Planner, answer, failed
 from foresight_eval.serve.published import (
-    FailedAction, ObjectLists, PublishedState, Text, earlier_trial, perceive, text_state,
+    Failed, ObjectLists, PublishedBelief, Text, earlier_trial, perceive, text_state,
 )
 from foresight_eval.serve.requests import Requests
 from foresight_eval.serve.settings import ServeSettings
@@ -21,6 +21,7 @@ from itp.errors import UserError
 from itp.methods.base import EarlierTrial
 from itp.program import without_secrets
 from itp.seeding import derive_seed
+from itp.text.conditions import Conditions
 from itp.text.state import State
 
 SHOWN = 5
@@ -66,12 +67,12 @@ class PolicyRequest(_Body):
     """
 
     current_goals: list[Text]
-    current_states: list[PublishedState]
+    current_states: list[PublishedBelief]
     histories: list[list[Text] | Text]
     current_tasks: list[Any] | None = None
     model: Text = ""
-    conditions_1: list[ObjectLists | None] | None = None
-    conditions_2: list[list[FailedAction] | None] | None = None
+    conditions_1: list[ObjectLists] | None = None
+    conditions_2: list[Failed] | None = None
 
 
 class Sample(_Body):
@@ -79,7 +80,7 @@ class Sample(_Body):
 
     action: Text
     success: bool = True
-    old_state: PublishedState
+    old_state: PublishedBelief
     observation: Text = ""
 
 
@@ -152,10 +153,11 @@ def _cases(body: PolicyRequest) -> list[tuple[State, list[EarlierTrial]]]:
         raise UserError(f"lists of different lengths: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
     none = [None] * len(body.current_goals)
     cases = []
-    for goal, state, lines, lists, failures in zip(body.current_goals, body.current_states, body.histories,
+    for goal, belief, lines, lists, failures in zip(body.current_goals, body.current_states, body.histories,
                                                    body.conditions_1 or none, body.conditions_2 or none, strict=True):
-        earlier = [earlier_trial(goal, state, lists or {}, failures or [])] if lists or failures else []
-        cases.append((text_state(goal, state, lines), earlier))
+        known = Conditions(lists or {}, failures or ())
+        earlier = [earlier_trial(goal, belief, known)] if lists or failures else []
+        cases.append((text_state(goal, belief, lines), earlier))
     return cases
 
 

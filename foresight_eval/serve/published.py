@@ -1,38 +1,36 @@
-"""The published form of a symbolic state, to and from what this project works with.
+"""What IMPLEMENT's server is sent, as what this project works with.
 
-A published state is ``{agent_location, inventory, world_state: {receptacle: {visited, open, objects}}}``.  Objects
-carry their conditions: ``mug 1(hot)``.  A history is lines such as ``3. You successfully go to shelf 1.`` and ``4. You
-attempt to open drawer 1 but fail.``  :func:`belief_of` and :func:`published_form` translate states.  :func:`text_state`
-makes the text state that a policy is prompted with: the game's sentences, as the state and the history imply them.
+A published state is ``{agent_location, inventory, world_state: {receptacle: {visited, open, objects}}}``, the JSON of a
+:class:`itp.text.belief.Belief`.  A history is lines such as ``3. You successfully go to shelf 1.`` and ``4. You attempt
+to open drawer 1 but fail.``  Conditions are those of :mod:`itp.text.conditions`.  :func:`text_state` makes the text
+state that a policy is prompted with: the game's sentences, as the state and the history imply them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
 from itp.methods.base import EarlierTrial
 from itp.text.alfworld_phrases import (
-    CARRIES, MOVE_OR_PUT, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, go_to, listed, moved,
-    picked_up,
+    CARRIES, MOVE_OR_PUT, NAME, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, arrived_at_closed,
+    closed, go_to, kind, listed, moved, picked_up,
 )
-from itp.text.belief import Belief, Place
+from itp.text.belief import MIDDLE, NOT_OPENABLE, Belief
+from itp.text.conditions import Conditions, FailedAction, failed_of, object_lists_of
 from itp.text.state import State
 
-MIDDLE = "middle of the room"
-"""Where an episode starts."""
-_NAMED = re.compile(r"[a-z]+ \d+")
-_OBJECT = re.compile(r"([a-z]+ \d+)((?:\s*\([a-z]+\))*)")
+T = TypeVar("T")
+
 _DONE = re.compile(r"(?:\d+\.\s*)?You successfully (.+?)\.?\s*")
 _FAILED = re.compile(r"(?:\d+\.\s*)?You (?:attempt|attempted) to (.+?),? but (?:fail|failed)\.?\s*")
-_SAID = {"lit": "on"}
-"""A condition that the published form has another word for."""
-_MEANT = {said: own for own, said in _SAID.items()}
+_FORM = "docs/serving.md shows the form"
 
 
 def _encodable(text: str) -> str:
@@ -44,21 +42,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _receptacle(name: str) -> str:
-    if not _NAMED.fullmatch(name):
-        raise ValueError(f"{name!r} is no name such as 'shelf 1'")
-    return name
-
-
-def _object(name: str) -> str:
-    if not _OBJECT.fullmatch(name.strip()):
-        raise ValueError(f"{name!r} is no object such as 'mug 1' or 'mug 1(hot)'")
-    return name.strip()
-
-
 Text = Annotated[str, AfterValidator(_encodable)]
-Receptacle = Annotated[str, AfterValidator(_receptacle)]
-Thing = Annotated[str, AfterValidator(_object)]
 
 
 class ReceptacleState(BaseModel):
@@ -67,8 +51,8 @@ class ReceptacleState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     visited: bool = False
-    open: bool | Literal["N/A"] = "N/A"
-    objects: list[Thing] = Field(default_factory=list)
+    open: bool | Literal["N/A"] = NOT_OPENABLE
+    objects: list[Text] | None = None
 
 
 class PublishedState(BaseModel):
@@ -77,62 +61,57 @@ class PublishedState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     agent_location: Text = MIDDLE
-    inventory: list[Thing] | Text | None = None
-    world_state: dict[Receptacle, ReceptacleState]
+    inventory: list[Text] | Text | None = None
+    world_state: dict[Text, ReceptacleState]
 
 
 def belief_of(state: PublishedState) -> Belief:
-    """Raises UserError for an inventory that names no objects."""
-    places, conditions = {}, {}
-    for name, place in state.world_state.items():
-        things = dict(map(_split, place.objects))
-        conditions |= things
-        places[name] = Place(place.visited, None if place.open == "N/A" else place.open, frozenset(things))
-    held = dict(_split(name) for name in _inventory(state.inventory))
-    conditions = {name: words for name, words in (conditions | held).items() if words}
-    location = state.agent_location.strip()
-    if location and location != MIDDLE and location not in places:
+    """Raises UserError for what names no receptacles or objects."""
+    location = state.agent_location.strip() or MIDDLE
+    belief = Belief.from_json(state.model_dump() | {"agent_location": location, "inventory": _held(state.inventory)})
+    if belief.location and belief.location not in belief.places:
         raise UserError(f"agent_location {location!r}: neither a receptacle of world_state nor {MIDDLE!r}")
-    return Belief("" if location == MIDDLE else location, frozenset(held), places, conditions)
+    return belief
 
 
-def _inventory(given: list[str] | str | None) -> list[str]:
-    if not isinstance(given, str):
-        return given or []
-    names = [name.strip().removeprefix("a ") for name in given.split(",") if name.strip()]
-    if names in ([], ["nothing"], ["none"], ["None"], ["empty"]):
-        return []
-    if wrong := [name for name in names if not _OBJECT.fullmatch(name)]:
-        raise UserError(f"inventory {wrong[0]!r}: no object such as 'mug 1' or 'mug 1(hot)'")
-    return names
+def _held(inventory: list[str] | str | None) -> list[str]:
+    if not isinstance(inventory, str):
+        return inventory or []
+    names = [name.strip().removeprefix("a ") for name in inventory.split(",") if name.strip()]
+    return [] if names in (["nothing"], ["none"], ["None"], ["empty"]) else names
 
 
-def _split(name: str) -> tuple[str, frozenset[str]]:
-    """An object's name and its conditions."""
-    thing, said = _OBJECT.fullmatch(name).groups()
-    return thing, frozenset(_MEANT.get(word, word) for word in re.findall(r"[a-z]+", said))
+def _object_lists(value: Any) -> dict[str, tuple[str, ...]]:
+    return object_lists_of({} if value is None else value, "object lists", _FORM)
 
 
-def published_form(belief: Belief) -> dict[str, Any]:
-    """The JSON of a belief; names and conditions in alphabetical order, receptacles as they became known.
-
-    ``inventory`` is null where nothing is held, a name where it is one object, and a list where it is several.
-    """
-    def named(things: Iterable[str]) -> list[str]:
-        return [thing + "".join(f"({_SAID.get(word, word)})" for word in sorted(belief.conditions.get(thing, ())))
-                for thing in sorted(things)]
-
-    held = named(belief.inventory)
-    return {"agent_location": belief.location or MIDDLE,
-            "inventory": None if not held else held[0] if len(held) == 1 else held,
-            "world_state": {name: {"visited": place.visited, "open": "N/A" if place.open is None else place.open,
-                                   "objects": named(place.objects)} for name, place in belief.places.items()}}
+def _failed(value: Any) -> tuple[FailedAction, ...]:
+    failed = failed_of([] if value is None else value, "failed actions", _FORM)
+    for one in failed:
+        _encodable(one.action)
+    return failed
 
 
-def perceive(state: PublishedState, action: str, success: bool, observation: str) -> dict[str, Any]:
+def _refusing(read: Callable[[Any], T]) -> Callable[[Any], T]:
+    """``read``, whose UserError becomes an error of the request's field."""
+    def checked(value: Any) -> T:
+        try:
+            return read(value)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+    return checked
+
+
+PublishedBelief = Annotated[PublishedState, AfterValidator(_refusing(belief_of))]
+"""A published state in a request, which is read as a Belief."""
+ObjectLists = Annotated[Any, AfterValidator(_refusing(_object_lists))]
+Failed = Annotated[Any, AfterValidator(_refusing(_failed))]
+"""Conditions in a request, one state's; null for none."""
+
+
+def perceive(before: Belief, action: str, success: bool, observation: str) -> dict[str, Any]:
     """The published state after ``action`` was answered with ``observation``; as it was where the action failed."""
-    belief = belief_of(state)
-    return published_form(belief.after(action, observation if success else NOTHING_HAPPENS))
+    return before.after(action, observation if success else NOTHING_HAPPENS).to_json()
 
 
 def history_of(lines: Sequence[str] | str) -> list[tuple[str, bool]]:
@@ -151,12 +130,12 @@ def history_of(lines: Sequence[str] | str) -> list[tuple[str, bool]]:
     return history
 
 
-def text_state(goal: str, state: PublishedState, lines: Sequence[str] | str) -> State:
+def text_state(goal: str, belief: Belief, lines: Sequence[str] | str) -> State:
     """The text state of an episode: its first observation, and after each action what the game will have said.
 
     What was where at the time is what is there now, without the takes and puts since.  Raises UserError.
     """
-    belief, history = belief_of(state), history_of(lines)
+    history = history_of(lines)
     text = State(goal, first_observation(belief))
     contents = {name: set(place.objects) for name, place in belief.places.items()}
     for action, done in reversed(history):
@@ -175,33 +154,22 @@ def first_observation(belief: Belief) -> str:
     return f"{OPENING} Looking quickly around you{SEES}{listed(belief.places)}."
 
 
-ObjectLists = dict[Receptacle, list[Text]]
-FailedAction = tuple[Text, Text, list[Thing] | Text | None, Any]
-"""The action, where the agent stood, what it held, and the state of what the action names."""
-
-
-def earlier_trial(goal: str, state: PublishedState, object_lists: ObjectLists,
-                  failed: Sequence[FailedAction]) -> EarlierTrial:
-    """An earlier trial that showed what the published conditions say.
-
-    ``object_lists``: the types of what receptacles held, which get numbers from 1 on.  Raises UserError.
-    """
-    belief = belief_of(state)
+def earlier_trial(goal: str, belief: Belief, known: Conditions) -> EarlierTrial:
+    """An earlier trial that showed what is ``known``; the types of objects get numbers from 1 on.  Raises UserError."""
     text, room = State(goal, first_observation(belief)), {}
-    for place, kinds in object_lists.items():
-        counted = Counter(kinds)
-        room[place] = {f"{kind} {n + 1}" for kind in counted for n in range(counted[kind])}
-        if wrong := [thing for thing in room[place] if not _NAMED.fullmatch(thing)]:
+    for place, types in known.object_lists.items():
+        room[place] = {f"{what} {n}" for what, many in Counter(types).items() for n in range(1, many + 1)}
+        if wrong := [thing for thing in room[place] if not re.fullmatch(NAME, thing)]:
             raise UserError(f"object list of {place}: {wrong[0].rpartition(' ')[0]!r} is no type such as 'mug'")
-    openable = {name for name in room if name in belief.places and belief.places[name].open is not None}
+    openable = {name for name in room if kind(name) in openable_types()}
     showing = _Room(room, openable, set(openable))
     for place in room:
         for action in (go_to(place), f"open {place}")[:2 if place in openable else 1]:
             text = text.after(action, showing.said(action))
     begin = len(text.history)
-    for action, place, *_ in failed:
-        text = text.after(go_to(place), arrived(place)) if place in belief.places else text
-        text = text.after(action, NOTHING_HAPPENS)
+    for one in known.failed:
+        text = text.after(go_to(one.location), arrived(one.location)) if one.location in belief.places else text
+        text = text.after(one.action, NOTHING_HAPPENS)
     invalid = [False] * begin + [seen == NOTHING_HAPPENS for _, seen in text.history[begin:]]
     return EarlierTrial(text, tuple(invalid), success=False)
 
@@ -241,7 +209,7 @@ class _Room:
             return f"You open the {name}. {self._inside(name)}"
         if verb == "close":
             self.closed.add(name)
-            return f"You close the {name}."
+            return closed(name)
         if verb == "use":
             return f"You turn on the {name}."
         if action == "inventory":
@@ -257,7 +225,7 @@ class _Room:
 
     def _seen(self, place: str) -> str:
         if place in self.closed:
-            return f"{arrived(place)} The {place} is closed."
+            return arrived_at_closed(place)
         if place in self.openable:
             return f"{arrived(place)} {self._inside(place)}"
         return f"{arrival(place)}{listed(self.contents.get(place, ()))}."

@@ -12,8 +12,9 @@ policy  The policy reads the beliefs so far when it proposes.  It executes a pro
         actions.  Instruct models write thought, action and help flag in one reply, and a neutral summary with
         frequencies as belief.  Models that were trained here know neither: they write the action, and a reflection as
         belief.
-gain    Nobody reads.  Each round proposes the action that is likeliest among those that weren't imagined yet, and the
-        belief counts (:func:`itp.methods.gain.frequencies`).  The action with the highest expected gain is executed
+gain    Nobody reads.  Each round proposes an action that wasn't imagined yet: the likeliest where the policy is greedy,
+        else one that is drawn at its temperature, so that the trials of a game differ.  The belief counts
+        (:func:`itp.methods.gain.frequencies`).  The action with the highest expected gain is executed
         (:class:`itp.methods.gain.Gain`); a later proposal must be better by MARGIN.  Rounds end with an action whose
         gain is at least ENOUGH, and go on, up to PATIENCE times as many, while no gain is above MARGIN.  So this way
         needs no policy that can read imagined futures, and no training.
@@ -135,10 +136,11 @@ class _Step:
         return choice, False
 
     async def _likeliest(self, remembered: Sequence[str]) -> AsyncIterator[tuple[int, Choice]]:
-        """(round, proposal): different actions, by falling probability where the admissible actions are known.
+        """(round, proposal): different actions, at the policy's temperature where the admissible actions are known.
 
-        Before these, in round 0, come what was imagined behind the last action, where that came as imagined, and the
-        first action that is ``remembered`` to bring something needed.
+        A greedy policy proposes them by falling probability.  Before these, in round 0, come what was imagined behind
+        the last action, where that came as imagined, and the first action that is ``remembered`` to bring something
+        needed.
         """
         admissible = self.view.observation.admissible
         for action in dict.fromkeys([*self._goes_on(), *remembered[:1]]):
@@ -154,7 +156,7 @@ class _Step:
             return
         for i in range(len(self.outcomes), PATIENCE * self.settings.rounds):
             if left := [action for action in admissible if action not in self.outcomes]:
-                choice, = await self.policy.sample(asked[0], left, 1, self._seed("propose", i), temperature=0.0)
+                choice, = await self.policy.sample(asked[0], left, 1, self._seed("propose", i))
                 yield i + 1, choice
             asked = asked[1:] or asked
 

@@ -39,7 +39,7 @@ _NOTHING = (None, "", "nothing")
 """Inventories of nothing; the first is the one that is written."""
 _WRITTEN = {"hot": "hot", "cool": "cool", "clean": "clean", "lit": "on"}
 _READ = {written: word for word, written in _WRITTEN.items()}
-_THING = re.compile(rf"({NAME})((?:\([a-z]+\))*)")
+_THING = re.compile(rf"({NAME})((?: ?\([a-z]+\))*)")
 """An object with its conditions, as ``mug 1(clean)(hot)``."""
 _STATE: Fields = {"agent_location": str, "inventory": (str, list, type(None)), "world_state": dict}
 _PLACE: Fields = {"visited": bool, "objects": (list, type(None))}

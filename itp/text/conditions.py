@@ -152,21 +152,21 @@ def read_conditions(folder: str | Path) -> dict[str, Conditions]:
             for key in dict.fromkeys([*lists, *failed])}
 
 
-def object_lists_of(value: Any, where: str) -> dict[str, tuple[str, ...]]:
-    """Object lists from JSON.  Raises UserError, which begins with ``where``."""
+def object_lists_of(value: Any, where: str, advice: str = _WRITE_AGAIN) -> dict[str, tuple[str, ...]]:
+    """Object lists from JSON.  Raises UserError, which begins with ``where`` and ends with ``advice``."""
     if not isinstance(value, dict) or not all(
             re.fullmatch(NAME, place) and isinstance(things, list) and all(isinstance(thing, str) for thing in things)
             for place, things in value.items()):
         raise UserError(f"{where}: not lists of object types by receptacle, such as "
-                        f'{{"cabinet 1": ["mug", "plate"]}}; {_WRITE_AGAIN}')
+                        f'{{"cabinet 1": ["mug", "plate"]}}; {advice}')
     return {place: tuple(things) for place, things in value.items()}
 
 
-def failed_of(value: Any, where: str) -> tuple[FailedAction, ...]:
-    """Failed actions from JSON.  Raises UserError, which begins with ``where``."""
+def failed_of(value: Any, where: str, advice: str = _WRITE_AGAIN) -> tuple[FailedAction, ...]:
+    """Failed actions from JSON.  Raises UserError, which begins with ``where`` and ends with ``advice``."""
     rows = value if isinstance(value, list) else [None]
     for row in rows:
         if not (isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[1], str)
-                and (row[2] is None or isinstance(row[2], (str, list))) and isinstance(row[3], dict)):
-            raise UserError(f"{where}: not rows of action, location, inventory and the target's state; {_WRITE_AGAIN}")
-    return tuple(FailedAction(*row) for row in rows)
+                and isinstance(row[2], (str, list, type(None))) and isinstance(row[3], (dict, type(None)))):
+            raise UserError(f"{where}: not rows of action, location, inventory and the target's state; {advice}")
+    return tuple(FailedAction(*row[:3], row[3] or {}) for row in rows)
