@@ -58,6 +58,13 @@ def write_episode(folder: Path, index: int, episode: Episode) -> dict[str, Any]:
     return record
 
 
+def forget_later_trials(folder: Path, index: int, trial: int) -> None:
+    """Remove the files of a game's trials after ``trial``: they built on what is played again now."""
+    for file in folder.glob(f"{index}.t*.json"):
+        if _TRIAL_NAME.fullmatch(file.stem) and int(file.stem.partition(".t")[2]) > trial:
+            file.unlink()
+
+
 def write_note(folder: Path, index: int, trial: int, note: str, usage: dict[str, Usage]) -> None:
     """Add to an episode's file what the method said when it looked back on it."""
     file = trial_file(folder, index, trial)

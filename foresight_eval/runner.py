@@ -192,6 +192,7 @@ class Recorder:
         if self.left_out.takes(episode):
             return
         i = self._index[episode.game.game_id]
+        results.forget_later_trials(self.folder, i, episode.trial)
         record = results.write_episode(self.folder, i, episode)
         append_line(self.folder / "log.txt", log_line(i, record["meta"]))
         self.episodes, self.steps = self.episodes + 1, self.steps + len(episode.steps)

@@ -5,7 +5,8 @@
 #   python scripts/experiment.py configs/experiments/when_it_pays.yaml
 #
 # For each number of GAMES that an expert plays (MISSIONS dialogues each) and each of SEEDS: a base LM on those episodes and
-# on random walks, and a policy on the dialogues.  DATA names games that there are already, such as runs/released/data.
+# on random walks, and a policy on the dialogues.  DATA names games that there are already, such as runs/released/data;
+# the experiment then needs --data, too.
 # What is finished is kept, what is missing is made.
 set -euo pipefail
 

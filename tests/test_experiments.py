@@ -323,7 +323,7 @@ def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Pat
     assert rows["itp-18"][0].startswith("75.0")
     # Where a seed is missing, only those that both have are compared: 0, 0, 0, 1 and 0, 1, 1, 1.
     table = program.make_table(experiment["tables"][0], runs[1:], values)
-    assert {row[0]: row[5 - 1] for row in table.rows}["itp-18"] == "+50.0 (-6.6 to +106.6, 1 of 2 seeds)"
+    assert {row[0]: row[5 - 1] for row in table.rows}["itp-18"] == "+50.0 (-6.6 to +100.0, 1 of 2 seeds)"
     assert runs[0].name_without("seed", "games") == "sft"
     assert {name: {x: rate for x, (rate, _) in points.items()} for name, points in program.curves(
         experiment["tables"][0] | {"x": "games"}, runs).items()} == {"sft": {18: 0.375}, "itp": {18: 0.75}}

@@ -168,6 +168,20 @@ def test_beliefs_count() -> None:
         "You arrive at cabinet 1. The cabinet 1 is closed 1.")
 
 
+def test_a_thermometer_makes_no_receptacles() -> None:
+    seen = "This room is called the kitchen. In it, you see: a thermometer, currently reading a temperature of 10 degrees."
+    state = State("boil water", seen)
+    assert Gain(state, {}, env="scienceworld").worth((("open door", "The door is now open."),)) == NEW
+
+
+@pytest.mark.parametrize("task, condition", [
+    ("place a heated mug in the cabinet", "hot"), ("put a chilled apple in fridge", "cool"),
+    ("put a washed plate in cabinet", "clean"), ("put some sliced apple in fridge", None)])
+def test_a_task_is_understood_whole_or_not_at_all(task: str, condition: str | None) -> None:
+    needs = Needs.of(task)
+    assert (needs.condition if needs else None) == condition
+
+
 def test_what_gathers_information() -> None:
     state = after(DESK, CLOSED)
     assert [action for action in ("go to desk 1", "go to cabinet 1", "open cabinet 1", "go to shelf 1", "look",

@@ -183,6 +183,7 @@ def test_any_method_may_be_asked_for(served: Served) -> None:
     (TASK | {"history": [{"action": "look"}]}, "history.0.observation: Field required"),
     (TASK | {"invalid": [True]}, "invalid has 1 entries, and history 0"),
     (b'{"task": "\\ud800", "first_observation": "x"}', "surrogate"),
+    (TASK | {"history": [{"action": "go", "observation": "On the mug 1, you see " * 500}]}, "has 11000 characters"),
     (TASK | {"history": [{"action": "go", "observation": "y " * 2500}]}, "exceed its context"),
 ])
 def test_bad_requests_are_answered_with_what_is_wrong(served: Served, body: Any, says: str) -> None:

@@ -139,9 +139,15 @@ def _episode(request: PlanRequest, played: PlanRequest | Trial) -> tuple[State, 
 async def _decide_all(planner: Planner, settings: ServeSettings, cases: list[tuple[State, list[EarlierTrial]]],
                       ) -> list[Planned]:
     """The decisions in some states, written freely: the published form lists no admissible actions."""
-    return await asyncio.gather(*(
-        planner.decide(state, None, derive_seed(settings.seed, state.task, len(state.history)), selection="generate",
-                       earlier=earlier) for state, earlier in cases))
+    tasks = [asyncio.create_task(planner.decide(
+        state, None, derive_seed(settings.seed, state.task, len(state.history)), selection="generate", earlier=earlier))
+        for state, earlier in cases]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:  # where one fails, nobody waits for the others
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _cases(body: PolicyRequest) -> list[tuple[State, list[EarlierTrial]]]:

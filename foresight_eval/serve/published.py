@@ -33,8 +33,14 @@ _FAILED = re.compile(r"(?:\d+\.\s*)?You (?:attempt|attempted) to (.+?),? but (?:
 _FORM = "docs/serving.md shows the form"
 
 
-def _encodable(text: str) -> str:
-    """``text``, if it is Unicode that can be written; JSON can hold half a character."""
+MAX_TEXT = 10_000
+"""Characters of a text at most: several times the longest observation.  Reading takes time that grows with their square."""
+
+
+def _readable(text: str) -> str:
+    """``text``, if it isn't too long, and is Unicode that can be written; JSON can hold half a character."""
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"has {len(text)} characters, and may have {MAX_TEXT}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -42,7 +48,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(_readable)]
 
 
 class ReceptacleState(BaseModel):
@@ -88,7 +94,7 @@ def _object_lists(value: Any) -> dict[str, tuple[str, ...]]:
 def _failed(value: Any) -> tuple[FailedAction, ...]:
     failed = failed_of([] if value is None else value, "failed actions", _FORM)
     for one in failed:
-        _encodable(one.action)
+        _readable(one.action)
     return failed
 
 

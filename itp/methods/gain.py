@@ -42,11 +42,12 @@ class Gain:
     """The worth of outcomes in ``state``.  ``memory``: of places that the episode hasn't seen, as steps by place.
 
     ``recall``: an imagined look at a remembered place shows what is remembered, whatever the world model predicts.
+    ``env``: the environment of the game.
     """
 
-    def __init__(self, state: State, memory: Mapping[str, Steps], recall: bool = False) -> None:
+    def __init__(self, state: State, memory: Mapping[str, Steps], recall: bool = False, env: str = "alfworld") -> None:
         self.recall = recall
-        self.symbolic = bool(receptacles(state.first))
+        self.symbolic = env == "alfworld" and bool(receptacles(state.first))
         self.needs = Needs.of(state.task) if self.symbolic else None
         self.heard = {state.first, *(observation for _, observation in state.history)}
         start = State(state.task, state.first)

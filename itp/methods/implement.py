@@ -101,7 +101,7 @@ class _Step:
                                        for action, outcomes in self.outcomes.items()})
 
     async def by_gain(self) -> Decision:
-        gain = Gain(self.view.state, self.memory, self.settings.implement_memory == "recall")
+        gain = Gain(self.view.state, self.memory, self.settings.implement_memory == "recall", self.view.game.env)
         choices: dict[str, Choice] = {}
         values: dict[str, float] = {}
         async for i, choice in self._likeliest(gain.remembered(self.memory)):
@@ -173,7 +173,8 @@ class _Step:
     async def _imagine(self, action: str, i: int) -> list[Steps]:
         """Sampled outcomes of ``action``; opening what is closed belongs to going there."""
         known, temperature = self._known(action), self.settings.implement_temperature
-        n = self.settings.belief_samples if gathers_information(self.view.state, action) else 1
+        informs = self.view.game.env == "alfworld" and gathers_information(self.view.state, action)
+        n = self.settings.belief_samples if informs else 1
         said = await self.world_model.sample(known, action, n, self._seed("outcomes", i), temperature)
         if not action.startswith("go to ") or n == 1:
             return [((action, one),) for one in said]

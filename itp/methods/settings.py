@@ -10,7 +10,7 @@ NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
 """They ask the policy whether something helps."""
 
-DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt")
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
 TREE_SEARCH = ("rap", "mcts")

@@ -14,7 +14,11 @@ from itp.envs.alfworld.vocabulary import place_types, task_object
 from itp.text.alfworld_phrases import kind
 from itp.text.belief import Belief, Place
 
-_CONDITIONS = {"hot": "hot", "heat": "hot", "cool": "cool", "cold": "cool", "clean": "clean"}
+_CONDITIONS = {**dict.fromkeys(("hot", "heat", "heated", "warm"), "hot"),
+               **dict.fromkeys(("cool", "cold", "cooled", "chilled"), "cool"),
+               **dict.fromkeys(("clean", "cleaned", "rinsed", "washed"), "clean")}
+_PLAIN = ("a", "an", "the", "some", "one", "two", "at")
+"""Words before an object that ask nothing of it."""
 _VERBS = {"hot": "heat", "cool": "cool", "clean": "clean"}
 _TOOLS = {condition: dict(TOOLS.values())[verb] for condition, verb in _VERBS.items()}
 DELIVERED = 10
@@ -36,10 +40,13 @@ class Needs:
 
     @classmethod
     def of(cls, task: str) -> Needs | None:
-        """What ``task`` names; None where it names no object, or no place for it."""
+        """What ``task`` names; None where it names no object, or no place for it, or asks for what isn't known here."""
         words = re.findall(r"[a-z]+", task.lower())
         target = task_object(" ".join(words))
-        behind = words[words.index(target) + 1:] if target else []
+        at = words.index(target) if target else 0
+        if at and words[at - 1] not in (*_PLAIN, *_CONDITIONS, *_VERBS.values(), "examine"):
+            return None  # a sliced apple, say
+        behind = words[at + 1:] if target else []
         lamp = next((word for word in behind if word in LAMPS), "")
         place = "" if lamp else next((word for word in reversed(behind) if word in place_types()), "")
         if not lamp and not place:
