@@ -140,16 +140,14 @@ class Policy:
         prompt = self.prompt(state, "Thought", self.text_tokens, notes=notes)
         reply, = await self._write(prompt, self.text_tokens, seed, stop=NEXT_ROUND)
         raw = reply.text if self.form.template.thinks else "Thought:" + reply.text
-        action = parse_action(raw)
-        return Choice(action or clean_action(reply.text.strip().split("\n")[-1]), raw, parse_thought(raw), bool(action))
+        return _planned(reply.text, raw)
 
     async def plan(self, state: State, seed: int, *, notes: str = "") -> tuple[Choice, bool]:
         """A thought, an action, and whether more actions are to be tried in imagination; one reply, written freely."""
         prompt = self.prompt(state, "Plan", self.text_tokens, notes=notes)
         reply, = await self._write(prompt, self.text_tokens, seed, stop=NEXT_ROUND)
         raw = reply.text if self.form.template.thinks else "Thought:" + reply.text
-        action = parse_action(raw)
-        return Choice(action or "", raw, parse_thought(raw), bool(action)), parse_help(raw)
+        return _planned(reply.text, raw), parse_help(raw)
 
     async def choose(self, state: State, actions: Sequence[str], seed: int, *, notes: str = "") -> Choice:
         """One of ``actions``.  Where a server's reply names none of them, it is the first."""
@@ -278,6 +276,12 @@ class Policy:
             return await self.lm.generate([prompt] * n, params)
         params = GenParams(self.thinking_tokens + max_new_tokens, temperature, self.top_p, seed=seed)
         return [_answer(reply, stop) for reply in await self.lm.generate([prompt] * n, params)]
+
+
+def _planned(reply: str, raw: str) -> Choice:
+    """The action of a reply that may begin with a thought; its last line, where it names none."""
+    action = parse_action(raw)
+    return Choice(action or clean_action(reply.strip().split("\n")[-1]), raw, parse_thought(raw), bool(action))
 
 
 def _answer(reply: Generation, stop: tuple[str, ...]) -> Generation:
