@@ -18,6 +18,7 @@ source scripts/environment.sh
 : "${TRAIN_GAMES:=110}" "${SEEN_GAMES:=6}" "${UNSEEN_GAMES:=102}" "${MISSIONS:=16}" "${MIXED_MISSIONS:=4}"
 : "${MAX_STEPS:=40}" "${DRILLS:=20000}" "${LM_EPOCHS:=2}" "${POLICY_EPOCHS:=2}" "${WM_ROWS:=2600}" "${WM_EPOCHS:=1}"
 : "${MAX_K:=2}" "${LABEL_ROWS:=1200}" "${RL_EPISODES:=2560}" "${ITP_R:=1}"
+: "${ROUNDS:=5}" "${SAMPLES:=10}"  # of the actions and of the outcomes that implement imagines
 : "${REASONING_SHARE:=0}"  # 0.25 teaches thoughts, reflections, yes and no as well: for configs/experiments/methods.yaml
 
 step() { printf '\n== %s\n' "$*"; }
@@ -72,7 +73,8 @@ evaluate() {
 evaluate sft "$run/policy/merged_full" --method sft --action_selection constrained
 evaluate sft-free "$run/policy/merged_full" --method sft --action_selection generate
 evaluate foresight "$run/policy/merged_full" --method foresight --action_selection constrained
-evaluate implement "$run/policy/merged_full" --method implement --implement_choice gain --action_selection constrained
+evaluate implement "$run/policy/merged_full" --method implement --implement_choice gain --action_selection constrained \
+  --rounds "$ROUNDS" --belief_samples "$SAMPLES"
 for actor in expert random; do
   collect "held_out/$actor" --actor "$actor" --split unseen --noise 0.3 --max_games 30 --max_steps 30
 done

@@ -24,7 +24,7 @@ from itp.text.state import State
 
 SELECTIONS = ("generate", "constrained", "score")
 """How an action is chosen: written freely; decoded under a trie of the admissible actions (exact
-probabilities, never invalid); or the admissible action with the highest log-probability."""
+probabilities, never another one); or the admissible action with the highest log-probability."""
 
 NEXT_ROUND = ("\nObservation:", "\nTask:")
 """What a model writes that goes on with the environment's part."""
