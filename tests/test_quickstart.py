@@ -11,7 +11,7 @@ REPO = Path(__file__).parents[1]
 MINIATURE = {
     "ITP_VENV": "active", "TRAIN_GAMES": "6", "SEEN_GAMES": "1", "UNSEEN_GAMES": "6", "MISSIONS": "2",
     "MIXED_MISSIONS": "1", "DRILLS": "128", "LM_EPOCHS": "1", "POLICY_EPOCHS": "1", "WM_ROWS": "40", "WM_EPOCHS": "1",
-    "MAX_K": "1", "MAX_STEPS": "6", "LABEL_ROWS": "12", "RL_EPISODES": "4", "ROUNDS": "1",
+    "MAX_K": "1", "MAX_STEPS": "4", "LABEL_ROWS": "12", "RL_EPISODES": "4", "ROUNDS": "1",
     "SAMPLES": "1",
 }
 
