@@ -194,7 +194,7 @@ def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], wh
 
 
 def check_pooled(shown: Mapping[str, Any], runs: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where runs can't be pooled: all of their names have the variables, and no two lose their names."""
+    """Raise UserError where runs can't be pooled: their names must have the variables, and differ without them."""
     check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
     variables = [shown[name] for name in ("pool", "x") if name in shown]
     for name in variables:

@@ -107,7 +107,8 @@ CARD = {"prompt_style": "tuned", "turns": {"head": "<user>", "tail": "<model>"}}
 
 
 @pytest.mark.parametrize("name, good, bad", [
-    (MODEL_CARD, CARD, [[], CARD | {"turns": {"head": "x"}}, CARD | {"turns": "x"}, CARD | {"control": 1}, CARD | {"control": True},
+    (MODEL_CARD, CARD, [[], CARD | {"turns": {"head": "x"}}, CARD | {"turns": "x"}, CARD | {"control": 1},
+                        CARD | {"control": True},
                         CARD | {"prompt_style": "x"}, CARD | {"foresight_format": "x"}, CARD | {"max_seq_len": -1}]),
     (HEADS_CONFIG, {"kmax": 5}, [[], {}, {"kmax": None}, {"kmax": "5"}, {"kmax": 0}]),
     ("config.json", {"config": {}}, [[], {}, {"config": []}]),

@@ -206,14 +206,16 @@ def test_a_folder_with_heads_says_what_it_is(plain, tmp_path):
     PolicyWithHeads.create(model, tokenizer, 4).save_pretrained(tmp_path, tokenizer)
     assert has_heads(tmp_path) and kmax_of(tmp_path) == 4 and not has_heads(plain)
     assert json.loads((tmp_path / "policy_heads.json").read_text()) == {"kmax": 4, "hidden_size": 32}
-    assert json.loads((tmp_path / "itp_model.json").read_text()) == {"prompt_style": "tuned", "control": True, "control_prompt": "own"}
+    assert json.loads((tmp_path / "itp_model.json").read_text()) == {
+        "prompt_style": "tuned", "control": True, "control_prompt": "own"}
     weights = load_file(tmp_path / "policy_heads.safetensors")
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
         "k_head.weight": (5, 32), "k_head.bias": (5,), "v_head.weight": (1, 32), "v_head.bias": (1,)}
     (tmp_path / "itp_model.json").write_text('{"prompt_style": "instruct"}')
     again, _ = PolicyWithHeads.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path, tokenizer)
-    assert json.loads((tmp_path / "itp_model.json").read_text()) == {"prompt_style": "instruct", "control": True, "control_prompt": "own"}
+    assert json.loads((tmp_path / "itp_model.json").read_text()) == {
+        "prompt_style": "instruct", "control": True, "control_prompt": "own"}
     asked = (f"import sys; from itp.agent.heads import has_heads, kmax_of; print(has_heads({str(tmp_path)!r}), "
              f"kmax_of({str(tmp_path)!r}), 'torch' in sys.modules)")
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)

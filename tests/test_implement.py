@@ -169,7 +169,7 @@ def test_beliefs_count() -> None:
 
 
 def test_a_thermometer_makes_no_receptacles() -> None:
-    seen = "This room is called the kitchen. In it, you see: a thermometer, currently reading a temperature of 10 degrees."
+    seen = "This room is called the kitchen. In it, you see: a thermometer, reading a temperature of 10 degrees."
     state = State("boil water", seen)
     assert Gain(state, {}, env="scienceworld").worth((("open door", "The door is now open."),)) == NEW
 

@@ -89,7 +89,7 @@ def test_cards_of_earlier_versions_are_read(tmp_path: Path) -> None:
 
 def test_a_policy_that_acted_behind_the_control_token_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "itp_model.json", {"prompt_style": "tuned", "control": True})
-    with pytest.raises(UserError, match=r"itp_model.json: this policy learned to act with <CTRL> in its prompt.*stage 2"):
+    with pytest.raises(UserError, match=r"itp_model.json: this policy learned to act with <CTRL> .*stage 2"):
         ModelCard.read(tmp_path)
 
 

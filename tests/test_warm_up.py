@@ -276,7 +276,8 @@ async def test_the_k_head_learns_where_looking_ahead_helps(model_path, tmp_path)
     matched = sum(a == row["action"] for a, row in zip(actions, unseen, strict=True))
     assert right >= 0.9 * len(unseen) and matched >= 0.9 * len(unseen)
     card = json.loads((tmp_path / "out" / "merged_full" / "itp_model.json").read_text())
-    assert card == {"prompt_style": "tuned", "control": True, "control_prompt": "own", "foresight_format": "full", "history_keep_steps": 0,
+    assert card == {"prompt_style": "tuned", "control": True, "control_prompt": "own", "foresight_format": "full",
+                    "history_keep_steps": 0,
                     "max_seq_len": settings.max_seq_len}
 
 

@@ -34,7 +34,8 @@ _FORM = "docs/serving.md shows the form"
 
 
 MAX_TEXT = 10_000
-"""Characters of a text at most: several times the longest observation.  Reading takes time that grows with their square."""
+"""Characters of a text at most: several times the longest observation.  Reading takes time that grows with
+their square."""
 
 
 def _readable(text: str) -> str:
