@@ -92,10 +92,7 @@ class Run:
 
     def name_without(self, *variables: str) -> str:
         """Its name, the same whatever ``variables`` are."""
-        form = self.form
-        for variable in variables:  # with the letter before it, as in a-s{seed}, if that stands alone
-            form = re.sub(rf"(-[a-z]?)?\{{{variable}\}}", "", form)
-        return fill(form, self.variables)
+        return fill(without(self.form, *variables), self.variables)
 
 
 def main() -> None:
@@ -203,12 +200,11 @@ def check_pooled(shown: Mapping[str, Any], runs: Mapping[str, Any], over: Mappin
     for form in forms:
         if missing := [name for name in variables if f"{{{name}}}" not in form]:
             raise UserError(f"{where}: the run {form} has no {{{missing[0]}}} in its name")
-    pooled = [Run("", "", form, {}, (), None, Path()).name_without(*variables) for form in forms]
+    pooled = [without(form, *variables) for form in forms]
     if "" in pooled or len(set(pooled)) < len(pooled):
         raise UserError(f"{where}: without {' and '.join(variables)} these runs have the same name or none: "
                         f"{', '.join(forms)}")
-    known(shown["against"], [Run("", "", form, {}, (), None, Path()).name_without(shown["pool"]) for form in forms],
-          f"{where}, against", "run")
+    known(shown["against"], [without(form, shown["pool"]) for form in forms], f"{where}, against", "run")
 
 
 def check_keys(value: Any, where: object, required: Sequence[str], *, optional: Sequence[str] = ()) -> None:
@@ -274,6 +270,13 @@ def make_run(part: str, form: str, command: str, values: Mapping[str, Any], vari
         return Run(part, name, form, variables, words, from_args(settings, parser.parse_args(words[3:])), out)
     except UserError as error:
         raise UserError(f"{part}/{name}: {error}") from error
+
+
+def without(form: str, *variables: str) -> str:
+    """The name ``form`` without the fields of ``variables``, and the letter before one, as in a-s{seed}."""
+    for variable in variables:
+        form = re.sub(rf"(-[a-z]?)?\{{{variable}\}}", "", form)
+    return form
 
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
