@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from foresight_eval.extract_conditions import ExtractSettings
+from foresight_eval.extract_episodes import EpisodesSettings
 from foresight_eval.serve.settings import ServeSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
@@ -34,7 +35,7 @@ SETTINGS = {
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
-    "foresight_eval.extract_conditions": ExtractSettings,
+    "foresight_eval.extract_conditions": ExtractSettings, "foresight_eval.extract_episodes": EpisodesSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings, "foresight_eval.serve": ServeSettings,

@@ -244,6 +244,7 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
     assert chosen(7, max_games=3) == [0, 2, 4] and chosen(7, max_games=8) == list(range(7))
     shares = [chosen(7, part_num=3, part_idx=i) for i in range(3)]
     assert sorted(sum(shares, [])) == list(range(7)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [chosen(12, max_games=6, part_num=2, part_idx=i) for i in range(2)] == [[0, 4, 8], [2, 6, 10]]
     for changes, says in (({"only_ids": "1,x"}, "--only_ids '1,x'"), ({"only_ids": "7"}, r"\[7\].*0\.\.6"),
                           ({"part_num": 3, "part_idx": 3}, "--part_idx 3")):
         with pytest.raises(UserError, match=says):

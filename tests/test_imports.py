@@ -26,7 +26,8 @@ PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.
             "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
-            "foresight_eval.extract_conditions", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
+            "foresight_eval.extract_conditions", "foresight_eval.extract_episodes",
+            "world_model/base_tuning/finetune.py", "scripts/experiment.py")
 
 
 def test_installed_commands_are_the_programs() -> None:
