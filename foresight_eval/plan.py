@@ -102,7 +102,7 @@ class EvalPlan:
         return load_world_model(
             s.wm_model, env=s.env, lm=lm, server=self.wm_server, device=device, dtype=s.wm_dtype, barrier=barrier,
             engine=s.engine, concurrency=s.concurrency, style=s.wm_prompt_style, chat=s.chat_template,
-            max_new_tokens=getattr(s, limit), limit_flag=f"--{limit}")
+            max_new_tokens=getattr(s, limit), recall=s.wm_recall, limit_flag=f"--{limit}")
 
     def build_method(self, policy: Policy, world_model: WorldModel | EngineWorldModel | None) -> Method:
         """What acts."""

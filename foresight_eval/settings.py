@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from itp.agent.policy import SELECTIONS
+from itp.agent.world_model import RecallFlag
 from itp.config import flag
 from itp.devices import DTYPES
 from itp.envs.base import TextEnv
@@ -22,7 +23,7 @@ from itp.text.prompt_format import STYLES
 
 
 @dataclass
-class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelServerFlags, EngineFlags):
+class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelServerFlags, RecallFlag, EngineFlags):
     """An agent: its models, how they are asked, and its method.
 
     Programs add ``env``, ``max_k`` and ``max_k_without_head``, the K_max of an environment without a K-head's.

@@ -61,13 +61,15 @@ def load_policy(path: str, *, env: str = "alfworld", lm: LM | None = None, serve
 def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, server: Server | None = None,
                      device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
                      engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto",
-                     chat: bool = True, max_new_tokens: int = 192,
+                     chat: bool = True, max_new_tokens: int = 192, recall: bool = False,
                      limit_flag: str = "--wm_max_new_tokens") -> WorldModel:
     """The world model in the model folder (or of the hub name) ``path``.
 
-    ``max_new_tokens``: of a predicted observation at most, which the flag ``limit_flag`` sets.  The other arguments
-    are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError.
+    ``max_new_tokens``: of a predicted observation at most, which the flag ``limit_flag`` sets.  ``recall``: see
+    :class:`itp.agent.world_model.WorldModel`.  The other arguments are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError.
     """
+    if recall and env != "alfworld":
+        raise UserError(f"--wm_recall knows the rules of ALFWorld's rooms only; leave it out for {env}")
     if lm is None:
         lm = (server.connect("world_model", concurrency) if server else
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))
@@ -76,7 +78,7 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     prompt = fill_in(AS_TRAINED, recorded_settings(path), path)
     return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
                       history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
-                      limit_flag=limit_flag)
+                      recall=recall, limit_flag=limit_flag)
 
 
 def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:

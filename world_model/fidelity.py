@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from itp.agent.world_model import WorldModel
+from itp.agent.world_model import RecallFlag, WorldModel
 from itp.config import by_own_names, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class FidelitySettings:
+class FidelitySettings(RecallFlag):
     wm_model: str = flag(help="world models, comma-separated: model folders, or names on the Hugging Face hub")
     transitions: str = flag(help="transitions.jsonl of episodes that no training saw; several comma-separated")
     env: str = flag("alfworld", help="environment of the transitions", choices=ENVIRONMENTS)
@@ -229,7 +229,7 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
     """All figures of one world model: one_step and by_depth by source, and consistency where it is asked for."""
     barrier = BatchBarrier()
     world_model = load_world_model(model, env=settings.env, device=settings.device, dtype=settings.dtype,
-                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens)
+                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens, recall=settings.wm_recall)
     figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
     for source, transitions in sources.items():
         rows = _sample(settings, "rows", transitions, settings.max_rows)

@@ -244,7 +244,7 @@ def load(settings: RlSettings, folder: RunFolder, processes: Processes) -> tuple
         world_model = load_world_model(
             settings.wm_model, env=settings.env, device=wm_device, dtype=settings.wm_dtype, barrier=barrier,
             engine=settings.fixed_engine if wm_device == device else settings.engine,
-            max_new_tokens=settings.wm_max_new_tokens)
+            max_new_tokens=settings.wm_max_new_tokens, recall=settings.wm_recall)
     player = Player(settings, lm, world_model, barrier)
     policy.card = policy.card.with_format(player.policy.form)  # as it acts; a release's policy has no card
     return progress, player, learner

@@ -11,6 +11,7 @@ from pathlib import Path
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import IMAGINED_ACTION_TOKENS
 from itp.agent.prompt_budget import RESERVE
+from itp.agent.world_model import RecallFlag
 from itp.config import flag
 from itp.devices import DTYPES
 from itp.envs.registry import EnvFlags
@@ -27,7 +28,7 @@ ADVANTAGES = ("critic", "group", "gigpo")
 
 
 @dataclass
-class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
+class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     policy_model: str = flag(help="policy with heads, as sft leaves it", affects_result=False, holds="path",
                              aliases=("policy_model_path",))
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it",

@@ -215,7 +215,8 @@ def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: 
         **prompt_settings(settings))
     world_model = load_world_model(
         settings.wm_model, env=settings.env, device=settings.wm_device, dtype=settings.wm_dtype, barrier=barrier,
-        engine={"max_batch_rows": settings.wm_batch_size, **settings.engine}, max_new_tokens=settings.wm_max_new_tokens)
+        engine={"max_batch_rows": settings.wm_batch_size, **settings.engine}, max_new_tokens=settings.wm_max_new_tokens,
+        recall=settings.wm_recall)
     if settings.label_by == "likelihood":
         return Labeler(policy, world_model, candidates, settings)
     pool = EnvPool(branches.engine(settings), processes_for(settings.env_processes, settings.concurrency))

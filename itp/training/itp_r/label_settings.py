@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from itp.config import flag
 from itp.agent.policy import SELECTIONS
+from itp.agent.world_model import RecallFlag
 from itp.devices import DTYPES
 from itp.errors import UserError
 from itp.games import ENVIRONMENTS, K_MAX
@@ -21,7 +22,7 @@ BY_BRANCH = ("env_data_root", "env_split", "action_selection", "branch_steps", "
 
 
 @dataclass
-class LabelSettings(PromptFlags, EngineFlags):
+class LabelSettings(PromptFlags, RecallFlag, EngineFlags):
     expert_jsonl: str = flag(help="the expert's transitions: rows of episode_id, step, state, action, next_state",
                              affects_result=False)
     policy_model: str = flag(help="the base policy π_θ0", affects_result=False, aliases=("policy_model_path",))
