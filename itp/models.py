@@ -15,6 +15,7 @@ from typing import Any
 from itp.agent.heads import has_heads
 from itp.agent.policy import IMAGINED_ACTION_TOKENS, Policy
 from itp.agent.prompt_budget import RESERVE, PromptBudget, prompt_tokens
+from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
 from itp.errors import UserError
 from itp.lm.base import LM
@@ -23,7 +24,7 @@ from itp.lm.openai import OpenAILM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import Server
 from itp.lm.tokenize import Encoder
-from itp.model_card import AS_TRAINED, fill_in, format_for, recorded_settings
+from itp.model_card import AS_TRAINED, fill_in, format_for, predicts_states, recorded_settings
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 
@@ -62,12 +63,16 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
                      device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
                      engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto",
                      chat: bool = True, max_new_tokens: int = 192,
-                     limit_flag: str = "--wm_max_new_tokens") -> WorldModel:
+                     limit_flag: str = "--wm_max_new_tokens", states: bool = False) -> WorldModel:
     """The world model in the model folder (or of the hub name) ``path``.
 
     ``max_new_tokens``: of a predicted observation at most, which the flag ``limit_flag`` sets.  The other arguments
-    are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError.
+    are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError, also for
+    a model of symbolic states, which only those who want one (``states``) can ask: see :func:`load_state_model`.
     """
+    if not states and predicts_states(path):
+        raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model that "
+                        "predicts observations")
     if lm is None:
         lm = (server.connect("world_model", concurrency) if server else
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))
@@ -77,6 +82,14 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
                       history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
                       limit_flag=limit_flag)
+
+
+def load_state_model(path: str, **options: Any) -> StateModel:
+    """The world model on symbolic states in ``path``, whose card says that it is one.
+
+    ``options``: those of :func:`load_world_model`.
+    """
+    return StateModel(load_world_model(path, states=True, **options))
 
 
 def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:

@@ -16,7 +16,7 @@ from itp.program import run_main
 from itp.training.run import open_run, train
 from itp.training.settings import check_settings
 from itp.transitions import read_transitions
-from world_model.base_tuning.examples import WorldModelSettings, examples_for, sample
+from world_model.base_tuning.examples import WorldModelSettings, examples_for, predicts, sample
 
 DONE = "already done"
 """What ``--check_only`` prints where nothing is left to do; the shell script then stops."""
@@ -26,6 +26,7 @@ def main() -> None:
     settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
     transitions = read_transitions(settings.data_path)
     check_settings(settings)
+    what = predicts(transitions, settings.data_path)
     if 0 < settings.max_rows < len(transitions):
         transitions = sample(settings, transitions)
     done = open_run(settings, [settings.data_path])
@@ -37,7 +38,7 @@ def main() -> None:
     from world_model.base_tuning.task import WorldModelTask
 
     examples = examples_for(settings, load_tokenizer(settings.model_path), transitions)
-    train(settings, WorldModelTask(settings, examples))
+    train(settings, WorldModelTask(settings, examples, what))
 
 
 if __name__ == "__main__":
