@@ -26,6 +26,8 @@ from itp.text.state import State
 
 SHOWN = 5
 """Mistakes of a request, as many as its answer names."""
+LONGEST_NAME = 60
+"""Characters that the answer shows of a field's name, which a client may choose."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -172,10 +174,15 @@ def _say_what_is_wrong(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
+        found = [f"{'.'.join(str(part)[:LONGEST_NAME] for part in each['loc'][1:]) or 'body'}: {each['msg']}" for each in error.errors()]
         more = f"; and {len(found) - SHOWN} more" * (len(found) > SHOWN)
-        return JSONResponse({"detail": "; ".join(found[:SHOWN]) + more}, 422)
+        return JSONResponse({"detail": _one_line("; ".join(found[:SHOWN]) + more)}, 422)
 
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"detail": without_secrets(str(error))}, 502 if isinstance(error, ModelFailed) else 422)
+        return JSONResponse({"detail": _one_line(without_secrets(str(error)))}, 502 if isinstance(error, ModelFailed) else 422)
+
+
+def _one_line(text: str) -> str:
+    """``text`` without what would break a line or couldn't be written: a client's own names may have it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
