@@ -12,7 +12,7 @@ SERVING = ["transformers[serving]"]
 """For `transformers serve`, an OpenAI-compatible server of a local model."""
 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7"]
-"""For `python -m foresight_eval.serve`, our own server of planned actions."""
+"""For `python -m itp.serve`, our own server of planned actions."""
 
 REPORT = ["matplotlib>=3.8"]
 """For the figures of `foresight_eval.report`."""

@@ -71,8 +71,8 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     a model of symbolic states, which only those who want one (``states``) can ask: see :func:`load_state_model`.
     """
     if not states and predicts_states(path):
-        raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model that "
-                        "predicts observations")
+        raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model "
+                        "that predicts observations")
     if lm is None:
         lm = (server.connect("world_model", concurrency) if server else
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))

@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 
-from foresight_eval.serve.app import make_app
-from foresight_eval.serve.planner import Planner
-from foresight_eval.serve.requests import Requests
-from foresight_eval.serve.settings import ServeSettings
+from itp.serve.app import make_app
+from itp.serve.planner import Planner
+from itp.serve.requests import Requests
+from itp.serve.settings import ServeSettings
 from tests.tiny import write_tiny_model
 
 FIRST = "You are in the middle of a room. Looking quickly around you, you see a desk 2, and a fridge 1."
@@ -28,7 +28,8 @@ VALID = {
               "admissible_actions": ["look", "go to fridge 1"], "seed": 7, "method": "sft",
               "earlier": [{"history": [STEP], "success": False, "note": "look first", "invalid": [False]}]},
     "/generate_policy": {"current_goals": ["put a mug in fridge."], "current_states": [BELIEF],
-                         "histories": [["1. You successfully go to desk 2.", "2. You attempt to open desk 2 but fail."]],
+                         "histories": [["1. You successfully go to desk 2.",
+                                        "2. You attempt to open desk 2 but fail."]],
                          "current_tasks": ["put"], "model": "any", "conditions_1": [{"desk 2": ["mug"]}],
                          "conditions_2": [[["open desk 2", "desk 2", None, {}]]]},
     "/perception": {"samples": [{"action": "take mug 2 from desk 2", "success": True, "old_state": BELIEF,

@@ -55,8 +55,8 @@ class StateFidelitySettings:
     text_wm_model: str = flag("", help="a text world model to compare with")
     transitions: str = flag(help="transitions.jsonl of several episodes in each game, in rooms that no training saw")
     out_json: str = flag("", help="where to write the figures too")
-    max_rows: int = flag(500, at_least=0, help="a random sample of so many transitions, and of so many first visits (0: "
-                                               "all)")
+    max_rows: int = flag(500, at_least=0, help="a random sample of so many transitions, and of so many first visits "
+                                               "(0: all)")
     max_new_tokens: int = flag(1024, at_least=1, help="new tokens of a prediction at most")
     device: str = flag("cuda", help="device of the models")
     dtype: str = flag("fp16", help="their precision on a GPU", choices=DTYPES)

@@ -1,8 +1,9 @@
 """IMPLEMENT's world model on symbolic states: perception and prediction by one language model.
 
-Its card says ``"predicts": "state"``.  The model was trained on rows of :mod:`world_model.data_processing.metaicl`.  Its prompts are those of world-model
-training, with the text of a mode in the place of the state (:func:`itp.text.prompts.perception_state`,
-:func:`itp.text.prompts.prediction_state`), and it answers with the new state as JSON.
+Its card says ``"predicts": "state"``.  It was trained on rows of :mod:`world_model.data_processing.metaicl`.  Its
+prompts are those of world-model training, with the text of a mode in the place of the state
+(:func:`itp.text.prompts.perception_state`, :func:`itp.text.prompts.prediction_state`), and it answers with the new
+state as JSON.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ _BECOMES = {"heat": "hot", "cool": "cool", "clean": "clean"}
 def answer(before: Belief, action: str, after: Belief) -> str:
     """The observation by which ``action`` leads from ``before`` to what ``after`` says of the places that it names.
 
-    "Nothing happens." where that is as it was, so for ``look``, ``inventory`` and ``examine`` too.  Other changes, which
-    the action can't make, are left out.
+    "Nothing happens." where that is as it was, so for ``look``, ``inventory`` and ``examine`` too.  Other changes,
+    which the action can't make, are left out.
     """
     if match := TAKE.fullmatch(action):
         return picked_up(match[1], match[2]) if match[1] in after.inventory - before.inventory else NOTHING_HAPPENS

@@ -82,8 +82,8 @@ def predicts(transitions: Sequence[Transition], path: str) -> str:
     """What a model of these rows predicts, as its card says it.  Raises UserError where it would be both."""
     symbolic = sum(t.state.startswith((PERCEIVE, PREDICT)) for t in transitions)
     if 0 < symbolic < len(transitions):
-        raise UserError(f"{path}: {symbolic} of {len(transitions)} rows are of symbolic states (metaicl) and the others "
-                        "of observations; train a model on each")
+        raise UserError(f"{path}: {symbolic} of {len(transitions)} rows are of symbolic states (metaicl) and the "
+                        "others of observations; train a model on each")
     return "state" if symbolic else "observation"
 
 

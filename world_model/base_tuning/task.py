@@ -24,7 +24,8 @@ class WorldModelTask(TextTask):
 
     settings: WorldModelSettings
 
-    def __init__(self, settings: WorldModelSettings, examples: Sequence[Example], predicts: str = "observation") -> None:
+    def __init__(self, settings: WorldModelSettings, examples: Sequence[Example],
+                 predicts: str = "observation") -> None:
         super().__init__(settings, examples)
         self.predicts = predicts
 

@@ -23,8 +23,8 @@ LIST = "["
 """The same in an object list."""
 CONDITIONS = ("(hot)", "(cool)", "(clean)", "(on)")
 PHRASES = ('{"agent_location": "', '", "inventory": null, "world_state": {', '", "inventory": "', '", "world_state": {',
-           "]}}}", ']}], ["', *CONDITIONS, *MARKS, "middle of the room", "Seen in earlier trials:", "Failed in earlier trials:", "State:",
-           "Seen:", "Success:")
+           "]}}}", ']}], ["', *CONDITIONS, *MARKS, "middle of the room", "Seen in earlier trials:",
+           "Failed in earlier trials:", "State:", "Seen:", "Success:")
 _CONDITION = r"\((?:hot|cool|clean|on)\)"
 _KEY = r'"[a-z]+ \d+": \{"v'
 DROPPED = (

@@ -11,13 +11,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from foresight_eval.settings import AgentSettings
 from itp.agent import engine_world_model
 from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import Policy
 from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
+from itp.agent_settings import AgentSettings
 from itp.envs.pool import processes_for
 from itp.errors import UserError
 from itp.lm.base import LM
@@ -219,8 +219,8 @@ def _check_states(plan: EvalPlan) -> None:
     """Refuse a world model on symbolic states where nobody can ask it."""
     settings = plan.settings
     if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
-        raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for on "
-                        "ALFWorld; give a world model that predicts observations")
+        raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
+                        "on ALFWorld; give a world model that predicts observations")
 
 
 def _check_server_policy(plan: EvalPlan) -> None:
