@@ -24,7 +24,8 @@ from itp.lm.openai import OpenAILM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import Server
 from itp.lm.tokenize import Encoder
-from itp.model_card import AS_TRAINED, fill_in, format_for, predicts_states, recorded_settings
+from itp.lm.vision import VisionLM, sees
+from itp.model_card import AS_TRAINED, ModelCard, fill_in, format_for, predicts_states, recorded_settings
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 
@@ -73,6 +74,8 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     if not states and predicts_states(path):
         raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model "
                         "that predicts observations")
+    if lm is None and server is None and ModelCard.read(path) is not None and sees(path):
+        lm = VisionLM.load(path, device=device, dtype=dtype)
     if lm is None:
         lm = (server.connect("world_model", concurrency) if server else
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))

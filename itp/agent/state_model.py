@@ -14,6 +14,7 @@ from dataclasses import replace
 from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
+from itp.lm.vision import VisionLM
 from itp.seeding import derive_seed
 from itp.text import prompts
 from itp.text.answers import answer
@@ -39,10 +40,13 @@ class StateModel:
     async def close(self) -> None:
         await self.lm.close()
 
-    async def perceive(self, belief: Belief, action: str, observation: str, success: bool) -> Belief:
-        """[PER]: the state after ``action`` was answered, at temperature 0.  Raises UserError for a malformed reply."""
+    async def perceive(self, belief: Belief, action: str, observation: str, success: bool, image: str = "") -> Belief:
+        """[PER]: the state after ``action`` was answered, at temperature 0.  Raises UserError for a malformed reply.
+
+        ``image``: the file of a picture of what was seen, for a model that sees.
+        """
         state = prompts.perception_state(belief.to_json(), success, observation)
-        reply, = await self._replies(state, action, 1, 0, 0.0)
+        reply, = await self._replies(state, action, 1, 0, 0.0, image)
         return Belief.parse(reply, f"state after {action!r}")
 
     async def predict(self, belief: Belief, action: str, conditions: Conditions, n: int, seed: int,
@@ -55,9 +59,15 @@ class StateModel:
                                          [one.row for one in conditions.failed])
         return [_state_or(belief, reply) for reply in await self._replies(state, action, n, seed, temperature)]
 
-    async def _replies(self, state: str, action: str, n: int, seed: int, temperature: float) -> list[str]:
+    async def _replies(self, state: str, action: str, n: int, seed: int, temperature: float,
+                       image: str = "") -> list[str]:
         params = replace(self.params, temperature=temperature, seed=seed)
         prompt = prompts.world_model_prompt(state, action, self.form)
+        if image:
+            if not isinstance(self.lm, VisionLM):
+                raise UserError(f"{self.lm.name} sees no pictures; give a vision-language model that was trained on "
+                                "rows with images, or no image")
+            return [reply.text for reply in await self.lm.generate([prompt] * n, params, [image] * n)]
         return [reply.text for reply in await self.lm.generate([prompt] * n, params)]
 
 

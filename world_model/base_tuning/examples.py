@@ -68,7 +68,7 @@ def to_examples(transitions: Sequence[Transition], form: PromptFormat = TUNED,
                 return world_model_prompt(shown.render(), action, form)
 
             prompt = budget.prompt(state, render, len(encode.continuation(target)) + 1)  # and the end-of-sequence token
-        yield Example([(prompt, False), (target, True)], group=t.episode_id)
+        yield Example([(prompt, False), (target, True)], group=t.episode_id, image=t.image)
 
 
 def _state(text: str) -> State | None:

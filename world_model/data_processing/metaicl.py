@@ -4,7 +4,8 @@ r"""Transitions -> training data for IMPLEMENT's world model: one model on symbo
 
 ``OUT_DIR/transitions.jsonl`` then holds two rows for each transition, which world-model training takes as they are:
 
-[PER]  perception: action, whether it succeeded, old state, observation -> new state
+[PER]  perception: action, whether it succeeded, old state, observation, with the picture of it, where the transition
+       has one -> new state
 [PRE]  prediction: action, old state, object lists, failed actions -> new state
 
 States are symbolic (:mod:`itp.text.belief`).  The conditions of a row come from all episodes of the same scene
@@ -133,7 +134,8 @@ def to_rows(scenes: Sequence[Scene], seed: int, counts: Counter[str], max_failed
                         ("perception", perception_state(before.to_json(), works, t.next_state)),
                         ("prediction", prediction_state(before.to_json(), given.object_lists,
                                                         [one.row for one in given.failed]))):
-                    yield Transition(t.episode_id, t.step, text, t.action, after, task_type=t.task_type, source=mode)
+                    yield Transition(t.episode_id, t.step, text, t.action, after, task_type=t.task_type, source=mode,
+                                     image=t.image if mode == "perception" else "")
 
 
 def sampled(known: Conditions, action: str, opens: frozenset[str], draw: random.Random,
