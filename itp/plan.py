@@ -198,11 +198,25 @@ def _check_method(settings: AgentSettings) -> None:
     if settings.thinking and method in SCORE_ACTIONS:
         raise UserError(f"--thinking: --method {method} compares the log-probabilities of actions right after the "
                         "prompt, so the policy can't think first; leave the flag out")
+    if method == "implement":
+        _check_implement(settings)
     if method == "revise":
         _check_revise(settings)
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
         raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
                         "--method foresight")
+
+
+def _check_implement(settings: AgentSettings) -> None:
+    """Refuse memory that there is none of: what ScienceWorld's earlier trials showed isn't remembered."""
+    if settings.env != "scienceworld":
+        return
+    if settings.implement_memory == "recall":
+        raise UserError("--implement_memory recall: nothing is remembered of ScienceWorld's earlier trials; leave it "
+                        "out, or use --method reflexion, which writes notes on them")
+    if not settings.implement_imagination:
+        raise UserError("--implement_imagination false: the policy acts on what is remembered, and nothing is "
+                        "remembered of ScienceWorld's earlier trials; use --method sft")
 
 
 def _check_revise(settings: AgentSettings) -> None:

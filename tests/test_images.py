@@ -12,14 +12,15 @@ from PIL import Image
 
 from itp.agent.state_model import StateModel
 from itp.errors import UserError
-from itp.lm.base import GenParams
+from itp.lm.base import Generation, GenParams
 from itp.lm.vision import VisionLM, chat_prompt, inputs_of, load_processor, sees
+from itp.model_card import ModelCard
 from itp.models import load_state_model, load_world_model
 from itp.text.belief import Belief
 from itp.text.prompts import world_model_prompt
 from itp.text.state import State
 from itp.transitions import Transition, read_transitions, write_transitions
-from tests.tiny import TEXTS
+from tests.tiny import TEXTS, write_tiny_model
 from world_model.base_tuning import finetune
 from world_model.base_tuning.examples import WorldModelSettings, to_examples
 from world_model.base_tuning.vision_task import VisionTask
@@ -141,18 +142,17 @@ def test_a_model_learns_to_say_what_a_picture_shows(vlm: str, data: Path, tmp_pa
     assert again.text.strip() == "Nothing happens."
 
 
-def test_what_cannot_be_seen_is_one_line(vlm: str, data: Path, tmp_path: Path, tiny_policy: str) -> None:
-    from itp.model_card import ModelCard
-
+def test_what_cannot_be_seen_is_one_line(vlm: str, data: Path, tmp_path: Path) -> None:
+    tiny = str(write_tiny_model(tmp_path / "tiny"))
     with pytest.raises(UserError, match=r"image .*missing.png: can't be read"):
         inputs_of(load_processor(vlm), ["<image>"], [str(tmp_path / "missing.png")])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"image .*broken.png: can't be read"):
         inputs_of(load_processor(vlm), ["<image>"], [str(tmp_path / "broken.png")])
     with pytest.raises(UserError, match="need a vision-language model"):
-        load_processor(tiny_policy)
-    ModelCard(predicts="state").write(tiny_policy)
-    blind = load_state_model(tiny_policy)
+        load_processor(tiny)
+    ModelCard(predicts="state").write(tiny)
+    blind = load_state_model(tiny)
     assert isinstance(blind, StateModel)
     with pytest.raises(UserError, match="sees no pictures"):
         asyncio.run(blind.perceive(Belief.of(STATE), "look", "", True, str(data.parent / "red.png")))
@@ -164,7 +164,6 @@ def test_a_state_model_perceives_with_its_picture(vlm: str, data: Path) -> None:
     after = Belief.of(STATE).after("go to desk 2", COLORS["red"])
 
     def complete(prompt: str, image: str, params: GenParams, number: int) -> Any:
-        from itp.lm.base import Generation
         asked.append(inputs_of(lm.processor, [chat_prompt(lm.processor, prompt, bool(image))], [image]))
         return Generation(json.dumps(after.to_json()), 1, 1, 0, "stop")
 
