@@ -87,12 +87,12 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
                       limit_flag=limit_flag)
 
 
-def load_state_model(path: str, **options: Any) -> StateModel:
+def load_state_model(path: str, *, state_tokens: int = 2048, **options: Any) -> StateModel:
     """The world model on symbolic states in ``path``, whose card says that it is one.
 
-    ``options``: those of :func:`load_world_model`.
+    ``state_tokens``: of a predicted state at most.  ``options``: those of :func:`load_world_model`.
     """
-    return StateModel(load_world_model(path, states=True, **options))
+    return StateModel(load_world_model(path, states=True, **options), state_tokens)
 
 
 def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def episodes(games_root: Path) -> list[Steps]:
                 result = env.step(action)
                 if step % 7 != 5:
                     expert.observe(action, result.obs.text)
-                steps.append((Transition(f"{game.id}#{number}", step, state.render(), action, result.obs.text), state))
+                t = Transition(f"{game.game_id}#{number}", step, state.render(), action, result.obs.text)
+                steps.append((t, state))
                 state = state.after(action, result.obs.text)
                 if result.success:
                     break
@@ -111,7 +113,7 @@ def test_states_survive_the_tokenizer_and_a_place_is_one_token(episodes: list[St
         encoded = tokenizer.encode(f" {row.next_state}")
         assert tokenizer.decode(encoded.ids).strip() == row.next_state
         places = json.loads(row.next_state)["world_state"]
-        heads = [token for token in encoded.tokens if token.startswith('"')]
+        heads = [token for token in encoded.tokens if re.match(r'"[a-z]+ \d+": {', token)]
         assert len(heads) == len(places) and "[UNK]" not in encoded.tokens
         assert Belief.parse(tokenizer.decode(encoded.ids)) == Belief.parse(row.next_state)
     prompt = tokenizer.encode(next(t for t in texts if '": ["' in t)).tokens
@@ -139,7 +141,7 @@ def test_failed_actions_of_a_row_can_be_limited(episodes: list[Steps]) -> None:
                    for row in to_rows(scenes_of(list(of_all(episodes))), 0, Counter(), limit)
                    if row.source == "prediction")
 
-    assert most(0) > 2 and most(2) == 2
+    assert most(0) > most(1) == 1
 
 
 # --- the method

@@ -167,12 +167,12 @@ def remembered_visits(cases: Sequence[Case]) -> list[tuple[Case, Counter[str]]]:
 async def judge(settings: StateFidelitySettings, cases: Sequence[Case]) -> dict[str, Any]:
     """The figures of all models: ``next_state`` by kind, and ``memory`` with and without earlier trials."""
     barrier = BatchBarrier()
-    options = {"device": settings.device, "dtype": settings.dtype, "barrier": barrier,
-               "max_new_tokens": settings.max_new_tokens, "limit_flag": "--max_new_tokens"}
-    models: dict[str, OfStates | OfText] = {
-        "state": OfStates(load_state_model(settings.wm_model, **options), settings.seed)}
+    options = {"device": settings.device, "dtype": settings.dtype, "barrier": barrier}
+    states = load_state_model(settings.wm_model, state_tokens=settings.max_new_tokens, **options)
+    models: dict[str, OfStates | OfText] = {"state": OfStates(states, settings.seed)}
     if settings.text_wm_model:
-        models["text"] = OfText(load_world_model(settings.text_wm_model, **options), settings.seed)
+        models["text"] = OfText(load_world_model(settings.text_wm_model, max_new_tokens=settings.max_new_tokens,
+                                                 limit_flag="--max_new_tokens", **options), settings.seed)
     draw, n = random.Random(settings.seed), settings.max_rows
     visits = remembered_visits(cases)
     rows = draw.sample(cases, n) if 0 < n < len(cases) else list(cases)
