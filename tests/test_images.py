@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from itp.agent.state_model import StateModel
+from itp.agent.world_model import WorldModel
 from itp.errors import UserError
 from itp.lm.base import Generation, GenParams
 from itp.lm.vision import VisionLM, chat_prompt, inputs_of, load_processor, sees
@@ -121,8 +122,8 @@ def test_a_model_learns_to_say_what_a_picture_shows(vlm: str, data: Path, tmp_pa
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """The text of all rows is the same, so only the pixels can tell the answers apart."""
     monkeypatch.setattr("sys.argv", ["finetune", "--model_path", vlm, "--data_path", str(data), "--out_dir",
-                                     str(tmp_path / "wm"), "--batch_size", "6", "--grad_accum", "1", "--lr", "0.01",
-                                     "--epochs", "20" if lora_r == 0 else "1", "--lora_r", str(lora_r),
+                                     str(tmp_path / "wm"), "--batch_size", "6", "--grad_accum", "1", "--lr", "0.003",
+                                     "--epochs", "50" if lora_r == 0 else "1", "--lora_r", str(lora_r),
                                      "--lr_scheduler_type", "constant", "--save_every_steps", "1000"])
     finetune.main()
     metrics = json.loads((tmp_path / "wm" / "metrics.json").read_text(encoding="utf-8"))
@@ -168,7 +169,7 @@ def test_a_state_model_perceives_with_its_picture(vlm: str, data: Path) -> None:
         return Generation(json.dumps(after.to_json()), 1, 1, 0, "stop")
 
     lm._complete = complete
-    model = StateModel(load_world_model("", lm=lm))
+    model = StateModel(WorldModel(lm))
     file = str(data.parent / "red.png")
     assert asyncio.run(model.perceive(Belief.of(STATE), "go to desk 2", COLORS["red"], True, file)) == after
     row = next(to_rows(scenes_of([(read_transitions(data)[0], STATE)]), 0, Counter()))
