@@ -12,10 +12,13 @@ SERVING = ["transformers[serving]"]
 """For `transformers serve`, an OpenAI-compatible server of a local model."""
 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7"]
-"""For `python -m foresight_eval.serve`, our own server of planned actions."""
+"""For `python -m itp.serve`, our own server of planned actions."""
 
 REPORT = ["matplotlib>=3.8"]
 """For the figures of `foresight_eval.report`."""
+
+VISION = ["pillow>=10"]
+"""For rows with images, which a vision-language model's processor reads."""
 
 QLORA = ["bitsandbytes>=0.46.1"]
 """For `--q_lora`, on a GPU or a CPU.  Not needed by default: every training would take two seconds more to start."""
@@ -62,11 +65,12 @@ setup(
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
                 "playwright>=1.50", *REPORT, *SERVE, *SERVING,
-                *SMOLLM2],
+                *SMOLLM2, *VISION],
         "qlora": QLORA,
         "report": REPORT,
         "serve": SERVE,
         "serving": SERVING,
         "smollm2": SMOLLM2,
+        "vision": VISION,
     },
 )

@@ -19,7 +19,7 @@ COMMANDS = {
     "itp-train": "itp.training.train_adaptive_k",
     "itp-eval": "foresight_eval",
     "itp-report": "foresight_eval.report",
-    "itp-serve": "foresight_eval.serve",
+    "itp-serve": "itp.serve",
 }
 
 

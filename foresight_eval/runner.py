@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from foresight_eval import cost, results
-from foresight_eval.plan import EvalPlan, check_answers, check_server, make_plan
 from foresight_eval.record_check import read_record
 from foresight_eval.report.report import overview
 from foresight_eval.settings import EvalSettings
@@ -28,6 +27,7 @@ from itp.games import Game, spread
 from itp.lm.base import Usage
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import EarlierTrial
+from itp.plan import EvalPlan, check_answers, check_server, make_plan
 from itp.program import progress_bar
 from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import open_run_dir

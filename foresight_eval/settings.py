@@ -1,4 +1,4 @@
-"""The flags of an agent; those of the evaluation programs: what all share, and each environment's own."""
+"""The flags of the evaluation programs: what all share, and each environment's own."""
 
 from __future__ import annotations
 
@@ -6,59 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from itp.agent.policy import SELECTIONS
-from itp.agent.world_model import RecallFlag
+from itp.agent_settings import AgentSettings
 from itp.config import flag
-from itp.devices import DTYPES
 from itp.envs.base import TextEnv
 from itp.envs.registry import EnvFlags, engine_of, games_of, scienceworld_engine
 from itp.envs.scienceworld.games import ScienceworldFlags, list_games
 from itp.games import Game
-from itp.lm.memory_budget import EngineFlags
-from itp.lm.server import PolicyServerFlags, WorldModelServerFlags
-from itp.methods.registry import METHODS
-from itp.methods.settings import MethodSettings
-from itp.model_card import PromptFlags
-from itp.text.prompt_format import STYLES
-
-
-@dataclass
-class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelServerFlags, RecallFlag, EngineFlags):
-    """An agent: its models, how they are asked, and its method.
-
-    Programs add ``env``, ``max_k`` and ``max_k_without_head``, the K_max of an environment without a K-head's.
-    """
-
-    policy_model: str = flag(help="policy: a model folder, or a name on the Hugging Face hub (with a server: what it "
-                                  "runs, read only for how to prompt it)",
-                             affects_result=False)
-    wm_model: str = flag("", help="world model (not needed by methods without imagination, with a server or with "
-                                "--wm_backend engine)",
-                         affects_result=False)
-    policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
-    wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
-    decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
-    act_tokens: int = flag(256, at_least=1, help="new tokens of an action reply or reflection at most")
-    wm_max_new_tokens: int = flag(256, at_least=1, help="new tokens of one imagined observation at most",
-                                  aliases=("foresight_tokens",))
-    action_selection: str = flag("generate", help="write the action freely, decode it under the trie of admissible "
-                                                  "actions, or score each of them", choices=SELECTIONS)
-    prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
-                             choices=("auto", *STYLES))
-    wm_prompt_style: str = flag("auto", help="the same for the world model", choices=("auto", *STYLES))
-    chat_template: bool = flag(True, help="instruct prompts go through the tokenizer's chat template, if it has one")
-    thinking: bool = flag(False, help="let a policy that can think (Qwen3) do so before it answers")
-    thinking_tokens: int = flag(1024, help="new tokens of that thinking at most")
-    temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
-    top_p: float = flag(1.0, help="nucleus of the policy's sampling")
-    rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts: new tokens of a proposed action at most")
-    rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
-    concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)
-    method: str = flag("foresight", help="how to act", choices=tuple(METHODS))
-    seed: int = flag(123, help="seed of everything random")
-    device: str = flag("cuda", help="device of both models, where they have none of their own", affects_result=False)
-    disable_wm: int = flag(0, help="1: imagine nothing", choices=(0, 1))
-    use_history: int = flag(0, help="1: instruct prompts hold the steps so far (tuned ones always do)", choices=(0, 1))
 
 
 @dataclass
@@ -88,7 +41,6 @@ class AlfworldSettings(EvalSettings):
     wm_device: str = flag("", help="device of the world model", affects_result=False)
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 2")
     env: ClassVar[str] = "alfworld"
-    max_k_without_head: ClassVar[int] = 2
 
     def games(self) -> list[Game]:
         return games_of(EnvFlags(), self.split, self.env_data_root)
@@ -110,7 +62,6 @@ class SciworldSettings(EvalSettings, ScienceworldFlags):
                             affects_result=False)
     env: ClassVar[str] = "scienceworld"
     max_steps: ClassVar[int] = 0  # each game has its own
-    max_k_without_head: ClassVar[int] = 3
 
     def games(self) -> list[Game]:
         return list_games(self.split, self)

@@ -33,7 +33,8 @@ COPY_AGAIN = "copy the whole model folder again"
 _NUMBER = (int, type(None))
 CARD_FIELDS: Fields = {"prompt_style": str, "turns": dict, "control": bool, "control_prompt": str,
                        "foresight_format": (str, type(None)), "history_keep_steps": _NUMBER,
-                       "max_seq_len": _NUMBER, "warning": str, "update": _NUMBER}
+                       "max_seq_len": _NUMBER, "warning": str, "update": _NUMBER, "predicts": str}
+PREDICTS = ("observation", "state")
 
 S = TypeVar("S")
 
@@ -47,6 +48,8 @@ class ModelCard:
     ``history_keep_steps``: how many of the last steps its prompts hold (0: all).
     ``max_seq_len``: the token budget that its prompts were cut to (:mod:`itp.agent.prompt_budget`).
     ``warning``: a caveat for users of the model.  ``update``: the stage-3 update that produced the model.
+    ``predicts``: what a world model answers with, of PREDICTS: the next observation, or the next symbolic state
+    (:mod:`itp.agent.state_model`).
     """
 
     style: str = "tuned"
@@ -57,6 +60,7 @@ class ModelCard:
     max_seq_len: int | None = None
     warning: str = ""
     update: int | None = None
+    predicts: str = PREDICTS[0]
 
     @classmethod
     def read(cls, path: str | Path) -> ModelCard | None:
@@ -74,7 +78,7 @@ class ModelCard:
             template = PromptTemplate(turns["head"], turns["tail"])
         return cls(values.get("prompt_style", "instruct"), template, values.get("control", False),
                    values.get("foresight_format"), values.get("history_keep_steps"), values.get("max_seq_len"),
-                   values.get("warning", ""), values.get("update"))
+                   values.get("warning", ""), values.get("update"), values.get("predicts", PREDICTS[0]))
 
     def write(self, folder: str | Path) -> None:
         """Write the card into a model folder.  What isn't on record has no key."""
@@ -88,6 +92,8 @@ class ModelCard:
                 values[name] = getattr(self, name)
         if self.warning:
             values["warning"] = self.warning
+        if self.predicts != PREDICTS[0]:
+            values["predicts"] = self.predicts
         write_json(Path(folder) / MODEL_CARD, values)
 
     def with_format(self, form: PromptFormat) -> ModelCard:
@@ -97,7 +103,7 @@ class ModelCard:
 
 def _check_values(values: Mapping[str, Any], file: Path) -> None:
     """Raises UserError for a value that means nothing: a model would silently be prompted in another way."""
-    for name, known in (("prompt_style", STYLES), ("foresight_format", FORESIGHT_FORMATS)):
+    for name, known in (("prompt_style", STYLES), ("foresight_format", FORESIGHT_FORMATS), ("predicts", PREDICTS)):
         if values.get(name) is not None and values[name] not in known:
             raise UserError(f"{file}: field {name!r} is {values[name][:40]!r}, not {' or '.join(known)}; {COPY_AGAIN}")
     if values.get("control") and values.get("control_prompt") != OWN_PROMPT:
@@ -106,6 +112,12 @@ def _check_values(values: Mapping[str, Any], file: Path) -> None:
     for name, kind in CARD_FIELDS.items():
         if kind is _NUMBER and (values.get(name) or 0) < 0:
             raise UserError(f"{file}: field {name!r} is {values[name]}; {COPY_AGAIN}")
+
+
+def predicts_states(path: str | Path) -> bool:
+    """Whether the model at ``path`` is a world model on symbolic states."""
+    card = ModelCard.read(path)
+    return card is not None and card.predicts == "state"
 
 
 def card_digest(path: str | Path) -> str:

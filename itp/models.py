@@ -15,6 +15,7 @@ from typing import Any
 from itp.agent.heads import has_heads
 from itp.agent.policy import IMAGINED_ACTION_TOKENS, Policy
 from itp.agent.prompt_budget import RESERVE, PromptBudget, prompt_tokens
+from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
 from itp.errors import UserError
 from itp.lm.base import LM
@@ -23,7 +24,8 @@ from itp.lm.openai import OpenAILM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import Server
 from itp.lm.tokenize import Encoder
-from itp.model_card import AS_TRAINED, fill_in, format_for, recorded_settings
+from itp.lm.vision import VisionLM, sees
+from itp.model_card import AS_TRAINED, ModelCard, fill_in, format_for, predicts_states, recorded_settings
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 
@@ -62,14 +64,23 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
                      device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
                      engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto",
                      chat: bool = True, max_new_tokens: int = 192, recall: bool = False,
-                     limit_flag: str = "--wm_max_new_tokens") -> WorldModel:
+                     limit_flag: str = "--wm_max_new_tokens", states: bool = False) -> WorldModel:
     """The world model in the model folder (or of the hub name) ``path``.
 
     ``max_new_tokens``: of a predicted observation at most, which the flag ``limit_flag`` sets.  ``recall``: see
-    :class:`itp.agent.world_model.WorldModel`.  The other arguments are those of :func:`load_policy`.  Its history and its budget are those of its own card.  Raises UserError.
+    :class:`itp.agent.world_model.WorldModel`.  The other arguments are those of :func:`load_policy`.  Its history and
+    its budget are those of its own card.  Raises UserError, also for a model of symbolic states, which only those who
+    want one (``states``) can ask: see :func:`load_state_model`.
     """
     if recall and env != "alfworld":
         raise UserError(f"--wm_recall knows the rules of ALFWorld's rooms only; leave it out for {env}")
+    if recall and states:
+        raise UserError(f"{path} predicts symbolic states, which --wm_recall doesn't; leave it out")
+    if not states and predicts_states(path):
+        raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model "
+                        "that predicts observations")
+    if lm is None and server is None and ModelCard.read(path) is not None and sees(path):
+        lm = VisionLM.load(path, device=device, dtype=dtype)
     if lm is None:
         lm = (server.connect("world_model", concurrency) if server else
               LocalLM.load(path, device=device, dtype=dtype, role="world_model", barrier=barrier, **engine or {}))
@@ -79,6 +90,14 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
                       history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
                       recall=recall, limit_flag=limit_flag)
+
+
+def load_state_model(path: str, *, state_tokens: int = 2048, **options: Any) -> StateModel:
+    """The world model on symbolic states in ``path``, whose card says that it is one.
+
+    ``state_tokens``: of a predicted state at most.  ``options``: those of :func:`load_world_model`.
+    """
+    return StateModel(load_world_model(path, states=True, **options), state_tokens)
 
 
 def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:

@@ -26,6 +26,8 @@ class Transition:
     ``expert_action``: the action to imitate.  It differs from ``action`` if another action was executed (exploration).
     Empty: nothing to imitate (a random walk, a turn marked so).  A file without this field imitates ``action``.
     ``reward``: the engine's; ``done``: the episode ended here; ``source``: who acted.
+    ``image``: the file of a picture of what was seen, empty for none.  A file of rows names it from the folder that
+    it is in itself.
     """
 
     episode_id: str
@@ -39,6 +41,7 @@ class Transition:
     success: bool = False
     task_type: str = ""
     source: str = ""
+    image: str = ""
 
 
 REQUIRED = ("state", "action", "next_state")
@@ -49,9 +52,14 @@ _FIELDS = {f.name for f in dataclasses.fields(Transition)}
 
 def write_transitions(path: str | Path, transitions: Iterable[Transition]) -> int:
     """Write a JSONL file, whole or not at all.  Returns the number of rows."""
-    rows = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transitions]
+    rows = [json.dumps(_row(t), ensure_ascii=False) for t in transitions]
     write_atomic(path, "".join(row + "\n" for row in rows))
     return len(rows)
+
+
+def _row(transition: Transition) -> dict[str, Any]:
+    row = dataclasses.asdict(transition)
+    return {name: value for name, value in row.items() if name != "image" or value}
 
 
 def read_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED) -> list[Transition]:
@@ -68,7 +76,11 @@ def locate_transitions(path: str | Path, *, required: tuple[str, ...] = REQUIRED
     located = []
     for where, row in read_rows(path, skipped):
         try:
-            located.append((where, to_transition(row, where, required)))
+            transition = to_transition(row, where, required)
+            if transition.image:
+                file = (Path(path).parent / transition.image).resolve()
+                transition = dataclasses.replace(transition, image=str(file))
+            located.append((where, transition))
         except UserError as error:
             if skipped is None:
                 raise

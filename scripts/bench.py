@@ -34,7 +34,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from bench_training import world_model_training
-from foresight_eval.plan import make_plan
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.heads import has_heads
 from itp.agent.policy import SELECTIONS
@@ -52,6 +51,7 @@ from itp.lm.memory_budget import EngineFlags, kv_bytes
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import PolicyMethod
 from itp.models import load_policy, load_world_model
+from itp.plan import make_plan
 from itp.pretrained import check_model_path
 from itp.program import run_main
 from itp.rollout import Episode, run_episodes

@@ -295,7 +295,7 @@ def chosen(runs: Sequence[Run], only: str) -> list[Run]:
 
 def check(runs: Sequence[Run]) -> None:
     """Raise UserError for what would stop a run at its start: a model or a file that doesn't exist, say."""
-    from foresight_eval.plan import make_plan
+    from itp.plan import make_plan
 
     made = {run.out for run in runs}
     for run in runs:

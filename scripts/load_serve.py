@@ -1,6 +1,6 @@
 """Measures a planning server: latency, requests a second and mean batch size with so many clients at a time.
 
-    python -m foresight_eval.serve --policy_model models/alfworld/policy --wm_model models/alfworld/world_model \\
+    python -m itp.serve --policy_model models/alfworld/policy --wm_model models/alfworld/world_model \\
         --method foresight --fixed_k 1
     python scripts/load_serve.py --results runs/demo/eval/acts-at-once --clients 1,8,64
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from foresight_eval import results
-from foresight_eval.plan import make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.alfworld.env import AlfworldEnv
@@ -23,6 +22,7 @@ from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.registry import METHODS
 from itp.methods.settings import WRITE_THOUGHTS
+from itp.plan import make_plan
 from itp.rollout import run_episodes
 from itp.text.prompts import NO, YES
 from tests.test_evaluation import timeless

@@ -12,17 +12,17 @@ import pytest
 
 from foresight_eval.extract_conditions import ExtractSettings
 from foresight_eval.extract_episodes import EpisodesSettings
-from foresight_eval.serve.settings import ServeSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
 from itp.config import add_flags
 from itp.envs.alfworld import generate as alfworld_games
+from itp.serve.settings import ServeSettings
 from itp.training.base_policy import BasePolicySettings
 from itp.training.from_scratch.base_lm import BaseLMSettings
 from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
-from world_model import collect, fidelity
+from world_model import collect, fidelity, state_fidelity
 from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch, metaicl
 
@@ -32,13 +32,14 @@ SETTINGS = {
     "itp.doctor": doctor.DoctorSettings, "itp.smollm2": smollm2.Smollm2Settings,
     "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
     "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
+    "world_model.state_fidelity": state_fidelity.StateFidelitySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
     "foresight_eval.extract_conditions": ExtractSettings, "foresight_eval.extract_episodes": EpisodesSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
-    "foresight_eval.runner_sciworld": SciworldSettings, "foresight_eval.serve": ServeSettings,
+    "foresight_eval.runner_sciworld": SciworldSettings, "itp.serve": ServeSettings,
     "itp.training.train_adaptive_k label": LabelSettings, "itp.training.train_adaptive_k sft": SftSettings,
     "itp.training.train_adaptive_k rl_k": RlSettings,
 }

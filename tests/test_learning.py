@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from foresight_eval.plan import make_plan
 from foresight_eval.settings import AlfworldSettings
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import View
 from itp.models import load_policy
+from itp.plan import make_plan
 from itp.text.dialogues import episode_dialogue
 from itp.text.state import State, parse
 from itp.training.base_policy import BasePolicySettings, read_dialogues

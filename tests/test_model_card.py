@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.plan import make_plan
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Policy
@@ -28,6 +27,7 @@ from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
 from itp.model_card import NOTHING_ON_RECORD, ModelCard, prompt_settings, recorded_settings, resolve, resolve_by_card
 from itp.models import load_policy, load_world_model
+from itp.plan import make_plan
 from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptTemplate
 from itp.text.prompts import foresight_text

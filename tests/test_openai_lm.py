@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from foresight_eval.plan import check_scores
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.policy import Policy
 from itp.errors import PromptTooLong, UserError
 from itp.lm.base import GenParams, Generation, Usage, metered
 from itp.lm.openai import NO_KEY, OpenAILM
+from itp.plan import check_scores
 from itp.program import CHATTY
 from itp.seeding import derive_seed
 from itp.text.prompts import NO, YES

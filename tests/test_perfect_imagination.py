@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from foresight_eval import results
-from foresight_eval.plan import make_plan
 from foresight_eval.report import analyses, plots, tables
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
@@ -34,6 +33,7 @@ from itp.lm.base import GenParams, Generation, metered
 from itp.methods import implement
 from itp.methods.registry import build
 from itp.methods.settings import NEED_WORLD_MODEL, MethodSettings
+from itp.plan import make_plan
 from itp.rollout import Episode, run_episodes
 from itp.text.state import State, parse
 from tests.made_results import make_episode, make_games, write_result

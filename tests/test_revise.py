@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from foresight_eval import results
-from foresight_eval.plan import check_scores, make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from foresight_eval.summary import summarize
@@ -26,6 +25,7 @@ from itp.lm.base import GenParams, Generation, TokenLogprobs, asking
 from itp.methods.base import Decision, Revision
 from itp.methods.registry import build
 from itp.methods.settings import MethodSettings
+from itp.plan import check_scores, make_plan
 from itp.text.prompts import action_target, foresight_text, policy_prompt
 from tests.test_evaluation import timeless
 from tests.test_methods import START, VIEW

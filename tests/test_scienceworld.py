@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from foresight_eval import plan, results, runner
+from foresight_eval import results, runner
 from foresight_eval.settings import SciworldSettings
+from itp import plan
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.envs.pool import EnvPool

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from foresight_eval.plan import make_plan
 from foresight_eval.results import read_episodes
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import SciworldSettings
 from foresight_eval.summary import summarize
 from itp.errors import UserError
 from itp.files import write_json
+from itp.plan import make_plan
 from itp.text.prompts import INSTRUCTION
 from itp.text.state import State
 from itp.training.from_scratch.learned_tokenizer import learn_tokenizer

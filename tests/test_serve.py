@@ -25,7 +25,7 @@ import pytest
 
 from foresight_eval import results
 from foresight_eval.runner import evaluate
-from foresight_eval.serve.published import (
+from itp.serve.published import (
     PublishedState, belief_of, earlier_trial, first_observation, history_of, perceive, text_state,
 )
 from foresight_eval.settings import AlfworldSettings
@@ -83,7 +83,7 @@ class Served:
 
 def launch(log: Path, *flags: str, env: dict[str, str] | None = None, port: int = 0) -> Served:
     port = port or free_port()
-    command = [sys.executable, "-m", "foresight_eval.serve", "--device", "cpu", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "itp.serve", "--device", "cpu", "--port", str(port), *flags]
     with open(log, "w") as file:
         return Served(subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT | (env or {})), port, log)
 

@@ -25,8 +25,9 @@ proposal.  Before that the way to a place is proposed that is remembered to hold
 model also sees the last RECENT steps, and the last FAILED actions before these that the engine didn't take.  The game
 itself as world model (``--wm_backend engine``) needs no memory.
 
-Departure: the world model reads and writes text, as the other methods' does, and the symbolic state is computed from it
-(docs/implement.md).
+Departure: a text world model reads and writes text, as the other methods' does, and the symbolic state is computed from
+it (docs/implement.md).  A world model on symbolic states (:mod:`itp.agent.state_model`) is given the state and, as
+conditions, what earlier trials showed and what failed in them; what it predicts is put in the game's words.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from dataclasses import replace
 from itp.agent.engine_world_model import EngineDynamics
 from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Choice
+from itp.agent.state_model import StateDynamics, StateModel
 from itp.methods.base import Decision, PolicyMethod, View, decide
 from itp.methods.gain import Gain, frequencies, gathers_information
 from itp.methods.memory import Steps, chosen, remembered, unseen, with_memory
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import IS_CLOSED
-from itp.text.conditions import target_of
+from itp.text.conditions import Conditions, target_of
 from itp.text.prompts import proposal_text
 from itp.text.state import State, indent
 
@@ -79,6 +81,10 @@ class _Step:
 
     def __init__(self, method: Implement, view: View, memory: Mapping[str, Steps]) -> None:
         self.policy, self.world_model, self.settings = method.policy, method.world_model, method.settings
+        if isinstance(method.world_model, StateModel):
+            earlier = view.earlier if self.settings.implement_memory != "none" else ()
+            known = Conditions.of_all((trial.state, trial.invalid) for trial in earlier)
+            self.world_model = method.world_model.told(known, view.seed)
         self.view, self.memory = view, memory
         self.outcomes: dict[str, list[Steps]] = {}
         self.beliefs: dict[str, str] = {}
@@ -189,7 +195,12 @@ class _Step:
         return outcomes
 
     def _known(self, action: str) -> State:
-        """What the world model reads: the state, and what is remembered that matters for ``action``."""
+        """What the world model reads: the state, and what is remembered that matters for ``action``.
+
+        One on symbolic states has its memory in the conditions, and computes its state from the whole history.
+        """
+        if isinstance(self.world_model, StateDynamics):
+            return self.view.state
         if not self.memory:
             return what_it_knows(self.view)
         draw = random.Random(self._seed("memory", action))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.policy import Policy
+from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
 from itp.methods.base import Method, PolicyMethod
 from itp.methods.beam import Rafa, Tot
@@ -30,7 +31,7 @@ METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     KCandidates, Reflexion)}
 
 
-def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,
+def build(name: str, policy: Policy, world_model: WorldModel | StateModel | EngineWorldModel | None,
           settings: MethodSettings) -> Method:
     """The method called ``name``.  ``world_model``: None where it imagines nothing."""
     if isinstance(world_model, EngineWorldModel):

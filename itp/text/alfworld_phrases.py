@@ -184,6 +184,33 @@ def arrival(place: str) -> str:
     return f"{arrived(place)} On the {place}{SEES}"
 
 
+def inside(place: str, things: Iterable[str]) -> str:
+    """What is seen in a place that is open, and can be closed."""
+    return f"The {place} is open. In it{SEES}{listed(things)}."
+
+
+def opened(place: str, things: Iterable[str]) -> str:
+    """The answer to ``open``."""
+    return f"You open the {place}. {inside(place, things)}"
+
+
+def sight(place: str, is_open: bool | None, things: Iterable[str]) -> str:
+    """The answer to :func:`go_to`.  ``is_open``: None for a place that can't be closed."""
+    if is_open is None:
+        return f"{arrival(place)}{listed(things)}."
+    return f"{arrived(place)} {inside(place, things)}" if is_open else arrived_at_closed(place)
+
+
+def transformed(verb: str, thing: str, tool: str) -> str:
+    """The answer to :func:`transform`."""
+    return f"You {verb} the {thing} using the {tool}."
+
+
+def turned_on(lamp: str) -> str:
+    """The answer to ``use``."""
+    return f"You turn on the {lamp}."
+
+
 def with_arrival(action: str, observation: str) -> str:
     """``observation`` with the sentence of arrival, where it answers :func:`go_to` without one.
 

@@ -107,9 +107,10 @@ def prediction_state(belief: Mapping[str, Any], object_lists: Mapping[str, Seque
     """What mode [PRE] is given besides the action: the old symbolic state and both kinds of conditions.
 
     It stands where :func:`perception_state` stands.  The conditions are in their published form
-    (:mod:`itp.text.conditions`).
+    (:mod:`itp.text.conditions`), the types of a list in the order of a state's objects.
     """
-    return (f"{PREDICT}\nSeen in earlier trials: {_json(object_lists)}\n"
+    lists = {place: sorted(types) for place, types in object_lists.items()}
+    return (f"{PREDICT}\nSeen in earlier trials: {_json(lists)}\n"
             f"Failed in earlier trials: {_json(failed_actions)}\nState: {belief_text(belief)}")
 
 

@@ -30,13 +30,14 @@ class Example:
     the text, up to the first different token.  Behind that token the sequence goes on with the text.  ``eos``: a
     supervised end-of-sequence token follows.
     ``keep_first``: the cut to ``max_seq_len`` spares the first segment.  ``group``: the examples of one group (an
-    episode) are held out together.
+    episode) are held out together.  ``image``: the file of a picture that the first segment is about; empty for none.
     """
 
     segments: list[Segment]
     eos: bool = True
     keep_first: bool = False
     group: str = ""
+    image: str = ""
 
 
 TrainingRow = dict[str, Any]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin,
+)
 
 from itp.distributed import is_first_process
 from itp.errors import UserError
@@ -40,14 +42,18 @@ def choose_dtype(settings: UpdateFlags) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "": torch.float32}[name]
 
 
-def load_base(settings: FinetuneSettings, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model to start from: the frozen base of LoRA in ``dtype``, what is trained whole in float32."""
+def load_base(settings: FinetuneSettings, dtype: torch.dtype, auto: Any = AutoModelForCausalLM,
+              **options: Any) -> PreTrainedModel:
+    """The model to start from: the frozen base of LoRA in ``dtype``, what is trained whole in float32.
+
+    ``auto``: the class of transformers that loads it.
+    """
     options |= {"dtype": dtype if settings.lora_r else torch.float32,
                 "attn_implementation": settings.attn_implementation}
     if settings.q_lora:
         options |= _four_bits(dtype, int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu")
     with loading(settings.model_path, "no model could be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(settings.model_path, **options, **remote_code())
+        model = auto.from_pretrained(settings.model_path, **options, **remote_code())
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.q_lora:
@@ -89,24 +95,27 @@ def _four_bits(dtype: torch.dtype, device: int | str) -> dict[str, Any]:
     return {"quantization_config": four, "device_map": {"": device}}
 
 
-def load_plain_base(settings: FinetuneSettings) -> PreTrainedModel:
+def load_plain_base(settings: FinetuneSettings, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The weights that an adapter was trained on, on the CPU, to merge it with: of a 4-bit base what its 4 bits say.
 
     Merged with the original weights instead, the model would not be the one that was trained.
     """
     if not settings.q_lora:
-        return AutoModelForCausalLM.from_pretrained(settings.model_path, **remote_code())
+        return auto.from_pretrained(settings.model_path, **remote_code())
     four = _four_bits(torch.float32, "cpu")
-    return AutoModelForCausalLM.from_pretrained(settings.model_path, **four, **remote_code()).dequantize()
+    return auto.from_pretrained(settings.model_path, **four, **remote_code()).dequantize()
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
 
 
-def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTokenizerBase, folder: Path,
-               card: ModelCard, **options: Any) -> None:
-    """Write a model folder with its card.  It appears whole: written beside its place, then renamed."""
+def save_whole(model: PreTrainedModel | PolicyWithHeads, tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+               folder: Path, card: ModelCard, **options: Any) -> None:
+    """Write a model folder with its tokenizer, or with the processor that has one, and its card.
+
+    It appears whole: written beside its place, then renamed.
+    """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with writing(folder, unfinished=beside):
         model.save_pretrained(beside, **options)

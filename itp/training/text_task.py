@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class TextTask:
     """Text, of which a part is supervised.  Stage 2 of ITP-R is a subclass."""
 
+    auto: Any = AutoModelForCausalLM
+    """The class of transformers that loads the model."""
+
     def __init__(self, settings: FinetuneSettings, examples: Sequence[Example]) -> None:
         self.settings, self.examples = settings, examples
 
@@ -54,7 +57,7 @@ class TextTask:
         return not window or self.settings.max_seq_len <= window
 
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> torch.nn.Module:
-        model = load_base(self.settings, dtype)
+        model = load_base(self.settings, dtype, self.auto)
         if not self.settings.lora_r:
             return model
         return peft.get_peft_model(model, lora_config(self.settings, model, self.settings.lora_targets))
@@ -92,23 +95,27 @@ class TextTask:
     def save_complete(self, trained: TrainedModule, dtype: torch.dtype) -> None:
         options = {} if (state := trained.gathered_state()) is None else {"state_dict": state}
         if trained.args.should_save:
-            save_whole(trained.model if options else trained.model.to(dtype), trained.tokenizer,
+            save_whole(trained.model if options else trained.model.to(dtype), self.beside(trained.tokenizer),
                        self.settings.merged_path, self.card(trained.tokenizer), **options)
 
     def save_merged(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        save_whole(self.merged(tokenizer), tokenizer, self.settings.merged_path, self.card(tokenizer))
+        save_whole(self.merged(tokenizer), self.beside(tokenizer), self.settings.merged_path, self.card(tokenizer))
+
+    def beside(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What is saved beside the weights: the tokenizer, or a processor that has it."""
+        return tokenizer
 
     def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
         """How the trained model is to be prompted."""
         return trained_card(self.settings, tokenizer)
 
     def merged(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
-        return merge_adapter(load_plain_base(self.settings), self.settings.out_dir)
+        return merge_adapter(load_plain_base(self.settings, self.auto), self.settings.out_dir)
 
     def trained(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PolicyWithHeads:
         """The model that was trained, as it was saved."""
         if self.settings.merged_path.is_dir():
-            return AutoModelForCausalLM.from_pretrained(self.settings.merged_path, **remote_code())
+            return self.auto.from_pretrained(self.settings.merged_path, **remote_code())
         return self.merged(tokenizer)
 
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],

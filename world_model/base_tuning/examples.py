@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.config import flag
+from itp.errors import UserError
 from itp.lm.tokenize import Encoder
 from itp.text.prompt_format import TUNED, PromptFormat
-from itp.text.prompts import world_model_prompt, world_model_target
+from itp.text.prompts import PERCEIVE, PREDICT, world_model_prompt, world_model_target
 from itp.text.state import State, parse
 from itp.training.examples import Example
 from itp.training.settings import FinetuneSettings, PackingFlags, trained_card
@@ -67,7 +68,7 @@ def to_examples(transitions: Sequence[Transition], form: PromptFormat = TUNED,
                 return world_model_prompt(shown.render(), action, form)
 
             prompt = budget.prompt(state, render, len(encode.continuation(target)) + 1)  # and the end-of-sequence token
-        yield Example([(prompt, False), (target, True)], group=t.episode_id)
+        yield Example([(prompt, False), (target, True)], group=t.episode_id, image=t.image)
 
 
 def _state(text: str) -> State | None:
@@ -75,6 +76,15 @@ def _state(text: str) -> State | None:
         return parse(text)
     except ValueError:
         return None
+
+
+def predicts(transitions: Sequence[Transition], path: str) -> str:
+    """What a model of these rows predicts, as its card says it.  Raises UserError where it would be both."""
+    symbolic = sum(t.state.startswith((PERCEIVE, PREDICT)) for t in transitions)
+    if 0 < symbolic < len(transitions):
+        raise UserError(f"{path}: {symbolic} of {len(transitions)} rows are of symbolic states (metaicl) and the "
+                        "others of observations; train a model on each")
+    return "state" if symbolic else "observation"
 
 
 def examples_for(settings: WorldModelSettings, tokenizer: PreTrainedTokenizerBase,

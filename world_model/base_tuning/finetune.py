@@ -4,6 +4,9 @@ Usually started by ``run_worldmodel_tuning.sh``.  The prompt is the one of
 :func:`itp.text.prompts.world_model_prompt`, the same that inference uses.  Besides the held-out loss,
 ``metrics.json`` has the share of held-out transitions whose s' is predicted exactly (greedy).
 
+Where rows have pictures (``image``), the model is a vision-language model: the prompts of all rows are chat messages of
+its own processor, a row each, and a row's message holds its picture (:mod:`world_model.base_tuning.vision_task`).
+
 The transitions of an episode share one sequence (:mod:`itp.training.packing`), with the losses of a row each, for a
 fraction of the time.  A batch therefore counts sequences; ``--steps_per_sequence 1`` makes it count transitions.
 """
@@ -16,7 +19,7 @@ from itp.program import run_main
 from itp.training.run import open_run, train
 from itp.training.settings import check_settings
 from itp.transitions import read_transitions
-from world_model.base_tuning.examples import WorldModelSettings, examples_for, sample
+from world_model.base_tuning.examples import WorldModelSettings, examples_for, predicts, sample, to_examples
 
 DONE = "already done"
 """What ``--check_only`` prints where nothing is left to do; the shell script then stops."""
@@ -26,6 +29,7 @@ def main() -> None:
     settings = parse_settings(WorldModelSettings, prog="finetune.py", description=__doc__)
     transitions = read_transitions(settings.data_path)
     check_settings(settings)
+    what = predicts(transitions, settings.data_path)
     if 0 < settings.max_rows < len(transitions):
         transitions = sample(settings, transitions)
     done = open_run(settings, [settings.data_path])
@@ -34,10 +38,15 @@ def main() -> None:
     if done or settings.check_only:
         return
 
+    if any(t.image for t in transitions):
+        from world_model.base_tuning.vision_task import VisionTask
+
+        train(settings, VisionTask(settings, list(to_examples(transitions)), what))
+        return
     from world_model.base_tuning.task import WorldModelTask
 
     examples = examples_for(settings, load_tokenizer(settings.model_path), transitions)
-    train(settings, WorldModelTask(settings, examples))
+    train(settings, WorldModelTask(settings, examples, what))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from itp.lm.base import GenParams
 from itp.lm.engine import Engine, Request
-from itp.training.examples import TrainingRow
+from itp.model_card import ModelCard
+from itp.training.examples import Example, TrainingRow
 from itp.training.packing import examples_of
 from itp.training.text_task import TextTask
 from world_model.base_tuning.examples import WorldModelSettings
@@ -21,6 +23,14 @@ class WorldModelTask(TextTask):
     """Transitions, and the exact match of those that are held out."""
 
     settings: WorldModelSettings
+
+    def __init__(self, settings: WorldModelSettings, examples: Sequence[Example],
+                 predicts: str = "observation") -> None:
+        super().__init__(settings, examples)
+        self.predicts = predicts
+
+    def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
+        return replace(super().card(tokenizer), predicts=self.predicts)
 
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
                 device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,8 @@ r"""Transitions -> training data for IMPLEMENT's world model: one model on symbo
 
 ``OUT_DIR/transitions.jsonl`` then holds two rows for each transition, which world-model training takes as they are:
 
-[PER]  perception: action, whether it succeeded, old state, observation -> new state
+[PER]  perception: action, whether it succeeded, old state, observation, with the picture of it, where the transition
+       has one -> new state
 [PRE]  prediction: action, old state, object lists, failed actions -> new state
 
 States are symbolic (:mod:`itp.text.belief`).  The conditions of a row come from all episodes of the same scene
@@ -46,6 +47,8 @@ class MetaiclSettings:
     transitions: str = flag(help="transitions: JSON or JSONL; several, separated by commas, are read one after the "
                                  "other")
     out_dir: str = flag(help="folder for transitions.jsonl and report.json")
+    max_failed: int = flag(0, at_least=0, help="failed actions in a row at most, for models with a short context (0: "
+                                               "all)")
     seed: int = flag(123, help="what the conditions of each row are sampled from")
 
 
@@ -74,7 +77,7 @@ def main() -> None:
         steps += usable(read_steps(path), counts)
     if not steps:
         raise UserError(f"{settings.transitions}: no transition of ALFWorld whose state has its whole history")
-    rows = list(to_rows(scenes_of(steps), settings.seed, counts))
+    rows = list(to_rows(scenes_of(steps), settings.seed, counts, settings.max_failed))
     out = Path(settings.out_dir)
     write_transitions(out / "transitions.jsonl", rows)
     write_json(out / "report.json", dict(counts))
@@ -113,8 +116,8 @@ def _end(episode: Steps) -> State:
     return state.after(t.action, t.next_state)
 
 
-def to_rows(scenes: Sequence[Scene], seed: int, counts: Counter[str]) -> Iterator[Transition]:
-    """A [PER] row and a [PRE] row of each transition."""
+def to_rows(scenes: Sequence[Scene], seed: int, counts: Counter[str], max_failed: int = 0) -> Iterator[Transition]:
+    """A [PER] row and a [PRE] row of each transition.  ``max_failed``: failed actions in a row at most; 0: all."""
     opens = openable_types()
     for scene in scenes:
         known = scene.conditions
@@ -124,21 +127,24 @@ def to_rows(scenes: Sequence[Scene], seed: int, counts: Counter[str]) -> Iterato
                 before = Belief.of(state)
                 after = belief_text(before.after(t.action, t.next_state).to_json())
                 draw = random.Random(derive_seed(seed, t.episode_id, number, t.step, t.action))
-                given = sampled(known, t.action, opens, draw)
+                given = sampled(known, t.action, opens, draw, max_failed)
                 works = t.next_state != NOTHING_HAPPENS
                 counts.update({"rows": 2, "object lists": len(given.object_lists), "failed actions": len(given.failed)})
                 for mode, text in (
                         ("perception", perception_state(before.to_json(), works, t.next_state)),
                         ("prediction", prediction_state(before.to_json(), given.object_lists,
                                                         [one.row for one in given.failed]))):
-                    yield Transition(t.episode_id, t.step, text, t.action, after, task_type=t.task_type, source=mode)
+                    yield Transition(t.episode_id, t.step, text, t.action, after, task_type=t.task_type, source=mode,
+                                     image=t.image if mode == "perception" else "")
 
 
-def sampled(known: Conditions, action: str, opens: frozenset[str], draw: random.Random) -> Conditions:
+def sampled(known: Conditions, action: str, opens: frozenset[str], draw: random.Random,
+            max_failed: int = 0) -> Conditions:
     """A random number of conditions of each kind, from none to all; lists only for an action that shows contents."""
     lists = [*known.object_lists.items()] if shows_contents(action, opens) else []
+    failed = min(len(known.failed), max_failed or len(known.failed))
     return Conditions(dict(draw.sample(lists, draw.randint(0, len(lists)))),
-                      tuple(draw.sample(known.failed, draw.randint(0, len(known.failed)))))
+                      tuple(draw.sample(known.failed, draw.randint(0, failed))))
 
 
 if __name__ == "__main__":

@@ -31,17 +31,18 @@ from itp.program import run_main
 from itp.seeding import derive_seed
 from itp.text.dialogues import episode_dialogue
 from itp.text.episodes import episodes_of, read_steps
-from itp.text.prompts import NO, YES
+from itp.text.prompts import NO, YES, world_model_prompt
 from itp.text.segments import dialogue_segments
 from itp.training.dialogue_files import read_dialogue_file
 from itp.training.examples import Example
+from itp.training.from_scratch import state_words
 from itp.training.from_scratch.exercises import exercises
 from itp.training.from_scratch.invented_rooms import memory_exercises
 from itp.training.from_scratch.learned_tokenizer import learn_tokenizer
 from itp.training.from_scratch.word_tokenizer import LIST_FOLLOWS, build_tokenizer
 from itp.training.run import finetune, open_run
 from itp.training.settings import FinetuneSettings, check_options
-from itp.transitions import Transition
+from itp.transitions import Transition, read_transitions
 
 
 @dataclass
@@ -49,8 +50,9 @@ class BaseLMSettings(FinetuneSettings):
     env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
     transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas",
                             affects_result=False, holds="data")
-    words_of: str = flag("", help="dialogues.json whose words the tokenizer is to know too", affects_result=False,
-                         holds="data")
+    words_of: str = flag("", help="dialogues.json whose words the tokenizer is to know too; or rows of symbolic states "
+                                  "(transitions.jsonl of world_model.data_processing.metaicl), which it then reads and "
+                                  "writes", affects_result=False, holds="data")
     hidden_size: int = flag(128, help="width of the model")
     num_layers: int = flag(3, help="layers")
     num_heads: int = flag(8, help="attention heads")
@@ -84,7 +86,7 @@ def main() -> None:
     initial = Path(settings.out_dir) / "initial"
     settings = dataclasses.replace(settings, model_path=str(initial))
     words_of = [settings.words_of] if settings.words_of else []
-    words = {turn.text for path in words_of for _, _, turns in read_dialogue_file(path) for turn in turns}
+    words = {text for path in words_of for text in _texts(path)}
     if open_run(settings, [*files, *words_of], own_base=True):
         return
     if not (initial / "config.json").exists():
@@ -113,6 +115,15 @@ def prepared(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]])
     return settings
 
 
+def _texts(path: str) -> Iterator[str]:
+    """The texts of a file of dialogues, or of rows of symbolic states, as world-model training writes them."""
+    if Path(path).suffix != ".jsonl":
+        yield from (turn.text for _, _, turns in read_dialogue_file(path) for turn in turns)
+        return
+    for row in read_transitions(path):
+        yield from (world_model_prompt(row.state, row.action), row.next_state)
+
+
 def _episodes(path: str) -> Iterator[list[Transition]]:
     steps = read_steps(path, required=("episode_id", "step", "state", "action", "next_state"))
     for episode in episodes_of(steps):
@@ -134,9 +145,12 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
 
     from itp.training.from_scratch import initial_weights
 
+    words = set(words)
     texts = sorted({YES, NO, *words, *(text for episode in episodes for text, _ in transcript(episode).segments)})
     copying = settings.copying > 0
-    made = learn_tokenizer(texts) if settings.env == "scienceworld" else build_tokenizer(texts, joined=copying)
+    states = any(text.startswith(state_words.MARKS) for text in words)
+    made = (learn_tokenizer(texts) if settings.env == "scienceworld" else
+            build_tokenizer(texts, joined=copying, states=states))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
         clean_up_tokenization_spaces=False)
@@ -169,10 +183,11 @@ def write_initial(settings: BaseLMSettings, episodes: Iterable[Sequence[Transiti
 
 def _compounds(vocabulary: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """The tokens of several words, and the tokens that these words are: ``cabinet 1``, ``cabinet 1, you see``."""
+    follows = {"": "", **LIST_FOLLOWS, **{f'": {head}': head for head in (state_words.LIST, *state_words.HEADS)}}
     for token in vocabulary:
-        match = re.fullmatch(r"([a-z]+) (\d+)(.*)", token)
-        if match and (not match[3] or match[3] in LIST_FOLLOWS):
-            yield token, [part for part in (match[1], match[2], LIST_FOLLOWS.get(match[3])) if part]
+        match = re.fullmatch(r'"?([a-z]+) (\d+)(.*)', token)
+        if match and match[3] in follows:
+            yield token, [part for part in (match[1], match[2], follows[match[3]]) if part]
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ engine would.  All engine text survives the round trip (``help`` excepted).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from itp.envs.alfworld.vocabulary import place_types
 from itp.text.alfworld_phrases import FIXED_PHRASES
+from itp.training.from_scratch import state_words
 
 MANY = ("cabinet", "drawer", "shelf")
 """Places that a room may have dozens of."""
@@ -32,19 +34,23 @@ def _alfworld_names() -> Iterator[str]:
     yield from constants.OBJECTS
 
 
-def build_tokenizer(texts: Iterable[str], *, joined: bool = False):
+def build_tokenizer(texts: Iterable[str], *, joined: bool = False, states: bool = False):
     """A word-level ``tokenizers.Tokenizer`` whose vocabulary is the words of ``texts``.
 
     ``joined``: a place whose contents follow is one token with the words between (``cabinet 1, you see``).  What is
     copied from an earlier sight then stands directly behind this token, and a small model learns to copy it, which it
-    doesn't if a token stands between.
+    doesn't if a token stands between.  ``states``: it reads and writes symbolic states
+    (:mod:`itp.training.from_scratch.state_words`).
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    def dropped(pattern: str, left: str):
+        return normalizers.Replace(Regex(pattern), left)
+
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Replace(Regex(r"(?:, and|,) a (?=[a-z]+ \d)"), " "),
-        normalizers.Replace(Regex(r"(?<=see|ying:) a (?=[a-z]+ \d)"), " "),
+        dropped(r"(?:, and|,) a (?=[a-z]+ \d)", " "), dropped(r"(?<=see|ying:) a (?=[a-z]+ \d)", " "),
+        *(dropped(*one) for one in state_words.DROPPED if states),
     ])
     phrases = "|".join(p.replace(".", r"\.") for p in FIXED_PHRASES)
     names = sorted({name.lower() for name in _alfworld_names()} - set(MANY), key=lambda name: (-len(name), name))
@@ -53,6 +59,9 @@ def build_tokenizer(texts: Iterable[str], *, joined: bool = False):
     if joined:
         numbered += rf"(?:{'|'.join(words.replace('.', '[.]') for words in LIST_FOLLOWS)})?"
     words = rf"(?:{'|'.join(LABELS)})|(?:{phrases})(?!\w)|{numbered}|\w+|\n|[^\w\s]"
+    if states:
+        heads, whole = ("|".join(map(re.escape, these)) for these in (state_words.HEADS, state_words.PHRASES))
+        words = rf'"(?:{numbered})": (?:{heads}|\[)|{heads}|{whole}|{words}'
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), "removed", invert=True)
     found = {word for text in texts for word, _ in
              tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))}
@@ -63,6 +72,9 @@ def build_tokenizer(texts: Iterable[str], *, joined: bool = False):
         on, inside = LIST_FOLLOWS
         found |= {f"{name} {n}{inside if opens else on}" for name, opens in place_types().items()
                   for n in range(1, counts[name])}
+    if states:
+        found |= {*state_words.HEADS, *state_words.PHRASES, state_words.LIST,
+                  *state_words.heads(place_types(), counts)}
     special = ["[PAD]", "[UNK]", "[EOS]"]
     vocabulary = [*special, *sorted(found | numbers | {"\n"} | set(LABELS) | set(FIXED_PHRASES))]
     tokenizer.model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
@@ -71,6 +83,11 @@ def build_tokenizer(texts: Iterable[str], *, joined: bool = False):
     def put(pattern: str, text: str):
         return decoders.Replace(Regex(pattern), text)
 
+    if states:
+        tokenizer.decoder = decoders.Sequence([
+            decoders.WordPiece(prefix="\x01", cleanup=False), decoders.Fuse(),
+            *(put(*one) for one in state_words.PUT_BACK)])
+        return tokenizer
     tokenizer.decoder = decoders.Sequence([
         decoders.WordPiece(prefix="\x01", cleanup=False),  # a space before each token ...
         decoders.Fuse(),

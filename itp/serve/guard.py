@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from foresight_eval.serve.settings import ServeSettings, token_of
+from itp.serve.settings import ServeSettings, token_of
 
 OPEN = ("/health",)
 """Paths that need no token."""

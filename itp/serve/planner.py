@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foresight_eval.plan import check_answers, check_scores, make_plan
-from foresight_eval.serve.settings import ServeSettings
 from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.errors import PromptTooLong, UserError
@@ -24,6 +22,8 @@ from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import Decision, EarlierTrial, Method, View
 from itp.methods.registry import METHODS
 from itp.methods.settings import NEED_WORLD_MODEL, WRITE_THOUGHTS
+from itp.plan import check_answers, check_scores, make_plan
+from itp.serve.settings import ServeSettings
 from itp.text.alfworld_phrases import NOTHING_HAPPENS
 from itp.text.state import State
 

@@ -10,13 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from foresight_eval.serve.guard import Guard
-from foresight_eval.serve.planner import ModelFailed, Planned, Planner, answer, failed
-from foresight_eval.serve.published import (
+from itp.serve.guard import Guard
+from itp.serve.planner import ModelFailed, Planned, Planner, answer, failed
+from itp.serve.published import (
     Failed, ObjectLists, PublishedBelief, Text, earlier_trial, perceive, text_state,
 )
-from foresight_eval.serve.requests import Requests
-from foresight_eval.serve.settings import ServeSettings
+from itp.serve.requests import Requests
+from itp.serve.settings import ServeSettings
 from itp.errors import UserError
 from itp.methods.base import EarlierTrial
 from itp.program import without_secrets
@@ -26,6 +26,8 @@ from itp.text.state import State
 
 SHOWN = 5
 """Mistakes of a request, as many as its answer names."""
+LONGEST_NAME = 60
+"""Characters that the answer shows of a field's name, which a client may choose."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -172,10 +174,20 @@ def _say_what_is_wrong(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
+        found = [f"{_named(each['loc'][1:]) or 'body'}: {each['msg']}" for each in error.errors()]
         more = f"; and {len(found) - SHOWN} more" * (len(found) > SHOWN)
-        return JSONResponse({"detail": "; ".join(found[:SHOWN]) + more}, 422)
+        return JSONResponse({"detail": _one_line("; ".join(found[:SHOWN]) + more)}, 422)
 
     @app.exception_handler(UserError)
     async def refused(_: Request, error: UserError) -> JSONResponse:
-        return JSONResponse({"detail": without_secrets(str(error))}, 502 if isinstance(error, ModelFailed) else 422)
+        status = 502 if isinstance(error, ModelFailed) else 422
+        return JSONResponse({"detail": _one_line(without_secrets(str(error)))}, status)
+
+
+def _named(place: tuple[Any, ...]) -> str:
+    return ".".join(str(part)[:LONGEST_NAME] for part in place)
+
+
+def _one_line(text: str) -> str:
+    """``text`` without what would break a line or couldn't be written: a client's own names may have it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

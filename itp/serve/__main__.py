@@ -1,6 +1,6 @@
 """Answer planning requests over HTTP with any method of the harness.
 
-    python -m foresight_eval.serve --policy_model P --wm_model W --method foresight --fixed_k 1
+    python -m itp.serve --policy_model P --wm_model W --method foresight --fixed_k 1
 
 POST /plan decides on one state; POST /generate_policy and /perception take the published form; /health says how it is.
 Needs the extra ``itp[serve]``.  SIGTERM ends it: requests under way are finished first.
@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import asyncio
 
-from foresight_eval.serve.settings import ServeSettings, check_service
 from itp.config import parse_settings
 from itp.errors import UserError
 from itp.program import run_main
+from itp.serve.settings import ServeSettings, check_service
 
 
 def main() -> None:
-    settings = parse_settings(ServeSettings, prog="python -m foresight_eval.serve", description=__doc__)
+    settings = parse_settings(ServeSettings, prog="python -m itp.serve", description=__doc__)
     check_service(settings)
     try:
-        from foresight_eval.serve.server import serve
+        from itp.serve.server import serve
     except ImportError as error:
         raise UserError(f"the server needs {error.name}; pip install 'itp[serve]'") from error
     asyncio.run(serve(settings))

@@ -11,12 +11,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from foresight_eval.settings import AgentSettings
 from itp.agent import engine_world_model
 from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import Policy
+from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
+from itp.agent_settings import AgentSettings
 from itp.envs.pool import processes_for
 from itp.errors import UserError
 from itp.lm.base import LM
@@ -29,8 +30,8 @@ from itp.methods.settings import (
     DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
     MethodSettings,
 )
-from itp.model_card import card_digest, prompt_settings, resolve_by_card
-from itp.models import load_policy, load_world_model
+from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
+from itp.models import load_policy, load_state_model, load_world_model
 from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
 from itp.text.prompts import NO, YES
 
@@ -59,6 +60,11 @@ class EvalPlan:
     def imagines_in_engine(self) -> bool:
         """Whether the game itself is in the place of the world model."""
         return self.uses_world_model and self.settings.wm_backend == ENGINE
+
+    @property
+    def predicts_states(self) -> bool:
+        """Whether the world model is one on symbolic states."""
+        return self.uses_world_model and not self.imagines_in_engine and predicts_states(self.settings.wm_model)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -92,19 +98,20 @@ class EvalPlan:
             thinking_tokens=s.thinking_tokens, **tokens, **prompt_settings(s))
 
     def load_world_model(self, barrier: BatchBarrier, device: str = "cpu",
-                         lm: LM | None = None) -> WorldModel | EngineWorldModel:
+                         lm: LM | None = None) -> WorldModel | StateModel | EngineWorldModel:
         """The world model on ``device``, or on ``lm`` where that is loaded already; or the engine in its place."""
         s = self.settings
         if self.imagines_in_engine:  # with the text alone: what is admissible takes long to list
             return EngineWorldModel(s.make_env(want_admissible=False), processes_for(s.env_processes, s.concurrency),
                                     simulators=s.concurrency)
         limit = "rap_wm_pred_tokens" if s.method in TREE_SEARCH else "wm_max_new_tokens"
-        return load_world_model(
+        load = load_state_model if self.predicts_states else load_world_model
+        return load(
             s.wm_model, env=s.env, lm=lm, server=self.wm_server, device=device, dtype=s.wm_dtype, barrier=barrier,
             engine=s.engine, concurrency=s.concurrency, style=s.wm_prompt_style, chat=s.chat_template,
             max_new_tokens=getattr(s, limit), recall=s.wm_recall, limit_flag=f"--{limit}")
 
-    def build_method(self, policy: Policy, world_model: WorldModel | EngineWorldModel | None) -> Method:
+    def build_method(self, policy: Policy, world_model: WorldModel | StateModel | EngineWorldModel | None) -> Method:
         """What acts."""
         return build(self.settings.method, policy, world_model, self.method_settings)
 
@@ -127,13 +134,16 @@ def make_plan(settings: AgentSettings) -> EvalPlan:
         _check_countable(settings)
     plan = EvalPlan(resolve_by_card(settings, settings.policy_model), method_settings, servers["policy"],
                     servers["wm"], heads, method_settings.how_k_is_chosen(heads))
+    _check_states(plan)
     _check_server_policy(plan)
     _check_horizon(plan)
     return plan
 
 
 def _uses_world_model(settings: AgentSettings) -> bool:
-    return settings.method in NEED_WORLD_MODEL and not settings.disable_wm and settings.fixed_k != 0
+    remembers_only = settings.method == "implement" and not settings.implement_imagination
+    return (settings.method in NEED_WORLD_MODEL and not remembers_only and not settings.disable_wm
+            and settings.fixed_k != 0)
 
 
 def _max_k(settings: AgentSettings, heads: bool) -> int:
@@ -188,11 +198,25 @@ def _check_method(settings: AgentSettings) -> None:
     if settings.thinking and method in SCORE_ACTIONS:
         raise UserError(f"--thinking: --method {method} compares the log-probabilities of actions right after the "
                         "prompt, so the policy can't think first; leave the flag out")
+    if method == "implement":
+        _check_implement(settings)
     if method == "revise":
         _check_revise(settings)
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
         raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
                         "--method foresight")
+
+
+def _check_implement(settings: AgentSettings) -> None:
+    """Refuse memory that there is none of: what ScienceWorld's earlier trials showed isn't remembered."""
+    if settings.env != "scienceworld":
+        return
+    if settings.implement_memory == "recall":
+        raise UserError("--implement_memory recall: nothing is remembered of ScienceWorld's earlier trials; leave it "
+                        "out, or use --method reflexion, which writes notes on them")
+    if not settings.implement_imagination:
+        raise UserError("--implement_imagination false: the policy acts on what is remembered, and nothing is "
+                        "remembered of ScienceWorld's earlier trials; use --method sft")
 
 
 def _check_revise(settings: AgentSettings) -> None:
@@ -203,6 +227,14 @@ def _check_revise(settings: AgentSettings) -> None:
     if settings.k_policy not in ("auto", "fixed"):
         raise UserError(f"--method revise imagines --fixed_k steps: leave --k_policy {settings.k_policy} out, or take "
                         "--method foresight, whose K-head decides where to imagine")
+
+
+def _check_states(plan: EvalPlan) -> None:
+    """Refuse a world model on symbolic states where nobody can ask it."""
+    settings = plan.settings
+    if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
+        raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
+                        "on ALFWorld; give a world model that predicts observations")
 
 
 def _check_server_policy(plan: EvalPlan) -> None:

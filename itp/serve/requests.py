@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
-from foresight_eval.serve.settings import ServeSettings
+from itp.serve.settings import ServeSettings
 
 GONE = 499
 """The status of a request whose client has closed its connection (nginx's number); nobody reads it."""

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from foresight_eval.serve.app import make_app
-from foresight_eval.serve.planner import Planner
-from foresight_eval.serve.requests import Requests
-from foresight_eval.serve.settings import LOOPBACK, ServeSettings
 from itp.errors import UserError
+from itp.serve.app import make_app
+from itp.serve.planner import Planner
+from itp.serve.requests import Requests
+from itp.serve.settings import LOOPBACK, ServeSettings
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from foresight_eval.settings import AgentSettings, AlfworldSettings, SciworldSettings
+from itp.agent_settings import AgentSettings
 from itp.config import flag
 from itp.errors import UserError
 from itp.games import ENVIRONMENTS
@@ -33,10 +33,6 @@ class ServeSettings(AgentSettings):
     wm_device: str = flag("", help="device of the world model")
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, else 2 "
                                "(ScienceWorld: 3)")
-
-    @property
-    def max_k_without_head(self) -> int:
-        return next(each.max_k_without_head for each in (AlfworldSettings, SciworldSettings) if each.env == self.env)
 
     @property
     def has_world_model(self) -> bool:

@@ -19,8 +19,8 @@ from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
 from itp.methods.base import EarlierTrial
 from itp.text.alfworld_phrases import (
-    CARRIES, MOVE_OR_PUT, NAME, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrival, arrived, arrived_at_closed,
-    closed, go_to, kind, listed, moved, picked_up,
+    CARRIES, MOVE_OR_PUT, NAME, NOTHING_HAPPENS, OPENING, SEES, TAKE, TRANSFORM, arrived, closed, go_to, kind, listed,
+    moved, opened, picked_up, sight, transformed, turned_on,
 )
 from itp.text.belief import MIDDLE, NOT_OPENABLE, Belief
 from itp.text.conditions import Conditions, FailedAction, failed_of, object_lists_of
@@ -149,8 +149,8 @@ def text_state(goal: str, belief: Belief, lines: Sequence[str] | str) -> State:
         _undo(contents, action if done else "")
     actions = {action for action, done in history if done}
     openable = {name for name, place in belief.places.items() if place.open is not None}
-    opened = {name for name in openable if belief.places[name].open and f"open {name}" not in actions}
-    room = _Room(contents, openable, openable - opened)
+    were_open = {name for name in openable if belief.places[name].open and f"open {name}" not in actions}
+    room = _Room(contents, openable, openable - were_open)
     for action, done in history:
         text = text.after(action, room.said(action) if done else NOTHING_HAPPENS)
     return text
@@ -207,18 +207,18 @@ class _Room:
             self.held.discard(match[1])
             return moved(match[1], match[2])
         if match := TRANSFORM.fullmatch(action):
-            return f"You {match[1]} the {match[2]} using the {action.rpartition(' with ')[2]}."
+            return transformed(match[1], match[2], action.rpartition(" with ")[2])
         if action.startswith("go to "):
             self.location = action.removeprefix("go to ")
             return self._seen(self.location)
         if verb == "open":
             self.closed.discard(name)
-            return f"You open the {name}. {self._inside(name)}"
+            return opened(name, self.contents.get(name, ()))
         if verb == "close":
             self.closed.add(name)
             return closed(name)
         if verb == "use":
-            return f"You turn on the {name}."
+            return turned_on(name)
         if action == "inventory":
             return f"{CARRIES} {listed(self.held)}." if self.held else "You are not carrying anything."
         if verb == "examine" and name in self.contents:
@@ -227,12 +227,6 @@ class _Room:
             return f"You are facing the {self.location}. Next to it{SEES}nothing."
         return ""
 
-    def _inside(self, place: str) -> str:
-        return f"The {place} is open. In it{SEES}{listed(self.contents.get(place, ()))}."
-
     def _seen(self, place: str) -> str:
-        if place in self.closed:
-            return arrived_at_closed(place)
-        if place in self.openable:
-            return f"{arrived(place)} {self._inside(place)}"
-        return f"{arrival(place)}{listed(self.contents.get(place, ()))}."
+        is_open = place not in self.closed if place in self.openable | self.closed else None
+        return sight(place, is_open, self.contents.get(place, ()))

@@ -1,1 +1,0 @@
-"""Planning as a service: any method of the harness behind HTTP (``python -m foresight_eval.serve``)."""
