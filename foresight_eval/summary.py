@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.cost import measured_cost, summarize_cost
-from foresight_eval.results import BUCKETS, bucket, read_trials
+from foresight_eval.results import BUCKETS, bucket, panel_of, read_trials
 from foresight_eval.statistics import mean, mean_interval, wilson
 from foresight_eval.trials import summarize_trials
 from itp.files import write_atomic, write_json
@@ -75,7 +75,8 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first.
 
-    Its ``world_model`` says so where the game itself was the world model; others have none.  Where games were played
+    Its ``world_model`` says so where the game itself was the world model, and its ``panel`` names the panel of games;
+    others have none.  Where games were played
     several times, its ``trials`` is of all trials (:mod:`foresight_eval.trials`), and everything else of the first.
     """
     trials = read_trials(folder)
@@ -83,8 +84,11 @@ def write_summary(folder: Path) -> dict[str, Any]:
     summary = summarize(list(records.values()))
     if (of_trials := summarize_trials(trials)) is not None:
         summary["trials"] = of_trials
-    if (folder / RECORD).is_file() and (world_model := recorded(folder)["config"].get("world_model")):
+    config = recorded(folder)["config"] if (folder / RECORD).is_file() else {}
+    if world_model := config.get("world_model"):
         summary["world_model"] = world_model
+    if panel := panel_of(config):
+        summary["panel"] = panel
     write_json(folder / "summary.json", summary)
     write_json(folder / "cost.json", measured_cost(folder, list(records.values())))
     write_atomic(folder / "summary.csv", _csv(summary))

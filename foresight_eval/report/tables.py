@@ -49,7 +49,8 @@ def overview(results: Sequence[Result]) -> Table:
                      number(summary["mean_k"], 2), number(_calls_per_step(summary["cost"]), 1),
                      number(summary["cost"]["tokens_per_episode"]), number(budget, 2),
                      number(summary["cost"]["decision_seconds"]["p50"], 2)))
-    return Table("overview", "Overview", "Success in percent by task type, with the 95 % interval of all.",
+    panels = "".join(f" Panel {panel}." for panel in dict.fromkeys(r.panel for r in results) if panel)
+    return Table("overview", "Overview", f"Success in percent by task type, with the 95 % interval of all.{panels}",
                  ("", *buckets, "All", "95 %", "n", "invalid", "mean k", "calls/step", "tokens/ep", "NB",
                   "p50 s"), tuple(rows))
 
