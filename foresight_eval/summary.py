@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.cost import measured_cost, summarize_cost
+from foresight_eval.metrics import measure_all
 from foresight_eval.results import BUCKETS, bucket, panel_of, read_trials
 from foresight_eval.statistics import mean, mean_interval, wilson
 from foresight_eval.trials import summarize_trials
@@ -40,13 +41,14 @@ def _revisions(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``summary.json`` of some episodes: success by task type with intervals, k, invalid actions, cost."""
+    """``summary.json`` of some episodes: success by task type with intervals, metrics, cost."""
     metas = [record["meta"] for record in records]
     counts = Counter(bucket(meta["task_type"]) for meta in metas)
     successes = Counter(bucket(meta["task_type"]) for meta in metas if meta["success"])
     n, won, columns = len(metas), sum(successes.values()), buckets_of(metas)
     scored = [meta for meta in metas if "best_score" in meta]
     steps = [step for record in records for step in record["foresight_steps"]]
+    measured = measure_all(records)
     return {
         "buckets": columns,
         "counts": {b: counts[b] for b in columns},
@@ -58,15 +60,16 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "overall_score": _scores(scored) if scored else None,
         "endings": dict(sorted(Counter(meta["terminate_reason"] for meta in metas).items())),
         "overall": {"n": n, "success": won, "rate": won / n if n else None, "interval": wilson(won, n)},
-        "steps_per_episode": mean([meta["steps"] for meta in metas]),
-        "invalid_action_rate": mean([step["invalid"] for step in steps]),
+        "steps_per_episode": measured["steps_per_episode"]["value"],
+        "invalid_action_rate": measured["invalid_action_rate"]["value"],
         "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
         # Not in results of before it was counted.
         "cut_predictions": sum(meta["usage"].get("world_model", {}).get("cut", 0) for meta in metas),
         "shortened_prompts": sum(usage.get("shortened", 0) for meta in metas for usage in meta["usage"].values()),
-        "mean_k": mean([step["k"] for step in steps]),
+        "mean_k": measured["mean_k"]["value"],
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
         **_revisions(steps),
+        "metrics": measured,
         "cost": summarize_cost(records),
         "restarts": sum(meta["restarts"] for meta in metas),
     }
