@@ -1,8 +1,8 @@
 """Metrics of episodes: each is one small function of one episode's record, named once in :data:`METRICS`.
 
 To add one, write a function of a record (:func:`foresight_eval.results.episode_record`) that returns a pair: an amount,
-and of how many.  Name it in METRICS.  ``python -m foresight_eval.score DIR ...`` then computes it for result folders of
-any age, and summaries and reports have it.  A metric's value is the sum of the amounts over the sum of the counts: so
+and of how many.  Name it in METRICS.  ``python -m foresight_eval.score DIR ...`` then computes it for result folders
+of any age, and summaries and reports have it.  A metric's value is the sum of the amounts over the sum of the counts: so
 ``(invalid actions, steps)`` is a share of all steps, ``(tokens, 1)`` a mean over episodes, and an episode that the metric
 says nothing of returns ``(0, 0)``.
 
@@ -116,8 +116,8 @@ def measure_all(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _states(record: Record) -> list[Hashable]:
-    """The states of an episode, from its first to the one after its last step."""
-    if not record["foresight_steps"]:
+    """The states of an episode, from its first to the one after its last step; none where it says nothing of them."""
+    if not record["foresight_steps"] or not record["conversations"]:
         return []
     env = "alfworld" if record["meta"]["task_type"] in ALFWORLD_TASK_TYPES else "scienceworld"
     return list(states(earlier_trial(record, record["meta"]["game_id"]).state, env))

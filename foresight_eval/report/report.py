@@ -53,8 +53,8 @@ def overview(results: Sequence[Result]) -> str:
 def panels(results: Sequence[Result]) -> list[str]:
     """A line for each panel that was played."""
     played = dict.fromkeys(result.panel for result in results if result.panel)
-    return [f"panel {panel}" + (f": {', '.join(r.name for r in results if r.panel == panel)}" if len(played) > 1 else "")
-            for panel in played]
+    of = {panel: ", ".join(result.name for result in results if result.panel == panel) for panel in played}
+    return [f"panel {panel}" + f": {names}" * (len(played) > 1) for panel, names in of.items()]
 
 
 def write_report(results: Sequence[Result], baseline: Result, fidelity: Sequence[dict[str, Any]], out: Path) -> None:

@@ -69,8 +69,8 @@ class GenerateSettings:
     unseen: int = flag(60, at_least=0, help="games in valid_unseen: rooms that train never has", affects_result=False)
     seed: int = flag(0, help="seed of the random games")
     missions: int = flag(1, at_least=1, help="games of train that share a world, with different goals")
-    panel: str = flag("", help="make and verify the games of these panels, comma-separated, instead of --train, --seen, "
-                               "--unseen and --seed", affects_result=False)
+    panel: str = flag("", help="make and verify the games of these panels, comma-separated, instead of --train, "
+                               "--seen, --unseen and --seed", affects_result=False)
     processes: int = flag(1, at_least=1, help="engines at a time", affects_result=False)
     override: bool = flag(False, help="delete the games there that another configuration made",
                           affects_result=False)
