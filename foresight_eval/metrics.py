@@ -1,10 +1,10 @@
 """Metrics of episodes: each is one small function of one episode's record, named once in :data:`METRICS`.
 
-To add one, write a function of a record (:func:`foresight_eval.results.episode_record`) that returns a pair: an amount,
-and of how many.  Name it in METRICS.  ``python -m foresight_eval.score DIR ...`` then computes it for result folders
-of any age, and summaries and reports have it.  A metric's value is the sum of the amounts over the sum of the counts: so
-``(invalid actions, steps)`` is a share of all steps, ``(tokens, 1)`` a mean over episodes, and an episode that the metric
-says nothing of returns ``(0, 0)``.
+To add one, write a function of a record (:func:`foresight_eval.results.episode_record`) that returns a pair: an
+amount, and of how many.  Name it in METRICS.  ``python -m foresight_eval.score DIR ...`` then computes it for result
+folders of any age, and summaries and reports have it.  A metric's value is the sum of the amounts over the sum of the
+counts.  So ``(invalid actions, steps)`` is a share of all steps, ``(tokens, 1)`` a mean over episodes, and an episode
+that the metric says nothing of returns ``(0, 0)``.
 
 Success and SR@k aren't here: :mod:`foresight_eval.summary` and :mod:`foresight_eval.trials` have them, with the
 intervals of shares.
