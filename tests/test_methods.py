@@ -135,8 +135,8 @@ def test_statler_writes_a_state_and_reads_nothing_older() -> None:
 
 def test_statler_with_the_state_that_the_observations_give() -> None:
     method, policy_lm, _ = made("statler", statler_writer="belief")
-    state = State("find a mug", "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a "
-                                "fridge 1.").after("go to desk 1", "You arrive at desk 1. On the desk 1, you see a mug 1.")
+    room = "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a fridge 1."
+    state = State("find a mug", room).after("go to desk 1", "You arrive at desk 1. On the desk 1, you see a mug 1.")
     state = state.after("take mug 1 from desk 1", "You pick up the mug 1 from the desk 1.")
     asyncio.run(method.act(replace(VIEW, state=state)))
     (read, _), = policy_lm.asked
