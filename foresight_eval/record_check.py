@@ -18,7 +18,7 @@ RECORD: Fields = {"meta": dict, "conversations": list, "foresight_steps": list}
 META: Fields = {
     "game_id": str, "split": str, "task_type": str, "success": bool, "score": NUMBER, "reward": NUMBER, "steps": int,
     "terminate_reason": str, "unparsed_actions": int, "restarts": int, "usage": dict}
-LATER: Fields = {"golden_steps": (int, type(None)), "best_score": NUMBER, "trial": int}
+LATER: Fields = {"golden_steps": (int, type(None)), "best_score": NUMBER, "trial": int, "game_hash": str}
 """Fields of ``meta`` that older results, first trials, and those of the other environment, lack."""
 LOOK_BACK: Fields = {"note": str, "usage": dict}
 STEP: Fields = {

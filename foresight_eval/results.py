@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from foresight_eval.record_check import PLAY_AGAIN, read_record
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.config import by_own_names, flags_that
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, golden_steps
+from itp.envs.panel import game_hash
 from itp.errors import UserError
 from itp.files import read_object, short_names, write_json
 from itp.lm.base import Usage
@@ -144,6 +145,11 @@ class Result:
         return f": {self.config['world_model']}" if self.config.get("world_model") else ""
 
     @property
+    def panel(self) -> str:
+        """The name and hash of the panel that was played; empty where the games are no panel's."""
+        return " ".join(panel_of(self.config).values())
+
+    @property
     def metas(self) -> list[dict[str, Any]]:
         return [record["meta"] for record in self.records.values()]
 
@@ -215,6 +221,12 @@ def mean_k_by_golden_steps(result: Result) -> dict[int, list[float]]:
     return by_length
 
 
+def panel_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """``name`` and ``hash`` of the panel that was played; empty where the games are no panel's."""
+    found = config.get("panel_hash")
+    return {"name": Path(config["panel"]).stem, "hash": found} if found else {}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What an evaluation was made with, by the flags' own names.  Raises UserError where that isn't on record."""
     record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {}
@@ -256,6 +268,7 @@ def episode_record(index: int, episode: Episode) -> dict[str, Any]:
             "error": game.path,
             "game_id": game.game_id,
             "split": game.split,
+            "game_hash": game_hash(game),
             **({"trial": episode.trial} if episode.trial else {}),
             "task_type": game.task_type,
             "golden_steps": golden_steps(game),

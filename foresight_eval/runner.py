@@ -20,6 +20,7 @@ from foresight_eval.settings import EvalSettings
 from foresight_eval.summary import log_line, write_summary
 from foresight_eval.trials import usages
 from itp.distributed import Ranks, rank_devices
+from itp.envs.panel import Panel
 from itp.envs.pool import EnvPool, processes_for
 from itp.errors import UserError
 from itp.files import append_line, check_output_folder
@@ -41,14 +42,17 @@ async def evaluate(settings: EvalSettings) -> None:
     Several processes (:class:`Ranks`) share the games; the first one does what is to be done once.
     """
     ranks = Ranks()
-    games = settings.games()
+    panel = settings.read_panel()
+    if panel is not None:
+        settings = dataclasses.replace(settings, split=panel.split)
+    games = settings.games(panel)
     chosen = choose_games(len(games), settings)
     folder = Path(settings.out_dir)
     if ranks.first:
         plan = make_plan(settings)
         check_answers(plan)
         await check_server(plan)
-        folder = open_folder(plan, start_anew=settings.override and not ranks.restarted)
+        folder = open_folder(plan, panel, start_anew=settings.override and not ranks.restarted)
         check_games(folder, games)
     ranks.meet()
     if not ranks.first:  # after the first one, which fetches a model that isn't here
@@ -84,15 +88,16 @@ def choose_games(n: int, settings: EvalSettings) -> list[int]:
     return chosen
 
 
-def open_folder(plan: EvalPlan, *, start_anew: bool) -> Path:
-    """The result folder, with this configuration and the identity of the models on record."""
+def open_folder(plan: EvalPlan, panel: Panel | None, *, start_anew: bool) -> Path:
+    """The result folder, with this configuration and the identity of the models and of the panel on record."""
     folder = Path(plan.settings.out_dir)
     check_output_folder(folder)
     if start_anew:  # first: a run killed in between must not leave old results under a new configuration
         for file in results.all_trial_files(folder):
             file.unlink()
         (folder / cost.TIMING).unlink(missing_ok=True)
-    return open_run_dir(folder, plan.settings, facts=plan.facts, override=start_anew, may_grow=("max_seq_len",),
+    facts = plan.facts | {"panel_hash": panel.hash if panel else ""}
+    return open_run_dir(folder, plan.settings, facts=facts, override=start_anew, may_grow=("max_seq_len",),
                         redo=functools.partial(forget_shortened, folder))
 
 

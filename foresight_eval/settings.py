@@ -9,6 +9,7 @@ from typing import ClassVar
 from itp.agent_settings import AgentSettings
 from itp.config import flag
 from itp.envs.base import TextEnv
+from itp.envs.panel import Panel, alfworld_games, read_panel_of, scienceworld_games
 from itp.envs.registry import EnvFlags, engine_of, games_of, scienceworld_engine
 from itp.envs.scienceworld.games import ScienceworldFlags, list_games
 from itp.games import Game
@@ -29,7 +30,14 @@ class EvalSettings(AgentSettings):
     trials_after_success: bool = flag(False, help="go on with a game's trials after it was solved",
                                       affects_result=False)
     only_ids: str = flag("", help="play these games only: indices such as 0,5,7", affects_result=False)
+    panel: str = flag("", help="play exactly the games of this panel, in its order: a name in panels/, or a file "
+                               "(python -m itp.envs.panel)", affects_result=False)
     env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
+    env: ClassVar[str]
+
+    def read_panel(self) -> Panel | None:
+        """What ``panel`` names.  Raises UserError where ``split`` contradicts it."""
+        return read_panel_of(self.panel, self.env, self.split, default="dev") if self.panel else None
 
 
 @dataclass
@@ -42,8 +50,10 @@ class AlfworldSettings(EvalSettings):
     max_k: int = flag(-1, help="K_max: steps to imagine at most; -1: what the K-head was trained with, without one 2")
     env: ClassVar[str] = "alfworld"
 
-    def games(self) -> list[Game]:
-        return games_of(EnvFlags(), self.split, self.env_data_root)
+    def games(self, panel: Panel | None = None) -> list[Game]:
+        """The games of ``panel``, or of the split."""
+        return alfworld_games(panel, self.env_data_root) if panel else games_of(
+            EnvFlags(), self.split, self.env_data_root)
 
     def make_env(self, want_admissible: bool) -> Callable[[], TextEnv]:
         return engine_of(EnvFlags(), want_admissible=want_admissible)
@@ -63,8 +73,9 @@ class SciworldSettings(EvalSettings, ScienceworldFlags):
     env: ClassVar[str] = "scienceworld"
     max_steps: ClassVar[int] = 0  # each game has its own
 
-    def games(self) -> list[Game]:
-        return list_games(self.split, self)
+    def games(self, panel: Panel | None = None) -> list[Game]:
+        """The games of ``panel``, or those that the flags select."""
+        return scienceworld_games(panel, self) if panel else list_games(self.split, self)
 
     def make_env(self, want_admissible: bool) -> Callable[[], TextEnv]:
         return scienceworld_engine(self, want_admissible=want_admissible)

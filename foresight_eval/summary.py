@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from foresight_eval.cost import measured_cost, summarize_cost
-from foresight_eval.results import BUCKETS, bucket, read_trials
+from foresight_eval.metrics import measure_all
+from foresight_eval.results import BUCKETS, bucket, panel_of, read_trials
 from foresight_eval.statistics import mean, mean_interval, wilson
 from foresight_eval.trials import summarize_trials
 from itp.files import write_atomic, write_json
@@ -40,13 +41,14 @@ def _revisions(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``summary.json`` of some episodes: success by task type with intervals, k, invalid actions, cost."""
+    """``summary.json`` of some episodes: success by task type with intervals, metrics, cost."""
     metas = [record["meta"] for record in records]
     counts = Counter(bucket(meta["task_type"]) for meta in metas)
     successes = Counter(bucket(meta["task_type"]) for meta in metas if meta["success"])
     n, won, columns = len(metas), sum(successes.values()), buckets_of(metas)
     scored = [meta for meta in metas if "best_score" in meta]
     steps = [step for record in records for step in record["foresight_steps"]]
+    measured = measure_all(records)
     return {
         "buckets": columns,
         "counts": {b: counts[b] for b in columns},
@@ -58,15 +60,16 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "overall_score": _scores(scored) if scored else None,
         "endings": dict(sorted(Counter(meta["terminate_reason"] for meta in metas).items())),
         "overall": {"n": n, "success": won, "rate": won / n if n else None, "interval": wilson(won, n)},
-        "steps_per_episode": mean([meta["steps"] for meta in metas]),
-        "invalid_action_rate": mean([step["invalid"] for step in steps]),
+        "steps_per_episode": measured["steps_per_episode"]["value"],
+        "invalid_action_rate": measured["invalid_action_rate"]["value"],
         "unparsed_actions": sum(meta["unparsed_actions"] for meta in metas),
         # Not in results of before it was counted.
         "cut_predictions": sum(meta["usage"].get("world_model", {}).get("cut", 0) for meta in metas),
         "shortened_prompts": sum(usage.get("shortened", 0) for meta in metas for usage in meta["usage"].values()),
-        "mean_k": mean([step["k"] for step in steps]),
+        "mean_k": measured["mean_k"]["value"],
         "k_histogram": {str(k): c for k, c in sorted(Counter(step["k"] for step in steps).items())},
         **_revisions(steps),
+        "metrics": measured,
         "cost": summarize_cost(records),
         "restarts": sum(meta["restarts"] for meta in metas),
     }
@@ -75,7 +78,8 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_summary(folder: Path) -> dict[str, Any]:
     """Write ``summary.json``, ``cost.json``, ``summary.csv`` and ``log.txt`` of a result folder; return the first.
 
-    Its ``world_model`` says so where the game itself was the world model; others have none.  Where games were played
+    Its ``world_model`` says so where the game itself was the world model, and its ``panel`` names the panel of games;
+    others have none.  Where games were played
     several times, its ``trials`` is of all trials (:mod:`foresight_eval.trials`), and everything else of the first.
     """
     trials = read_trials(folder)
@@ -83,8 +87,11 @@ def write_summary(folder: Path) -> dict[str, Any]:
     summary = summarize(list(records.values()))
     if (of_trials := summarize_trials(trials)) is not None:
         summary["trials"] = of_trials
-    if (folder / RECORD).is_file() and (world_model := recorded(folder)["config"].get("world_model")):
+    config = recorded(folder)["config"] if (folder / RECORD).is_file() else {}
+    if world_model := config.get("world_model"):
         summary["world_model"] = world_model
+    if panel := panel_of(config):
+        summary["panel"] = panel
     write_json(folder / "summary.json", summary)
     write_json(folder / "cost.json", measured_cost(folder, list(records.values())))
     write_atomic(folder / "summary.csv", _csv(summary))

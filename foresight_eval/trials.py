@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from foresight_eval.metrics import invalid_action_rate, measure, steps_per_episode
 from foresight_eval.statistics import mean, wilson
 
 Records = Mapping[int, Sequence[dict[str, Any]]]
@@ -61,8 +62,7 @@ def _rate(outcomes: Sequence[bool]) -> dict[str, Any]:
 
 
 def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    steps = [step for record in records for step in record["foresight_steps"]]
     return _rate([record["meta"]["success"] for record in records]) | {
-        "steps_per_episode": mean([record["meta"]["steps"] for record in records]),
-        "invalid_action_rate": mean([step["invalid"] for step in steps]),
+        "steps_per_episode": measure(steps_per_episode, records)["value"],
+        "invalid_action_rate": measure(invalid_action_rate, records)["value"],
         "tokens_per_episode": mean([tokens(record) for record in records])}

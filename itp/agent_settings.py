@@ -47,8 +47,9 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
     thinking_tokens: int = flag(1024, help="new tokens of that thinking at most")
     temperature: float = flag(0.0, at_least=0, help="sampling temperature of the policy (0: greedy)")
     top_p: float = flag(1.0, help="nucleus of the policy's sampling")
-    rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts: new tokens of a proposed action at most")
-    rap_wm_pred_tokens: int = flag(128, at_least=1, help="rap, mcts: new tokens of a predicted observation at most")
+    rap_action_gen_tokens: int = flag(32, at_least=1, help="rap, mcts, lats: new tokens of a proposed action at most")
+    rap_wm_pred_tokens: int = flag(128, at_least=1,
+                                   help="rap, mcts, lats: new tokens of a predicted observation at most")
     concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)
     method: str = flag("foresight", help="how to act", choices=tuple(METHODS))
     seed: int = flag(123, help="seed of everything random")

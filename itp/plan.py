@@ -198,6 +198,8 @@ def _check_method(settings: AgentSettings) -> None:
     if settings.thinking and method in SCORE_ACTIONS:
         raise UserError(f"--thinking: --method {method} compares the log-probabilities of actions right after the "
                         "prompt, so the policy can't think first; leave the flag out")
+    if method == "statler" and settings.statler_writer == "belief" and settings.env != "alfworld":
+        raise UserError("--statler_writer belief knows ALFWorld's rules only; give --statler_writer lm")
     if method == "implement":
         _check_implement(settings)
     if method == "revise":

@@ -51,6 +51,7 @@ PROGRAMS = {
 """What a run may start: its settings, the flag that names its output, and how that name ends."""
 TABLES = {
     "overview": tables.overview, "scores": tables.scores, "cost": tables.cost, "deployment": analyses.deployment,
+    "decisions": analyses.decisions,
     "comparison": lambda results: tables.comparison(results, results[0]), "k_by_length": analyses.k_by_length,
     "accuracy": analyses.accuracy, "depth": analyses.depth, "training": analyses.training,
     "success_within": lambda results: tables.success_within(results, doubling=True), "by_trial": tables.by_trial,

@@ -10,7 +10,7 @@ from typing import Any
 from foresight_eval import results
 from foresight_eval.summary import write_summary
 from itp.agent.imagination import ImaginedTrajectory
-from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
+from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES, GAME_FIELDS
 from itp.games import Game
 from itp.lm.base import Usage
 from itp.methods.base import Decision
@@ -33,7 +33,8 @@ def make_games(folder: Path, n: int) -> list[Game]:
     for i in range(n):
         path = folder / str(i) / "game.tw-pddl"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"walkthrough": ["look"] * (4 + i)}))
+        texts = dict.fromkeys(GAME_FIELDS, f"game {i}")
+        path.write_text(json.dumps(texts | {"walkthrough": ["look"] * (4 + i)}))
         games.append(Game("alfworld", "valid_unseen", f"game_{i}", str(path), ALFWORLD_TASK_TYPES[i % 6]))
     return games
 

@@ -16,6 +16,7 @@ from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
 from itp.config import add_flags
 from itp.envs.alfworld import generate as alfworld_games
+from itp.envs.panel import PanelSettings
 from itp.serve.settings import ServeSettings
 from itp.training.base_policy import BasePolicySettings
 from itp.training.from_scratch.base_lm import BaseLMSettings
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 SETTINGS = {
     "itp.doctor": doctor.DoctorSettings, "itp.smollm2": smollm2.Smollm2Settings,
-    "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
+    "itp.envs.alfworld_games": alfworld_games.GenerateSettings, "itp.envs.panel": PanelSettings,
     "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
     "world_model.state_fidelity": state_fidelity.StateFidelitySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from itp.methods.implement import FAILED, RECENT, what_it_knows
 from itp.methods.no_repeat import states
 from itp.methods.registry import METHODS, build
 from itp.methods.settings import NEED_WORLD_MODEL, NEED_YES_OR_NO, MethodSettings
+from itp.text.prompt_format import TUNED
 from itp.text.prompts import foresight_text, policy_prompt, proposal_text
 from itp.text.state import State, parse
 from tests.toy import ACTIONS, ToyLM, p_yes
@@ -113,6 +115,40 @@ def test_no_repeat_does_nothing_twice_in_the_same_state() -> None:
     first = asyncio.run(made("sft")[0].act(replace(VIEW, state=moved))).action
     assert asyncio.run(method.act(replace(VIEW, step=1, state=moved))).action == first
     assert len(set(states(moved.after("look", START.first), "scienceworld"))) == 2
+
+
+def test_statler_writes_a_state_and_reads_nothing_older() -> None:
+    """Three steps: the writer reads its last state, the last command and its answer; the reader the new state."""
+    method, policy_lm, _ = made("statler")
+    state, past = START, ()
+    for t in range(3):
+        policy_lm.asked.clear()
+        decision = asyncio.run(method.act(replace(VIEW, state=state, past=past)))
+        (write, _), (read, _) = policy_lm.asked
+        now = f"Task: put a clean plate in fridge\nObservation: {state.observation}"
+        before = past and f"\nWorld state before: {past[-1].memory}\nLast command: {past[-1].action}" or ""
+        assert write == f"{now}{before}\nWorld state:"
+        assert read == f"{now}\nWorld state: {decision.reflection}\nAction:"
+        state, past = state.after(decision.action, f"you see {t}"), (*past, decision)
+    assert len({decision.memory for decision in past}) == 3
+
+
+def test_statler_with_the_state_that_the_observations_give() -> None:
+    method, policy_lm, _ = made("statler", statler_writer="belief")
+    room = "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a fridge 1."
+    state = State("find a mug", room).after("go to desk 1", "You arrive at desk 1. On the desk 1, you see a mug 1.")
+    state = state.after("take mug 1 from desk 1", "You pick up the mug 1 from the desk 1.")
+    asyncio.run(method.act(replace(VIEW, state=state)))
+    (read, _), = policy_lm.asked
+    written = json.loads(read.split("\n")[2].removeprefix("World state: "))
+    assert (written["agent_location"], written["inventory"]) == ("desk 1", "mug 1")
+    assert written["world_state"]["desk 1"] == {"visited": True, "open": "N/A", "objects": []}
+    assert not written["world_state"]["fridge 1"]["visited"]
+
+
+def test_an_instruct_model_is_told_the_form_of_the_state() -> None:
+    prompt = policy_prompt(START.render(), "World state", replace(TUNED, style="instruct"))
+    assert '{"agent_location": ..., "inventory": ..., "world_state": {place: {"visited"' in prompt
 
 
 def test_compute_matched_methods() -> None:

@@ -38,6 +38,11 @@ MISTAKES = [
     (f"{EVALUATE} {PAIR} --wm_backend engine --env_data_root data", "--wm_backend engine imagines in the game itself"),
     ("-m foresight_eval.runner_sciworld --out_dir out --method rap --wm_backend engine --wm_model model "
      "--policy_model model", "--wm_backend engine imagines in the game itself"),
+    ("-m foresight_eval.runner_sciworld --out_dir out --method statler --statler_writer belief --policy_model model",
+     "give --statler_writer lm"),
+    (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel nothing", "no such file, nor a panel"),
+    (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel alfworld_made_unseen",
+     "204 of its 204 games aren't under data"),
     (f"{EVALUATE} --policy_model model --policy_backend engine --env_data_root data", "invalid choice: 'engine'"),
     ("-m world_model.fidelity --transitions rows.jsonl --wm_backend engine", "unrecognized arguments: --wm_backend"),
     (f"{STAGES} label --expert_jsonl rows.jsonl --policy_model model --wm_backend engine --out_labeled_jsonl out",

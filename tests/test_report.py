@@ -123,7 +123,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_tables(folders: list[Path]) -> None:
     made = read_results(folders)
     by_name = {table.name: table for table in tables.all_tables(made, made[0])}
-    assert set(by_name) == {"success", "comparison", "cost"}
+    assert set(by_name) == {"success", "comparison", "metrics", "cost"}
     success = by_name["success"]
     assert success.header == ("", "Pick", "Look", "Clean", "Heat", "Cool", "Pick2", "All", "n")
     # one of two games of each type: Wilson's interval of 1/2 is [9, 91], that of 6/12 [25, 75]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,8 @@ from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import metered
-from itp.methods.base import Decision, View
+from itp.methods.base import Decision, EarlierTrial, View
+from itp.methods.lats import Lats
 from itp.methods.mcts import Mcts
 from itp.methods.rap import Rap, goal_overlap
 from itp.methods.settings import MethodSettings
@@ -219,6 +221,105 @@ def test_mcts_values_leaves_by_the_critic_alone() -> None:
             assert edge.visits == 1 + sum(e.visits for e in below)
     assert sum(e.visits for e in tree.root.edges.values()) == 12
     assert len(set(policy_lm.asked)) == len(policy_lm.asked) and len(set(wm_lm.asked)) == len(wm_lm.asked)
+
+
+class LiteralLats:
+    """LATS as it reads, on plain dictionaries; what the policy answered in a state isn't asked again there."""
+
+    def __init__(self, settings: MethodSettings, seed: int, said: tuple[str, ...] = ()) -> None:
+        self.settings, self.seed, self.said, self.reflections = settings, seed, list(said), 0
+        self.visits: Counter[tuple[str, ...]] = Counter()
+        self.total: dict[tuple[str, ...], float] = defaultdict(float)
+        self.first: dict[tuple[str, ...], str] = {}
+        self.drawn: dict[tuple[str, ...], list[str]] = {}
+        self.verdicts: dict[tuple[str, ...], float] = {}
+
+    @property
+    def notes(self) -> str:
+        return "".join(f"\nReflection: {text}" for text in self.said[-3:])
+
+    def state(self, path: tuple[str, ...]) -> State:
+        state = START
+        for action in path:
+            state = state.after(action, f"you see {int(1000 * unit(world_model_prompt(state.render(), action), 0))}")
+        return state
+
+    def proposed(self, path: tuple[str, ...], seed: int) -> str:
+        prompt = policy_prompt(self.state(path).render(), notes=self.notes)
+        return ACTIONS[int(len(ACTIONS) * unit(prompt, seed))]
+
+    def greedy(self, path: tuple[str, ...]) -> str:
+        if path not in self.first:
+            self.first[path] = self.proposed(path, 0)
+        return self.first[path]
+
+    def proposals(self, path: tuple[str, ...]) -> list[str]:
+        """With repetitions."""
+        if path not in self.drawn:
+            seed = self.seed
+            for action in path:
+                seed = derive_seed(seed, action)
+            seed, likeliest = derive_seed(seed, "drawn"), self.greedy(path)
+            seeds = [seed, *(derive_seed(seed, i) for i in range(1, self.settings.rap_d_actions - 1))]
+            self.drawn[path] = [likeliest, *(self.proposed(path, each) for each in seeds)]
+        return self.drawn[path]
+
+    def told(self, way: tuple[str, ...]) -> str:
+        return "".join(f"\nIf: {action}\nThen: {seen}" for action, seen in self.state(way).history)
+
+    def rollout(self, i: int) -> None:
+        way: tuple[str, ...] = ()
+        path: list[tuple[str, ...]] = []
+        while len(way) < self.settings.rap_depth_limit and (not path or self.visits[way]):
+            actions = list(dict.fromkeys(self.proposals(way)))
+            new = [action for action in actions if not self.visits[(*way, action)]]
+            n = sum(self.visits[(*way, action)] for action in actions)
+            way = (*way, new[0] if new else max(actions, key=lambda a, way=way, n=n: self.mean((*way, a)) + (
+                self.settings.rap_uct_w * math.sqrt(math.log(n) / self.visits[(*way, a)]))))
+            path.append(way)
+        proposed = self.proposals(way[:-1])
+        consistent = proposed.count(way[-1]) / len(proposed)
+        while len(way) < self.settings.rap_depth_limit:
+            way = (*way, self.greedy(way))
+        if way not in self.verdicts:
+            self.verdicts[way] = p_yes(policy_prompt(START.render(), "Helps", foresight=self.told(way) + self.notes))
+        weight = self.settings.lats_lm_weight
+        for each in path:
+            self.visits[each] += 1
+            self.total[each] += weight * self.verdicts[way] + (1 - weight) * consistent
+        if self.verdicts[way] < 0.5 and self.reflections < 3:
+            prompt = policy_prompt(START.render(), "Reflection", foresight=self.told(way))
+            self.said.append(ACTIONS[int(len(ACTIONS) * unit(prompt, 0))])
+            self.reflections += 1
+
+    def mean(self, path: tuple[str, ...]) -> float:
+        return self.total[path] / self.visits[path]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("changes", [{"rap_d_actions": 4, "rap_depth_limit": 3, "rap_uct_w": 0.1},
+                                     {"rap_d_actions": 5, "rap_depth_limit": 4, "lats_lm_weight": 0.8},
+                                     {"rap_depth_limit": 1}, {"rap_num_rollouts": 3, "lats_lm_weight": 1.0}])
+def test_lats_grows_the_literal_tree(seed: int, changes: dict) -> None:
+    lats, policy_lm, wm_lm = searcher(Lats, **changes)
+    earlier = tuple(EarlierTrial(START, (), False, note) for note in ("a", "", "b"))
+    tree = asyncio.run(lats.search(replace(view(seed=seed), earlier=earlier)))
+    literal = LiteralLats(lats.settings, seed, ("a", "b"))
+    for i in range(lats.settings.rap_num_rollouts):
+        literal.rollout(i)
+    ours = statistics(tree.root)
+    assert {path: n for path, (n, _) in ours.items()} == {path: n for path, n in literal.visits.items() if n}
+    assert all(total == pytest.approx(literal.total[path]) for path, (_, total) in ours.items())
+    assert tree.notes == literal.notes and literal.reflections > 0
+    reflected = [prompt for prompt, _ in policy_lm.asked if prompt.endswith("Reflection:")]
+    assert len(reflected) == literal.reflections <= 3
+    assert len(set(wm_lm.asked)) == len(wm_lm.asked)
+
+
+def test_lats_looks_back_on_failed_trials_only() -> None:
+    lats, policy_lm, _ = searcher(Lats)
+    assert asyncio.run(lats.look_back(EarlierTrial(START, (), True), 1)) == "" and not policy_lm.asked
+    assert asyncio.run(lats.look_back(EarlierTrial(START, (), False), 1)) in ACTIONS
 
 
 def nodes(node: Node) -> list[Node]:

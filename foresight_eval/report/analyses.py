@@ -37,6 +37,23 @@ def deployment(results: Sequence[Result]) -> Table:
                  tuple(rows))
 
 
+def decisions(results: Sequence[Result]) -> Table:
+    """Methods side by side: what a decision costs, and what it comes to."""
+    rows = []
+    for result in results:
+        found, overall = result.summary["metrics"], result.summary["overall"]
+        rows.append((result.title, with_interval(overall["rate"], overall["interval"]), str(overall["n"]),
+                     number(found["calls_per_decision"]["value"], 1), number(found["tokens_per_decision"]["value"]),
+                     *(percent(found[name]["value"]) for name in (
+                         "invalid_action_rate", "repeated_action_rate", "revisit_rate")),
+                     number(found["steps_to_success"]["value"], 1)))
+    panels = "".join(f" Panel {panel}." for panel in dict.fromkeys(r.panel for r in results) if panel)
+    return Table("decisions", "Methods by decision", "Success in percent with its 95 % interval; calls and tokens a "
+                 "decision of both models; steps, in percent, that were invalid, repeated an action in the same state, "
+                 f"led to a state that the episode had been in; steps of the episodes that succeeded.{panels}",
+                 ("", "success", "n", "calls", "tokens", "invalid", "repeated", "revisits", "steps"), tuple(rows))
+
+
 def accuracy(models: Mapping[str, Any]) -> Table:
     """How true world models are, one step ahead, of each actor's episodes."""
     rows = []

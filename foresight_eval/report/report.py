@@ -19,6 +19,7 @@ from typing import Any
 
 from foresight_eval.report import tables
 from foresight_eval.results import Result, read_config, read_results
+from foresight_eval.same_games import check_same_games
 from foresight_eval.summary import write_summary
 from itp.config import add_flags, flag, from_args
 from itp.errors import UserError
@@ -33,16 +34,27 @@ class ReportSettings:
     baseline: str = flag("", help="name of the result that the others are compared with; default: the first")
     fidelity: str = flag("", help="figures of world models to show too: files of world_model.fidelity --out_json, "
                                   "comma-separated")
+    allow_mixed: bool = flag(False, help="compare results of different panels or games, too: on the games of both")
 
 
 def overview(results: Sequence[Result]) -> str:
-    """One row a result folder; for ScienceWorld then a row for each task; SR@k where games were played repeatedly."""
+    """One row a result folder; for ScienceWorld then a row for each task; SR@k where games were played repeatedly.
+
+    Panels are named below.
+    """
     shown = [tables.overview(results)]
     if tables.graded(results):
         shown += [tables.success(results), tables.scores(results)]
     if tables.tried_again(results):
         shown.append(tables.success_within(results))
-    return "\n\n".join(map(tables.terminal, shown))
+    return "\n\n".join([*map(tables.terminal, shown), *panels(results)])
+
+
+def panels(results: Sequence[Result]) -> list[str]:
+    """A line for each panel that was played."""
+    played = dict.fromkeys(result.panel for result in results if result.panel)
+    of = {panel: ", ".join(result.name for result in results if result.panel == panel) for panel in played}
+    return [f"panel {panel}" + f": {names}" * (len(played) > 1) for panel, names in of.items()]
 
 
 def write_report(results: Sequence[Result], baseline: Result, fidelity: Sequence[dict[str, Any]], out: Path) -> None:
@@ -75,6 +87,7 @@ def main() -> None:
     for folder in args.folders:
         write_summary(folder)
     results = read_results(args.folders)
+    check_same_games(results, allow_mixed=settings.allow_mixed)
     print(overview(results))
     baseline = find_baseline(results, settings.baseline)
     if len(results) > 1:

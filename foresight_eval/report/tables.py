@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foresight_eval.metrics import METRICS
 from foresight_eval.results import Result, bucket, by_fixed_k
 from foresight_eval.statistics import mean_interval, paired
 from foresight_eval.trials import known_depth
@@ -49,7 +50,8 @@ def overview(results: Sequence[Result]) -> Table:
                      number(summary["mean_k"], 2), number(_calls_per_step(summary["cost"]), 1),
                      number(summary["cost"]["tokens_per_episode"]), number(budget, 2),
                      number(summary["cost"]["decision_seconds"]["p50"], 2)))
-    return Table("overview", "Overview", "Success in percent by task type, with the 95 % interval of all.",
+    panels = "".join(f" Panel {panel}." for panel in dict.fromkeys(r.panel for r in results) if panel)
+    return Table("overview", "Overview", f"Success in percent by task type, with the 95 % interval of all.{panels}",
                  ("", *buckets, "All", "95 %", "n", "invalid", "mean k", "calls/step", "tokens/ep", "NB",
                   "p50 s"), tuple(rows))
 
@@ -102,6 +104,32 @@ def _upright(table: Table) -> Table:
 def graded(results: Sequence[Result]) -> bool:
     """Does an environment among theirs give more than all or nothing?  Then the best score on the way is recorded."""
     return any("best_score" in meta for result in results for meta in result.metas)
+
+
+def metrics(results: Sequence[Result], names: Sequence[str] = ()) -> Table:
+    """Metrics × results with intervals, below success and, where games were played repeatedly, SR@k.
+
+    ``names``: of the metrics; all where it is empty.
+    """
+    shown = [result for result in results if result.records]
+    depth = max((len(_within(result)) for result in shown), default=1)
+    rows = [("success", *(_interval_cell(r.summary["overall"]["rate"], r.summary["overall"]["interval"])
+                          for r in shown))]
+    for k in range(2, depth + 1):
+        found = [_within(result).get(str(k)) for result in shown]
+        rows.append((f"SR@{k}", *(_interval_cell(f["rate"], f["interval"]) if f else "-" for f in found)))
+    for name in names or METRICS:
+        found = [result.summary["metrics"][name] for result in shown]
+        rows.append((name, *(_interval_cell(f["value"], f["interval"]) for f in found)))
+    return Table("metrics", "Metrics", "Value with its 95 % interval over games: success and SR@k are Wilson's, the "
+                 "others those of a ratio of two sums. Names that end in _rate are shares.",
+                 ("", *(result.title for result in shown)), tuple(rows))
+
+
+def _interval_cell(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
 
 
 def success_within(results: Sequence[Result], *, doubling: bool = False) -> Table:
@@ -220,7 +248,7 @@ def all_tables(results: Sequence[Result], baseline: Result) -> list[Table]:
         if len(results) > 1:
             tables.append(comparison_within(results, baseline))
         tables.append(by_trial(results))
-    return [*tables, cost(results)]
+    return [*tables, metrics(results), cost(results)]
 
 
 def task_types(results: Sequence[Result]) -> list[str]:

@@ -2,8 +2,8 @@
 
 Like RAP (its budget flags are the same), but no edge has a reward and nothing is simulated: the value of a rollout is
 the critic's P(yes) that the imagined way from the real state to the leaf brings the task closer.  Departures from
-LATS: dynamics are the world model's, not the real environment's, which can't be taken back; no reflections on failed
-episodes, since there is one episode a game.
+LATS: dynamics are the world model's, not the real environment's, which can't be taken back; no reflections, no
+self-consistency (:mod:`itp.methods.lats` has both).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mcts(PolicyMethod):
     async def search(self, view: View) -> Tree:
         """The tree after all rollouts from s_t."""
         settings = self.settings
-        tree = Tree(Node(view.state, view.seed), self.policy, self.world_model, settings.rap_d_actions, _not_yet)
+        tree = Tree(Node(view.state, view.seed), self.policy, self.world_model, settings.rap_d_actions, not_yet)
         choices = await tree.widen(tree.root, view.observation.admissible)
         if len(choices) == 1:
             return tree
@@ -45,10 +45,10 @@ class Mcts(PolicyMethod):
         await tree.follow(node, leaf.choice)
         if math.isnan(leaf.reward):
             steps = [(edge.choice.action, edge.node.state.observation) for _, edge in path]
-            leaf.reward = await self.policy.judge(tree.root.state, foresight_text(steps))
+            leaf.reward = await self.policy.judge(tree.root.state, foresight_text(steps) + tree.notes)
         return leaf.reward
 
 
-async def _not_yet(node: Node, choice: Choice) -> float:
+async def not_yet(node: Node, choice: Choice) -> float:
     """An edge is judged by where it leads."""
     return math.nan

@@ -15,6 +15,7 @@ from itp.methods.beam import Rafa, Tot
 from itp.methods.compute_matched import KCandidates, MultiAttempt, SelfRefine
 from itp.methods.imagine_then_plan import ImagineThenPlan
 from itp.methods.implement import Implement
+from itp.methods.lats import Lats
 from itp.methods.mcts import Mcts
 from itp.methods.mpc import Mpc
 from itp.methods.prompting import Cot, React
@@ -25,10 +26,11 @@ from itp.methods.reflexion import Reflexion
 from itp.methods.revise import Revise
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
+from itp.methods.statler import Statler
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates, Reflexion)}
+    KCandidates, Reflexion, Lats, Statler)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | StateModel | EngineWorldModel | None,

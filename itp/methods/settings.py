@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise")
-NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "lats")
+NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates", "lats")
 """They ask the policy whether something helps."""
 
 DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
-TREE_SEARCH = ("rap", "mcts")
+TREE_SEARCH = ("rap", "mcts", "lats")
 
 WRITE_THOUGHTS = ("react", "cot")
 """Thought and action come in one reply, so the action is written freely."""
@@ -26,6 +26,8 @@ LOOK_AHEAD = ("tot", "mpc", "rafa")
 
 IMPLEMENT_CHOICES = ("policy", "gain")
 IMPLEMENT_MEMORY = ("context", "recall", "none")
+
+STATLER_WRITERS = ("lm", "belief")
 
 K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
@@ -66,14 +68,19 @@ class MethodSettings:
     revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")
-    rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
-    rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
-    rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
-    rap_uct_w: float = flag(1.4, at_least=0, help="rap, mcts: weight of exploration")
+    rap_d_actions: int = flag(8, at_least=1, help="rap, mcts, lats: actions proposed in a state at most")
+    rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts, lats: steps from the root at most")
+    rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts, lats: rollouts for a decision")
+    rap_uct_w: float = flag(1.4, at_least=0, help="rap, mcts, lats: weight of exploration")
     rap_rw_action_logp: float = flag(0.2, help="rap: weight of the action's mean log-probability in the reward")
     rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
     rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
     rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
+    lats_lm_weight: float = flag(0.5, at_least=0, before=0.5,
+                                 help="lats: weight of P(yes) in a leaf's value; the rest is self-consistency")
+    statler_writer: str = flag("lm", before="lm", choices=STATLER_WRITERS,
+                               help="statler: who writes the state of the world: the policy (an instruct model), or "
+                                    "ALFWorld's rules from the observations")
 
     @property
     def revise_k(self) -> int:

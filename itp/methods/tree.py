@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,8 @@ class Node:
     choices: list[Choice] = field(default_factory=list)
     complete: bool = False
     """All proposals are there, not just the greedy one."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Action -> the share of all proposals that were this one, once they are there."""
     edges: dict[str, Edge] = field(default_factory=dict)
 
 
@@ -54,11 +57,14 @@ Path = list[tuple[Node, Edge]]
 
 
 class Tree:
-    """``actions``: how many proposals a node has at most.  ``reward``: r(s,a), asked once for every edge."""
+    """``actions``: how many proposals a node has at most.  ``reward``: r(s,a), asked once for every edge.
+
+    ``notes``: lines that the proposals made from now on read.
+    """
 
     def __init__(self, root: Node, policy: Policy, world_model: Dynamics, actions: int, reward: Reward) -> None:
         self.root, self.policy, self.world_model = root, policy, world_model
-        self.actions, self.reward = actions, reward
+        self.actions, self.reward, self.notes = actions, reward, ""
 
     async def widen(self, node: Node, admissible: Sequence[str] | None = None) -> list[Choice]:
         """All proposals of a node, in one batch.  ``admissible``: of the root, which alone is real."""
@@ -66,15 +72,18 @@ class Tree:
             greedy, sampled = await asyncio.gather(
                 self.greedy(node, admissible),
                 self.policy.sample(node.state, admissible, self.actions - 1, derive_seed(node.seed, "drawn"),
-                                   temperature=self.policy.temperature or 1.0, imagined=node is not self.root))
-            node.choices, node.complete = distinct([greedy, *sampled]), True
+                                   temperature=self.policy.temperature or 1.0, imagined=node is not self.root,
+                                   notes=self.notes))
+            proposed = [greedy, *sampled]
+            node.shares = {action: n / len(proposed) for action, n in Counter(c.action for c in proposed).items()}
+            node.choices, node.complete = distinct(proposed), True
         return node.choices
 
     async def greedy(self, node: Node, admissible: Sequence[str] | None = None) -> Choice:
         """The first proposal of a node: the policy's most likely action."""
         if not node.choices:
             node.choices = await self.policy.sample(node.state, admissible, 1, node.seed, temperature=0.0,
-                                                    imagined=node is not self.root)
+                                                    imagined=node is not self.root, notes=self.notes)
         return node.choices[0]
 
     async def follow(self, node: Node, choice: Choice, look: bool = True) -> Edge:

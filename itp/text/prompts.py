@@ -71,6 +71,10 @@ _ASK = {
                   "closer, and what is to be done instead if it doesn't?",
     "Looking back": "This attempt at the task has failed. In one line: what went wrong, and what is to be done "
                     "differently in the next attempt?",
+    "World state": "You keep the state of the world for the player. Reply with the state after the last command as one "
+                   'line of JSON: {{"agent_location": ..., "inventory": ..., "world_state": {{place: {{"visited": ..., '
+                   '"open": ..., "objects": [...]}}}}}}. Start from the state before, where there is one, change what '
+                   "the answer to the last command shows, and keep everything else.",
     "Helps": "The If/Then lines are what might be done next, with what would then be seen. Does it bring the task "
              "closer? Reply with yes or no only.",
     "Horizon": "How many steps ahead should be imagined before acting? 0 where the next command is obvious, more "
@@ -151,7 +155,7 @@ def look_back_prompt(state: str, form: PromptFormat = TUNED) -> str:
 def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED, *, foresight: str = "",
                   notes: str = "", max_k: int = 0) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps,
-    Plan, Belief, Choice).
+    Plan, Belief, Choice, World state).
 
     ``foresight`` comes from :func:`foresight_text`.  ``notes`` are complete lines such as ``"\\nReflection: ..."``
     between it and the label.  ``max_k``: the largest answer to ``Horizon``.

@@ -1,8 +1,11 @@
 """Generate new ALFWorld games from the room layouts in the ``alfworld`` package, without a download.
 
     python -m itp.envs.alfworld_games --out data --train 600 --seen 60 --unseen 60 --seed 0
+    python -m itp.envs.alfworld_games --out data --panel alfworld_made_unseen,alfworld_made_seen
 
-writes the published layout (see :mod:`itp.envs.alfworld.games`), playable by the unmodified engine and its experts::
+The first makes games of a seed.  The second makes those of panels (:mod:`itp.envs.panel`), and verifies that they are
+the very same.  Both write the published layout (see :mod:`itp.envs.alfworld.games`), playable by the unmodified engine
+and its experts::
 
     OUT/json_2.1.1/{train,valid_seen,valid_unseen}/<task>-<object>-None-<receptacle or lamp>-<scene>/trial_<n>/
         game.tw-pddl    domain, grammar with the task sentence, problem, walkthrough
@@ -19,6 +22,7 @@ objects in a room: the fingerprint of a world decides between the two splits.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import random
@@ -36,6 +40,7 @@ from itp.config import flag, parse_settings
 from itp.envs.alfworld.expert import Expert
 from itp.envs.alfworld.games import ALFWORLD_TASK_TYPES
 from itp.envs.alfworld.worlds import GeneratedGame, alternative_goals, make_game, write_game
+from itp.envs.panel import GENERATOR, Panel, alfworld_games, read_panel_of
 from itp.errors import UserError
 from itp.files import check_output_folder, read_object
 from itp.games import SPLITS, Game
@@ -48,7 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GENERATOR = "itp.envs.alfworld_games"
 MAX_STEPS = 50
 MAX_ATTEMPTS = 2000
 SEEN_SHARE = 4
@@ -65,6 +69,8 @@ class GenerateSettings:
     unseen: int = flag(60, at_least=0, help="games in valid_unseen: rooms that train never has", affects_result=False)
     seed: int = flag(0, help="seed of the random games")
     missions: int = flag(1, at_least=1, help="games of train that share a world, with different goals")
+    panel: str = flag("", help="make and verify the games of these panels, comma-separated, instead of --train, "
+                               "--seen, --unseen and --seed", affects_result=False)
     processes: int = flag(1, at_least=1, help="engines at a time", affects_result=False)
     override: bool = flag(False, help="delete the games there that another configuration made",
                           affects_result=False)
@@ -232,9 +238,30 @@ def _run(batches: list[GameBatch], processes: int) -> Iterator[Made]:
                         "perhaps with fewer --processes") from error
 
 
+def generate_panels(settings: GenerateSettings) -> Counter[str]:
+    """Make the missing games of ``settings.panel``, and verify them.  Raises UserError where one isn't the panel's."""
+    outcome: Counter[str] = Counter()
+    panels = [read_panel_of(name, "alfworld", "", "") for name in settings.panel.split(",") if name]
+    for panel in panels:
+        outcome.update(generate(settings_of(panel, settings)))
+    for panel in panels:
+        log.info("panel %s: all %d games are there, hash %s", panel.name,
+                 len(alfworld_games(panel, settings.out_dir)), panel.hash)
+    return outcome
+
+
+def settings_of(panel: Panel, settings: GenerateSettings) -> GenerateSettings:
+    """The settings that make the games of ``panel``.  Raises UserError for one of other games."""
+    if panel.made is None:
+        raise UserError(f"--panel {panel.name}: this program doesn't make its games")
+    counts = dict.fromkeys(("train", "seen", "unseen"), 0) | {
+        panel.split.removeprefix("valid_"): len(panel.entries)}
+    return dataclasses.replace(settings, **counts, **panel.made)
+
+
 def main() -> None:
     settings = parse_settings(GenerateSettings, prog="python -m itp.envs.alfworld_games", description=__doc__)
-    outcome = generate(settings)
+    outcome = generate_panels(settings) if settings.panel else generate(settings)
     made = outcome.pop("made", 0)
     log.info("%s: %d games made, %d samples rejected %s", settings.out_dir, made, outcome.total(), dict(outcome))
 
