@@ -218,7 +218,8 @@ def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: 
         engine={"max_batch_rows": settings.wm_batch_size, **settings.engine}, max_new_tokens=settings.wm_max_new_tokens)
     if settings.label_by == "likelihood":
         return Labeler(policy, world_model, candidates, settings)
-    pool = EnvPool(branches.engine(settings), processes_for(settings.env_processes, settings.concurrency))
+    make_env = branches.engine(settings.env, want_admissible=settings.action_selection != "generate")
+    pool = EnvPool(make_env, processes_for(settings.env_processes, settings.concurrency))
     return branches.BranchLabeler(policy, world_model, candidates, settings, games, pool, barrier,
                                   asyncio.Semaphore(settings.concurrency))
 
