@@ -96,7 +96,7 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
         return episodes, bootstraps, player, learner
 
     episodes, bootstraps, player, learner = asyncio.run(play())
-    samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes())
+    samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes(), learner.token_values)
     rows = [row for episode in samples for row in make_rows(episode, 10 ** 6)]
     assert len(rows) == len(samples)
     read = learner.read(rows)
@@ -150,6 +150,71 @@ def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path
     assert [row["k_histogram"][1:] for row in rows] == [[0] * KMAX] * 2
     assert [row["entropy"] for row in rows] == [0.0, 0.0] and all(row["wm_tokens"] == 0 for row in rows)
     assert not (tmp_path / "best").exists() and (tmp_path / "last" / "trainer_state.pt").exists()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_tokens_are_credited_by_what_the_acting_weights_say(models, games_root: Path, tmp_path: Path,
+                                                            normalized: bool) -> None:
+    """On real games: of each action's drawn tokens the TD advantages add up to the action's own."""
+    from itp.distributed import Processes
+    from itp.training.itp_r.a2c_rollout import prepare
+
+    chosen = settings(models, games_root, tmp_path, credit="token", n_steps=1, normalize_advantages=normalized)
+    make_env, games, _ = a2c.environment(chosen)
+
+    async def play():
+        _, player, learner = a2c.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(make_env, 1) as player.pool:
+            episodes = await player.play(games[:2])
+        await player.close()
+        return prepare(episodes, [0.0] * 2, player.lm, chosen, Processes(), learner.token_values), learner
+
+    (episodes, row), learner = asyncio.run(play())
+    samples = [sample for episode in episodes for sample in episode]
+    assert [len(s.token_advantages) for s in samples] == [len(s.drawn) for s in samples]
+    assert [len(s.token_targets) for s in samples] == [max(len(s.drawn) - 1, 0) for s in samples]
+    assert max(len(s.drawn) for s in samples) > 1
+    everyone = [a for s in samples for a in s.token_advantages]
+    if normalized:
+        assert sum(everyone) == pytest.approx(0, abs=1e-6) and math.fsum(a * a for a in everyone) == pytest.approx(
+            len(everyone), rel=1e-4)
+    else:
+        assert [sum(s.token_advantages) for s in samples if s.drawn] == pytest.approx(
+            [s.advantage for s in samples if s.drawn], abs=1e-6)
+        assert row["token_advantage_abs"] == pytest.approx(sum(map(abs, everyone)) / len(everyone))
+    found = learner.update(episodes)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_an_action_has_one_advantage_unless_tokens_are_asked_for(models, games_root: Path, tmp_path: Path) -> None:
+    """No position more is read, and the loss is the old formula bit by bit."""
+    import torch
+
+    from itp.distributed import Processes
+    from itp.training.itp_r.a2c_rollout import prepare
+
+    chosen = settings(models, games_root, tmp_path)
+    make_env, games, _ = a2c.environment(chosen)
+
+    async def play():
+        _, player, learner = a2c.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(make_env, 1) as player.pool:
+            episodes = await player.play(games[:2])
+        await player.close()
+        return prepare(episodes, [0.0] * 2, player.lm, chosen, Processes(), pytest.fail)[0], learner
+
+    episodes, learner = asyncio.run(play())
+    rows = [row for episode in episodes for row in learner._rows(episode)]
+    samples, places = [sample for row in rows for sample in row.samples], []
+    learner.policy.heads.register_forward_hook(lambda module, args, out: places.append(len(args[0])))
+    total, _ = learner._loss(rows, len(samples), 0, value_only=False)
+    assert places == [len(samples)] and not any(s.token_advantages or s.token_targets for s in samples)
+    read = learner.read(rows)
+    advantages, targets = (torch.tensor([getattr(s, name) for s in samples]) for name in ("advantage", "target"))
+    act = -(advantages * (read.k_logprobs + read.action_logprobs)).sum() / len(samples)
+    value = (read.values - targets).square().sum() / len(samples)
+    entropy = -read.entropies.sum() / len(samples)
+    assert torch.equal(total, act + chosen.value_coef * value + chosen.entropy_coef * entropy)
 
 
 def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_root: Path, tmp_path: Path) -> None:

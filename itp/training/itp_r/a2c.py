@@ -179,7 +179,7 @@ class A2C:
         episodes = await self.player.play(batch)
         acted = time.perf_counter()
         samples, row = prepare(episodes, await self.player.bootstraps(episodes), self.player.lm, self.settings,
-                               self.processes)
+                               self.processes, self.learner.token_values)
         row |= self.learner.update(samples)
         self.player.forget()
         return row | {"act_seconds": acted - start, "update_seconds": time.perf_counter() - acted,

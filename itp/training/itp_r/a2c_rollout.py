@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from itp.agent.heads import kmax_of
@@ -29,7 +29,7 @@ from itp.rollout import Episode, LeftOut, Step, run_episodes
 from itp.seeding import derive_seed
 from itp.text.prompts import prompt_of_observation, world_model_target
 from itp.training.itp_r.a2c_settings import RlSettings
-from itp.training.itp_r.advantages import Played, advantages_of
+from itp.training.itp_r.advantages import Played, advantages_of, normalized, token_credit
 
 if TYPE_CHECKING:
     from itp.training.itp_r.a2c_update import Sample
@@ -126,16 +126,44 @@ def played(episode: Episode, bootstrap: float, settings: RlSettings) -> Played:
                   [step.state.observation for step in episode.steps], bootstrap)
 
 
+TokenValues = Callable[[list[list["Sample"]]], list[list[list[float]]]]
+"""V_θ within the actions of samples (:meth:`itp.training.itp_r.a2c_update.Learner.token_values`)."""
+
+
 def prepare(episodes: Sequence[Episode], bootstraps: Sequence[float], lm: LocalLM, settings: RlSettings,
-            processes: Processes) -> tuple[list[list[Sample]], dict[str, Any]]:
-    """The samples of this process's episodes, and what is to be said about those of all processes."""
+            processes: Processes, token_values: TokenValues) -> tuple[list[list[Sample]], dict[str, Any]]:
+    """The samples of this process's episodes, and what is to be said about those of all processes.
+
+    ``token_values`` is asked with ``--credit token`` only.
+    """
     row = statistics_of(processes.gather([summary(e, settings) for e in episodes]))
-    found = advantages_of([played(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)], settings,
-                          processes)
+    outcomes = [played(e, b, settings) for e, b in zip(episodes, bootstraps, strict=True)]
+    found = advantages_of(outcomes, settings, processes)
     samples = [[sample_of(step, advantage, target, lm, settings)
                 for step, advantage, target in zip(episode.steps, advantages, targets, strict=True)]
                for episode, advantages, targets in zip(episodes, found.steps, found.targets, strict=True)]
+    if settings.credit == "token":
+        samples, figures = with_token_credit(samples, outcomes, token_values(samples), settings, processes)
+        row |= figures
     return [steps for steps in samples if steps], row | found.figures
+
+
+def with_token_credit(samples: Sequence[Sequence[Sample]], outcomes: Sequence[Played],
+                      within: Sequence[Sequence[Sequence[float]]], settings: RlSettings,
+                      processes: Processes) -> tuple[list[list[Sample]], dict[str, float]]:
+    """``samples`` with advantages of their tokens, and figures of those of all processes.  ``within``: V_θ."""
+    lam = 0.0 if settings.n_steps else settings.gae_lambda
+    found = [token_credit(o.rewards, o.values, inner, settings.gamma, lam, o.bootstrap)
+             for o, inner in zip(outcomes, within, strict=True)]
+    own = [[credits[:len(sample.drawn)] for sample, credits in zip(steps, advantages, strict=True)]
+           for steps, (advantages, _) in zip(samples, found, strict=True)]
+    everyone = processes.gather([a for advantages in own for credits in advantages for a in credits])
+    if settings.normalize_advantages and everyone:
+        own = [[normalized(credits, everyone) for credits in advantages] for advantages in own]
+    credited = [[dataclasses.replace(sample, token_advantages=credits, token_targets=values)
+                 for sample, credits, values in zip(steps, advantages, targets, strict=True)]
+                for steps, advantages, (_, targets) in zip(samples, own, found, strict=True)]
+    return credited, {"token_advantage_abs": statistics.fmean(map(abs, everyone)) if everyone else 0.0}
 
 
 def sample_of(step: Step, advantage: float, target: float, lm: LocalLM, settings: RlSettings) -> Sample:

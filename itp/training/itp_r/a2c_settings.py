@@ -24,6 +24,8 @@ from itp.training.settings import TRACKERS, UpdateFlags, check_precision, check_
 log = logging.getLogger(__name__)
 ADVANTAGES = ("critic", "group", "gigpo")
 """What the return of a step is compared with (:mod:`itp.training.itp_r.advantages`)."""
+CREDITS = ("action", "token")
+"""What has an advantage of its own."""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     group_size: int = flag(1, at_least=1, before=1, help="episodes of a game, one after the other in the same update; "
                                                          "with --advantage group or gigpo at least 2")
     group_std: bool = flag(False, help="group and gigpo: differences in standard deviations of their group, as in GRPO")
+    credit: str = flag("action", choices=CREDITS, before="action",
+                       help="an action has one advantage, or each of its tokens its own (POAD)")
     step_weight: float = flag(1.0, at_least=0, before=1.0, help="ω of gigpo: weight of the comparison at equal states")
     lr: float = flag(5e-6, above=0, help="learning rate")
     value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
@@ -195,6 +199,8 @@ def _check_groups(settings: RlSettings) -> None:
                             "takes whole groups")
     if settings.step_weight != 1 and settings.advantage != "gigpo":
         raise UserError(f"--step_weight is for --advantage gigpo; {chosen} compares no steps at equal states")
+    if settings.credit == "token":
+        _check_tokens(settings)
     if settings.has_critic:
         if settings.group_std:
             raise UserError("--group_std is for --advantage group and gigpo; a critic compares nothing in groups")
@@ -207,6 +213,18 @@ def _check_groups(settings: RlSettings) -> None:
     if settings.normalize_advantages:
         raise UserError(f"--normalize_advantages would move the advantages of groups without a signal away from 0; "
                         f"with {chosen} give --normalize_advantages false, and --group_std if they are to be scaled")
+
+
+def _check_tokens(settings: RlSettings) -> None:
+    """Raises UserError for flags that tokens with advantages of their own leave no meaning."""
+    if not settings.has_critic:
+        raise UserError(f"--credit token reads V_θ after every token, and --advantage {settings.advantage} has no "
+                        "critic; give --advantage critic, or --credit action")
+    if settings.n_steps > 1:
+        raise UserError(f"--n_steps {settings.n_steps}: --credit token knows the TD target (--n_steps 1) and GAE "
+                        "(--n_steps 0) only")
+    if not settings.action_do_sample:
+        raise UserError("--action_do_sample 0 draws no token, so --credit token has nothing to credit; leave one out")
 
 
 def _warn_of_short_budget(settings: RlSettings) -> None:
