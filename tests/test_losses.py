@@ -54,6 +54,12 @@ def test_token_log_probabilities_equal_a_slow_loop_with_gradient() -> None:
     assert torch.allclose(wanted, given, atol=1e-6)
 
 
+def test_a_rescaled_reward_leaves_the_costs() -> None:
+    # .25·(1 + .01) − .2·2 − .01
+    assert reward(1.0, 2, success=True, invalid=False, **PAPER, efficacy=0.25) == pytest.approx(-0.1575)
+    assert reward(0.0, 0, success=False, invalid=True, **PAPER, efficacy=0.0) == pytest.approx(-0.11)
+
+
 def test_the_loss_of_equation_8() -> None:
     action, k = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.5])
     values = torch.tensor([0.5, 1.0], requires_grad=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from itp.games import Game
 from itp.lm.local import LocalLM
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.imagine_then_plan import ImagineThenPlan
+from itp.methods.no_repeat import states
 from itp.methods.settings import MethodSettings
 from itp.model_card import prompt_settings
 from itp.models import load_policy
@@ -77,8 +80,14 @@ class Player:
             max_k=self.kmax, fixed_k=settings.fixed_k, k_policy="head", k_sample=not greedy, value_of_state=True,
             record_sampling=True))
 
-    async def play(self, games: Sequence[Game], *, greedy: bool = False) -> list[Episode]:
-        """One episode of each game, in their order; some are left out (:attr:`left_out`)."""
+    async def play(self, games: Sequence[Game], *, greedy: bool = False, limit: int = 0) -> list[Episode]:
+        """One episode of each game, in their order; some are left out (:attr:`left_out`).
+
+        ``limit``: its steps at most, where that is less than its own limit (0: its own).
+        """
+        if limit:
+            most = self.settings.max_steps
+            games = [dataclasses.replace(game, max_steps=min(limit, game.max_steps or most)) for game in games]
         episodes = {e.game.game_id: e async for e in run_episodes(
             self.pool, self.method(greedy), games, max_steps=self.settings.max_steps, seed=self.settings.seed,
             concurrency=self.settings.num_envs, barrier=self.barrier)} if games else {}
@@ -113,10 +122,31 @@ def rewards_of(episode: Episode, settings: RlSettings) -> list[float]:
     """r_1 ... r_T of eq. 7."""
     from itp.training.itp_r.losses import reward
 
+    scale = efficacy(episode) if settings.rescale_reward else 1.0
     return [reward(step.reward, step.decision.k, success=episode.success and step is episode.steps[-1],
                    invalid=step.invalid, lambda_k=settings.lambda_k, step_cost=settings.step_cost,
-                   success_bonus=settings.success_bonus, invalid_action_penalty=settings.invalid_action_penalty)
+                   success_bonus=settings.success_bonus, invalid_action_penalty=settings.invalid_action_penalty,
+                   efficacy=scale)
             for step in episode.steps]
+
+
+def efficacy(episode: Episode) -> float:
+    """The share of an episode's actions that changed what is known of its state; 1 where it has none.
+
+    What is known: see :func:`itp.methods.no_repeat.states`.  So an action that shows something new counts, and one that
+    the engine doesn't take, or that shows only what was known, doesn't.
+    """
+    if not episode.steps:
+        return 1.0
+    last = episode.steps[-1]
+    known = states(last.state.after(last.decision.action, last.observation), episode.game.env)
+    changed = [before != after for before, after in itertools.pairwise(known)]
+    return sum(changed) / len(changed)
+
+
+def annealed_limit(lengths: Sequence[int]) -> int:
+    """The step limit after episodes of ``lengths``: the middle between their mean and the longest one, rounded up."""
+    return math.ceil((statistics.fmean(lengths) + max(lengths)) / 2)
 
 
 def played(episode: Episode, bootstrap: float, settings: RlSettings) -> Played:
@@ -190,6 +220,7 @@ def summary(episode: Episode, settings: RlSettings) -> dict[str, Any]:
             "k": [step.decision.k for step in steps],
             "kmax": len(steps[0].decision.k_logprobs) - 1 if steps else 0,
             "invalid": sum(step.invalid for step in steps),
+            "efficacy": efficacy(episode) if settings.rescale_reward else None,
             "shortened": sum(spent.shortened for spent in usage.values()),
             "policy_tokens": usage["policy"].tokens if "policy" in usage else 0,
             "wm_tokens": usage["world_model"].tokens if "world_model" in usage else 0}
@@ -204,6 +235,7 @@ def statistics_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not drawn:
         raise UserError("no episode has a step: each ended at once, because the policy's context doesn't hold its "
                         "first prompt, its environment died or its game is broken (see the warnings above)")
+    shares = [row["efficacy"] for row in summaries if row["efficacy"] is not None]
     return {
         "return": statistics.fmean(row["return"] for row in summaries),
         "success": statistics.fmean(row["success"] for row in summaries),
@@ -214,4 +246,4 @@ def statistics_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "shortened_prompts": sum(row["shortened"] for row in summaries),
         "policy_tokens": sum(row["policy_tokens"] for row in summaries),
         "wm_tokens": sum(row["wm_tokens"] for row in summaries),
-    }
+    } | ({"efficacy": statistics.fmean(shares)} if shares else {})

@@ -86,6 +86,12 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")
     invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
+    rescale_reward: bool = flag(False,
+                                help="the environment's reward and the success bonus count by the share of the "
+                                     "episode's actions that changed what is known of the state (WMAct)")
+    anneal_turns: int = flag(0, at_least=0,
+                             help="every so many updates the step limit falls to the middle between the mean and the "
+                                  "longest episode of the last update (WMAct, which takes 100; 0: it stays)")
     entropy_coef: float = flag(0.01, help="β of eq. 8")
     value_coef: float = flag(1.0, help="α of eq. 8")
     observation_loss: float = flag(0.0, at_least=0, help="weight of the cross-entropy of the observations that follow "

@@ -20,10 +20,13 @@ Allowed = Sequence[Sequence[int] | None]
 
 
 def reward(env_reward: float, k: int, *, success: bool, invalid: bool, lambda_k: float, step_cost: float,
-           success_bonus: float, invalid_action_penalty: float) -> float:
-    """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number."""
-    return (env_reward - lambda_k * k - step_cost
-            + (success_bonus if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
+           success_bonus: float, invalid_action_penalty: float, efficacy: float = 1.0) -> float:
+    """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number.
+
+    ``efficacy``: a factor of what the environment and success are worth, and not of what steps cost.
+    """
+    return (env_reward * efficacy - lambda_k * k - step_cost
+            + (success_bonus * efficacy if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
 
 
 def k_entropy(k_logits: torch.Tensor) -> torch.Tensor:
