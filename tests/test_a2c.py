@@ -283,6 +283,17 @@ def test_the_step_limit_falls_by_hand(models, corridor, games_root: Path, tmp_pa
     assert torch.load(tmp_path / "last" / "trainer_state.pt", weights_only=False)["progress"]["turn_limit"] == 3
 
 
+def test_a_budget_of_environment_steps_ends_the_run_and_a_larger_one_goes_on(models, corridor, games_root: Path,
+                                                                             tmp_path: Path) -> None:
+    """Two episodes of an update take 6 steps."""
+    chosen = settings(models, games_root, tmp_path, fixed_k=0, wm_model="", eval_every=0, max_env_steps=7)
+    a2c.run(chosen)
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2]
+    a2c.run(dataclasses.replace(chosen, max_env_steps=18))
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert read_json(tmp_path / "metrics.json")["env_steps"] == 18
+
+
 def test_a_lower_limit_is_that_of_training_only(models, corridor, games_root: Path, tmp_path: Path) -> None:
     chosen = settings(models, games_root, tmp_path, fixed_k=0, wm_model="", max_steps=9)
     games = [Game("alfworld", "train", "corridor", "", "", max_steps=most) for most in (0, 1, 5)]

@@ -119,6 +119,7 @@ class Progress:
     update: int = 0
     episodes: int = 0
     seconds: float = 0.0
+    env_steps: int = 0
     best: float = -1.0
     turn_limit: int = 0
     """Steps of an episode at most, where ``--anneal_turns`` has lowered it; 0: the settings' own."""
@@ -155,9 +156,10 @@ class A2C:
             LeftOut(broken=broken).check_none_broken("the training is finished without them")
 
     def unfinished(self) -> bool:
-        """There are episodes to play, and time is left: by the first process's clock, for all alike."""
+        """There are episodes to play, and steps and time are left: by the first process's clock, for all alike."""
         minutes, = self.processes.gather([self.progress.seconds / 60])[:1]
         return (self.progress.episodes < self.settings.total_episodes
+                and not 0 < self.settings.max_env_steps <= self.progress.env_steps
                 and not 0 < self.settings.max_minutes <= minutes)
 
     async def step(self) -> None:
@@ -167,6 +169,7 @@ class A2C:
         row = await self.play_and_learn(progress.episodes, count)
         progress.update += 1
         progress.episodes += count
+        progress.env_steps += row["env_steps"]
         progress.seconds += time.perf_counter() - start
         last = not self.unfinished()
         if self.eval_games and (last or progress.update % settings.eval_every == 0):

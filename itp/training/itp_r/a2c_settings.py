@@ -55,6 +55,8 @@ class RlSettings(PromptFlags, EnvFlags, EngineFlags, UpdateFlags):
     max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     max_minutes: float = flag(0.0, at_least=0, help="stop after so many minutes of acting and learning (0: no limit)",
                               affects_result=False)
+    max_env_steps: int = flag(0, at_least=0, help="stop after the update in which the environment has executed so many "
+                                                  "steps (0: no limit)", affects_result=False)
     num_envs: int = flag(16, at_least=1, help="episodes played at a time", affects_result=False)
     env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)
