@@ -114,9 +114,9 @@ class EarlySettings(PolicyServerFlags, EngineFlags):
 def main() -> None:
     settings = parse_settings(EarlySettings, prog="python -m world_model.early_experience", description=__doc__)
     server = check(settings)
+    check_output_folder(settings.out_dir)
     rows = choose(settings, read_expert(settings.expert_jsonl, None))
     games, left_out = find_games(settings, rows), LeftOut()
-    check_output_folder(settings.out_dir)
     with alone_in(settings.out_dir):
         out = open_folder(settings, server)
         done = finished(out)
