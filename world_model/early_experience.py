@@ -34,7 +34,7 @@ import itertools
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 from itp.agent.policy import SELECTIONS, Policy
 from itp.config import flag, parse_settings
 from itp.devices import DTYPES
-from itp.envs.base import EnvDied
+from itp.envs.base import EnvDied, Observation
 from itp.envs.pool import EnvHandle, EnvPool, processes_for
 from itp.envs.replay import reach
 from itp.errors import PromptTooLong, UnplayableGame, UserError
@@ -212,7 +212,7 @@ class Trier:
         """Different actions other than the expert's -> who chose them."""
         settings, expert, admissible = self.settings, row.transition.expert_action, None
         if settings.needs_admissible:
-            admissible = (await self._in_game(row, self._nothing, steps)).admissible
+            admissible = await self._in_game(row, self._admissible, steps)
         seed = derive_seed(settings.seed, row.transition.episode_id, row.transition.step)
         sampled = await self.policy.sample(row.state, admissible, settings.alternatives, seed) \
             if settings.alternatives else []
@@ -224,16 +224,18 @@ class Trier:
 
     async def outcome(self, row: ExpertStep, action: str, steps: dict[str, int]) -> str:
         """What the game answers to ``action`` in the row's state."""
-        async def act(env: EnvHandle, _: Any) -> str:
+        async def act(env: EnvHandle, _: Observation) -> str:
             steps["tried"] += 1
             return (await env.step(action)).obs.text
 
         return await self._in_game(row, act, steps)
 
-    async def _nothing(self, _: EnvHandle, observation: Any) -> Any:
-        return observation
+    @staticmethod
+    async def _admissible(_: EnvHandle, observation: Observation) -> tuple[str, ...] | None:
+        return observation.admissible
 
-    async def _in_game(self, row: ExpertStep, what: Callable[[EnvHandle, Any], Any], steps: dict[str, int]) -> Any:
+    async def _in_game(self, row: ExpertStep, what: Callable[[EnvHandle, Observation], Awaitable[Answer]],
+                       steps: dict[str, int]) -> Answer:
         """The result of ``what`` in a copy of the game that is in the row's state."""
         async with self._waiting(), self.seats, self.pool.session() as env:
             for _ in range(MAX_RESTARTS + 1):
@@ -244,6 +246,10 @@ class Trier:
                 except EnvDied as died:
                     log.warning("%s: %s; moving to its state again", row.where, died)
         raise UserError("the environment's process was lost again and again; start the same command again")
+
+    async def close(self) -> None:
+        await self.policy.lm.close()
+        await self.pool.close()
 
     @contextlib.asynccontextmanager
     async def _waiting(self) -> AsyncIterator[None]:
@@ -284,17 +290,7 @@ async def try_all(settings: EarlySettings, server: Server | None, rows: Sequence
                   games: Mapping[str, Game], path: Path, left_out: LeftOut) -> None:
     """Append a line for every row to ``path``, ``concurrency`` at a time."""
     barrier = BatchBarrier()
-    policy = load_policy(
-        settings.policy_model, env=settings.env, server=server, device=settings.policy_device,
-        dtype=settings.policy_dtype, barrier=barrier, engine=settings.engine, concurrency=settings.concurrency,
-        selection=settings.action_selection, temperature=settings.temperature, top_p=settings.top_p)
-    if settings.reflections == "policy" and policy.form.style == "tuned":
-        raise UserError(f"--reflections policy: {settings.policy_model} was trained by this project and explains "
-                        "nothing; give --reflections template, or a chat model")
-    pool = EnvPool(engine(settings.env, want_admissible=settings.needs_admissible),
-                   processes_for(settings.env_processes, settings.concurrency))
-    trier = Trier(settings, policy, games, pool, barrier, asyncio.Semaphore(settings.concurrency))
-    todo = iter(rows)
+    trier, todo = load_trier(settings, server, games, barrier), iter(rows)
     with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(rows), "state") as bar:
 
         async def worker() -> None:
@@ -327,8 +323,22 @@ async def try_all(settings: EarlySettings, server: Server | None, rows: Sequence
             for task in workers:
                 task.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            await policy.lm.close()
-            await pool.close()
+            await trier.close()
+
+
+def load_trier(settings: EarlySettings, server: Server | None, games: Mapping[str, Game],
+               barrier: BatchBarrier) -> Trier:
+    """The policy and the games.  Raises UserError where the policy is to explain, and can't."""
+    policy = load_policy(
+        settings.policy_model, env=settings.env, server=server, device=settings.policy_device,
+        dtype=settings.policy_dtype, barrier=barrier, engine=settings.engine, concurrency=settings.concurrency,
+        selection=settings.action_selection, temperature=settings.temperature, top_p=settings.top_p)
+    if settings.reflections == "policy" and policy.form.style == "tuned":
+        raise UserError(f"--reflections policy: {settings.policy_model} was trained by this project and explains "
+                        "nothing; give --reflections template, or a chat model")
+    pool = EnvPool(engine(settings.env, want_admissible=settings.needs_admissible),
+                   processes_for(settings.env_processes, settings.concurrency))
+    return Trier(settings, policy, games, pool, barrier, asyncio.Semaphore(settings.concurrency))
 
 
 # ---------------------------------------------------------------- what is written
