@@ -192,15 +192,19 @@ def check_table(shown: Any, runs: Mapping[str, Any], over: Mapping[str, Any], wh
 
 
 def check_pooled(shown: Mapping[str, Any], runs: Mapping[str, Any], over: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where runs can't be pooled: their names must have the variables, and differ without them."""
+    """Raise UserError where runs can't be pooled: their names must have the pooled variable, and differ without both.
+
+    A run without ``x`` in its name is the same at each of its values, but not all runs may be.
+    """
     check_keys(shown, where, ("pool", "against"), optional=tuple(shown))
     variables = [shown[name] for name in ("pool", "x") if name in shown]
     for name in variables:
         known(name, over, where, "variable")
     forms = [form for name, part in runs.items() if shown.get("part", name) == name for form in part["each"]]
-    for form in forms:
-        if missing := [name for name in variables if f"{{{name}}}" not in form]:
-            raise UserError(f"{where}: the run {form} has no {{{missing[0]}}} in its name")
+    for name, count in zip(variables, (0, len(forms) - 1), strict=False):
+        missing = [form for form in forms if f"{{{name}}}" not in form]
+        if len(missing) > count:
+            raise UserError(f"{where}: the run {missing[0]} has no {{{name}}} in its name")
     pooled = [without(form, *variables) for form in forms]
     if "" in pooled or len(set(pooled)) < len(pooled):
         raise UserError(f"{where}: without {' and '.join(variables)} these runs have the same name or none: "
@@ -383,14 +387,19 @@ def make_table(shown: Mapping[str, Any], runs: Sequence[Run], values: Mapping[st
 
 
 def curves(shown: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, dict[float, Any]]:
-    """Of the runs without their variables ``pool`` and ``x``, by name: x -> success with its interval."""
+    """Of the runs without their variables ``pool`` and ``x``, by name: x -> success with its interval.
+
+    A run without ``x`` in its name is a level line.
+    """
     runs = [run for run in runs if shown.get("part", run.part) == run.part]
     found: dict[str, dict[float, Any]] = {}
+    everywhere = sorted({run.variables[shown["x"]] for run in runs if shown["x"] in run.variables})
     for name, results in pools(shown, runs)[0].items():
         run = next(run for run in runs if run.name_without(shown["pool"]) == name)
         if results:
-            found.setdefault(run.name_without(shown["pool"], shown["x"]), {})[run.variables[shown["x"]]] = \
-                analyses.pooled_success(results)
+            at = [run.variables[shown["x"]]] if shown["x"] in run.variables else everywhere
+            found.setdefault(run.name_without(shown["pool"], shown["x"]), {}).update(
+                dict.fromkeys(at, analyses.pooled_success(results)))
     return found
 
 

@@ -101,7 +101,8 @@ async def gradients(settings: SignalSettings, variants: Sequence[RlSettings], fo
             size = settings.batch_episodes
             episodes = await player.play(episode_games(settings, games, batch * size, size))
             ends = await player.bootstraps(episodes)
-            made = [prepare(episodes, ends, player.lm, variant, processes) for variant in variants]
+            made = [prepare(episodes, ends, player.lm, variant, processes, learner.token_values)
+                    for variant in variants]
             found.append([learner.gradient(samples).cpu() for samples, _ in made])
             if not all(bool(gradient.isfinite().all()) for gradient in found[-1]):
                 raise UserError("a gradient isn't finite; use --bf16, or neither of --bf16 and --fp16")

@@ -17,6 +17,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from itp.agent.world_model import WorldModel
+from itp.envs.alfworld.env import AlfworldEnv
+from itp.envs.alfworld.games import list_games
 from itp.envs.base import Observation, StepResult
 from itp.envs.pool import EnvPool
 from itp.errors import UserError
@@ -25,11 +27,12 @@ from itp.games import Game
 from itp.lm.base import Trace
 from itp.methods.base import Decision
 from itp.model_card import ModelCard
-from itp.rollout import Step
+from itp.rollout import Episode, Step
 from itp.seeding import derive_seed
 from itp.text.prompts import CTRL
 from itp.text.state import State
 from itp.training.itp_r import a2c
+from itp.training.itp_r.a2c_rollout import annealed_limit, efficacy, rewards_of
 from itp.training.itp_r.a2c_settings import RlSettings, checked, data_root
 from itp.training.itp_r.checkpoint import RunFolder
 from tests.rl_runs import KMAX, approx, metrics, settings, write_models
@@ -96,7 +99,7 @@ def test_the_update_reads_what_was_drawn(models, games_root: Path, tmp_path: Pat
         return episodes, bootstraps, player, learner
 
     episodes, bootstraps, player, learner = asyncio.run(play())
-    samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes())
+    samples, _ = prepare(episodes, bootstraps, player.lm, chosen, Processes(), learner.token_values)
     rows = [row for episode in samples for row in make_rows(episode, 10 ** 6)]
     assert len(rows) == len(samples)
     read = learner.read(rows)
@@ -152,6 +155,71 @@ def test_without_the_k_head_k_leaves_the_loss(models, corridor, games_root: Path
     assert not (tmp_path / "best").exists() and (tmp_path / "last" / "trainer_state.pt").exists()
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_tokens_are_credited_by_what_the_acting_weights_say(models, games_root: Path, tmp_path: Path,
+                                                            normalized: bool) -> None:
+    """On real games: of each action's drawn tokens the TD advantages add up to the action's own."""
+    from itp.distributed import Processes
+    from itp.training.itp_r.a2c_rollout import prepare
+
+    chosen = settings(models, games_root, tmp_path, credit="token", n_steps=1, normalize_advantages=normalized)
+    make_env, games, _ = a2c.environment(chosen)
+
+    async def play():
+        _, player, learner = a2c.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(make_env, 1) as player.pool:
+            episodes = await player.play(games[:2])
+        await player.close()
+        return prepare(episodes, [0.0] * 2, player.lm, chosen, Processes(), learner.token_values), learner
+
+    (episodes, row), learner = asyncio.run(play())
+    samples = [sample for episode in episodes for sample in episode]
+    assert [len(s.token_advantages) for s in samples] == [len(s.drawn) for s in samples]
+    assert [len(s.token_targets) for s in samples] == [max(len(s.drawn) - 1, 0) for s in samples]
+    assert max(len(s.drawn) for s in samples) > 1
+    everyone = [a for s in samples for a in s.token_advantages]
+    if normalized:
+        assert sum(everyone) == pytest.approx(0, abs=1e-6) and math.fsum(a * a for a in everyone) == pytest.approx(
+            len(everyone), rel=1e-4)
+    else:
+        assert [sum(s.token_advantages) for s in samples if s.drawn] == pytest.approx(
+            [s.advantage for s in samples if s.drawn], abs=1e-6)
+        assert row["token_advantage_abs"] == pytest.approx(sum(map(abs, everyone)) / len(everyone))
+    found = learner.update(episodes)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_an_action_has_one_advantage_unless_tokens_are_asked_for(models, games_root: Path, tmp_path: Path) -> None:
+    """No position more is read, and the loss is the old formula bit by bit."""
+    import torch
+
+    from itp.distributed import Processes
+    from itp.training.itp_r.a2c_rollout import prepare
+
+    chosen = settings(models, games_root, tmp_path)
+    make_env, games, _ = a2c.environment(chosen)
+
+    async def play():
+        _, player, learner = a2c.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(make_env, 1) as player.pool:
+            episodes = await player.play(games[:2])
+        await player.close()
+        return prepare(episodes, [0.0] * 2, player.lm, chosen, Processes(), pytest.fail)[0], learner
+
+    episodes, learner = asyncio.run(play())
+    rows = [row for episode in episodes for row in learner._rows(episode)]
+    samples, places = [sample for row in rows for sample in row.samples], []
+    learner.policy.heads.register_forward_hook(lambda module, args, out: places.append(len(args[0])))
+    total, _ = learner._loss(rows, len(samples), 0, value_only=False)
+    assert places == [len(samples)] and not any(s.token_advantages or s.token_targets for s in samples)
+    read = learner.read(rows)
+    advantages, targets = (torch.tensor([getattr(s, name) for s in samples]) for name in ("advantage", "target"))
+    act = -(advantages * (read.k_logprobs + read.action_logprobs)).sum() / len(samples)
+    value = (read.values - targets).square().sum() / len(samples)
+    entropy = -read.entropies.sum() / len(samples)
+    assert torch.equal(total, act + chosen.value_coef * value + chosen.entropy_coef * entropy)
+
+
 def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_root: Path, tmp_path: Path) -> None:
     """Episodes of a group differ in what they imagined: λ_K is in their returns."""
     from itp.agent.policy_with_heads import read_heads
@@ -164,6 +232,82 @@ def test_without_a_critic_the_value_head_stays_as_it_is(models, corridor, games_
     assert not {"loss_value", "value_mean", "explained_variance", "loss_observation"} & rows[0].keys()
     before, after = read_heads(chosen.policy_model), read_heads(tmp_path / "last")
     assert {name.split(".")[0] for name in before if not before[name].equal(after[name])} == {"k_head"}
+
+
+def wandering(game: Game) -> Episode:
+    """Two visits, an action that isn't one, a look, a first look into a drawer, and its second opening: 4 of 7 count.
+
+    The engine answers; the first visit goes back where it comes from at last.
+    """
+    env = AlfworldEnv()
+    first = env.reset(game)
+    places = re.findall(r"(?:cabinet|drawer) \d+", first.text)
+    state, steps = State(first.task, first.text), []
+    for action in (f"go to {places[0]}", f"go to {places[1]}", f"go to {places[1]}", "look", f"open {places[1]}",
+                   f"open {places[1]}", f"go to {places[0]}"):
+        result = env.step(action)
+        steps.append(Step(state, Decision(action, k=1), result.obs.text, 0.25, 0.0, False, result.invalid))
+        state = state.after(action, result.obs.text)
+    return Episode(game, steps, success=True)
+
+
+def test_outcomes_count_by_the_share_of_actions_that_changed_something(games_root: Path) -> None:
+    game = next(g for g in list_games("train", games_root)
+                if len(re.findall(r"(?:cabinet|drawer) \d+", AlfworldEnv().reset(g).text)) > 1)
+    episode = wandering(game)
+    assert efficacy(episode) == 4 / 7
+    plain = RlSettings(policy_model="", out_dir="", lambda_k=0.2, step_cost=0.01, success_bonus=0.5,
+                       invalid_action_penalty=-0.1)
+    costs = [-0.21 - 0.1 * step.invalid for step in episode.steps]
+    assert sum(step.invalid for step in episode.steps) >= 1
+    assert rewards_of(episode, plain) == pytest.approx([c + 0.25 + 0.5 * (i == 6) for i, c in enumerate(costs)])
+    scaled = rewards_of(episode, dataclasses.replace(plain, rescale_reward=True))
+    assert scaled == pytest.approx([c + 4 / 7 * (0.25 + 0.5 * (i == 6)) for i, c in enumerate(costs)])
+    assert efficacy(Episode(game)) == 1.0
+    elsewhere = [Step(State("x", "a", history), Decision("do"), seen, 0.0, 0.0, False, False)
+                 for history, seen in (((), "a"), ((("do", "a"),), "b"))]
+    assert efficacy(Episode(Game("scienceworld", "train", "g", "", ""), elsewhere)) == 0.5
+
+
+def test_the_step_limit_falls_by_hand(models, corridor, games_root: Path, tmp_path: Path) -> None:
+    assert annealed_limit([10, 20, 30]) == 25 and annealed_limit([30, 30]) == 30 and annealed_limit([3, 3, 4]) == 4
+    assert annealed_limit([1]) == 1 and annealed_limit([2, 5]) == 5  # 4.25
+    chosen = settings(models, games_root, tmp_path, fixed_k=0, wm_model="", max_steps=9, anneal_turns=2,
+                      rescale_reward=True, eval_every=2)
+    a2c.run(chosen)  # every episode of the corridor is won by the third step
+    rows = [row for row in metrics(tmp_path) if row["update"]]
+    assert [row["turn_limit"] for row in rows] == [9, 9, 3, 3] and {row["episode_steps"] for row in rows} == {3.0}
+    assert {row["efficacy"] for row in rows} == {0.0}  # its answers say nothing of the room
+    import torch
+
+    assert torch.load(tmp_path / "last" / "trainer_state.pt", weights_only=False)["progress"]["turn_limit"] == 3
+
+
+def test_a_budget_of_environment_steps_ends_the_run_and_a_larger_one_goes_on(models, corridor, games_root: Path,
+                                                                             tmp_path: Path) -> None:
+    """Two episodes of an update take 6 steps."""
+    chosen = settings(models, games_root, tmp_path, fixed_k=0, wm_model="", eval_every=0, max_env_steps=7)
+    a2c.run(chosen)
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2]
+    a2c.run(dataclasses.replace(chosen, max_env_steps=18))
+    assert [row["update"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert read_json(tmp_path / "metrics.json")["env_steps"] == 18
+
+
+def test_a_lower_limit_is_that_of_training_only(models, corridor, games_root: Path, tmp_path: Path) -> None:
+    chosen = settings(models, games_root, tmp_path, fixed_k=0, wm_model="", max_steps=9)
+    games = [Game("alfworld", "train", "corridor", "", "", max_steps=most) for most in (0, 1, 5)]
+
+    async def steps(limit: int) -> list[int]:
+        from itp.distributed import Processes
+
+        _, player, _ = a2c.load(chosen, RunFolder(tmp_path), Processes())
+        async with EnvPool(Corridor, 1) as player.pool:
+            found = [(await player.play([game], limit=limit))[0] for game in games]
+        await player.close()
+        return [len(episode.steps) for episode in found]
+
+    assert asyncio.run(steps(0)) == [3, 1, 3] and asyncio.run(steps(2)) == [2, 1, 2]
 
 
 # ---------------------------------------------------------------- stopping and going on

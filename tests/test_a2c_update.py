@@ -74,11 +74,11 @@ def updated(learner: Learner, episodes: list[list[Sample]]) -> tuple[dict[str, f
     return found, {name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.requires_grad}
 
 
-def same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
+def same(one: tuple[dict, dict], two: tuple[dict, dict], rtol: float = 1e-4) -> None:
     assert one[0] == pytest.approx(two[0], rel=1e-4, abs=1e-5)
     assert one[1].keys() == two[1].keys() and any(g.abs().max() > 1e-3 for g in one[1].values())
     for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, two[1][name], rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(gradient, two[1][name], rtol=rtol, atol=3e-5)
 
 
 @pytest.mark.parametrize("observation_loss", [0.0, 0.7])
@@ -160,6 +160,62 @@ def test_observations_are_learned_where_the_next_prompt_has_them(folder: Path) -
     assert found["loss_observation"] == pytest.approx(sum(nll) / 20, abs=1e-4)
     assert found["loss"] == pytest.approx(plainly["loss"] + 0.7 * sum(nll) / 20, abs=1e-4)
     assert found["loss_act"] == pytest.approx(plainly["loss_act"], abs=1e-4) and "loss_observation" not in plainly
+
+
+def credited(learner: Learner, episodes: list[list[Sample]]) -> list[list[Sample]]:
+    """The episodes with advantages of their tokens by chance, and targets within their actions."""
+    draw = random.Random(5)
+    return [[replace(s, token_advantages=[draw.gauss(0, 1) for _ in s.drawn],
+                     token_targets=[draw.gauss(0, 1) for _ in s.drawn[1:]]) for s in episode] for episode in episodes]
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_token_credit_is_the_same_within_any_budget(folder: Path, lora_r: int) -> None:
+    found = []
+    for budget in (1, 90, 10 ** 6):
+        learner = learner_of(folder, update_batch_tokens=budget, lora_r=lora_r, lora_dropout=0.0, credit="token")
+        found.append(updated(learner, credited(learner, episodes_of(learner, (9, 3, 1)))))
+    same(found[0], found[2], rtol=1e-3)  # gradients are several times those of actions
+    same(found[1], found[2], rtol=1e-3)
+
+
+def test_each_token_is_weighed_by_its_own_advantage_and_valued_where_it_is_drawn(folder: Path) -> None:
+    """Against one sequence at a time: the first two of three tokens are drawn, the last is forced."""
+    learner = learner_of(folder, credit="token", entropy_coef=0.0, value_coef=0.5)
+    episode, = episodes_of(learner, (4,))
+    within, = learner.token_values([episode])
+    policy, values, logprobs, ks, firsts = learner.policy, [], [], [], []
+    with torch.no_grad():
+        for s in episode:
+            ids, read_at = torch.tensor([[*s.ids, *s.trace.token_ids[:2]]]), len(s.ids) - 1
+            out = policy(ids, torch.ones_like(ids), torch.tensor([[0, read_at + 1]]))
+            values.append(out.values.tolist())
+            told = out.logits[0] / TEMPERATURE
+            allowed = list(s.trace.allowed[1])
+            logprobs.append([told[read_at].log_softmax(-1)[s.trace.token_ids[0]].item(),
+                             told[read_at + 1][allowed].log_softmax(-1)[0].item()])
+            heads = torch.tensor([s.heads_ids])
+            out = policy(heads, torch.ones_like(heads), torch.tensor([[0, len(s.heads_ids) - 1]]))
+            ks.append(out.k_logits.log_softmax(-1)[0, s.k].item())
+            firsts.append(out.values.item())
+    assert within == [pytest.approx(own, abs=1e-4) for own in values]
+    episode, = credited(learner, [episode])
+    found = learner.update([episode])
+    act = [-(s.advantage * k + sum(a * p for a, p in zip(s.token_advantages, own, strict=True)))
+           for s, k, own in zip(episode, ks, logprobs, strict=True)]
+    errors = [((v - s.target) ** 2 + (inner[0] - s.token_targets[0]) ** 2) / 2
+              for s, v, inner in zip(episode, firsts, values, strict=True)]
+    assert found["loss_act"] == pytest.approx(sum(act) / 4, abs=1e-4)
+    assert found["loss_value"] == pytest.approx(sum(errors) / 4, abs=1e-4)
+    assert found["loss"] == pytest.approx((sum(act) + 0.5 * sum(errors)) / 4, abs=1e-4)
+
+
+def test_where_all_tokens_have_the_actions_advantage_the_policy_learns_the_same(folder: Path) -> None:
+    by_token, by_action = learner_of(folder, credit="token", value_coef=0.0), learner_of(folder, value_coef=0.0)
+    episodes = episodes_of(by_action, (5, 4))
+    alike = [[replace(s, token_advantages=[s.advantage] * 2, token_targets=[0.0]) for s in e] for e in episodes]
+    found, wanted = updated(by_token, alike), updated(by_action, episodes)
+    same(({**found[0], "loss_value": 0.0}, found[1]), ({**wanted[0], "loss_value": 0.0}, wanted[1]))
 
 
 def test_without_a_critic_no_value_is_learned(folder: Path) -> None:

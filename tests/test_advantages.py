@@ -12,7 +12,9 @@ import pytest
 
 from itp.distributed import Processes
 from itp.training.itp_r.a2c_settings import RlSettings
-from itp.training.itp_r.advantages import Advantages, Played, advantages_of, gae, n_step_returns, normalized
+from itp.training.itp_r.advantages import (
+    Advantages, Played, advantages_of, gae, n_step_returns, normalized, token_credit,
+)
 
 
 def test_returns_by_hand() -> None:
@@ -48,6 +50,39 @@ def test_normalised_advantages() -> None:
     assert normalized([1.0, 3.0], [1.0, 3.0]) == pytest.approx([-1.0, 1.0])
     assert normalized([3.0], [1.0, 3.0, 1.0, 3.0]) == pytest.approx([1.0])
     assert normalized([2.0, 2.0], [2.0, 2.0]) == pytest.approx([0.0, 0.0])
+
+
+# ---------------------------------------------------------------- of tokens
+
+
+def test_the_credit_of_tokens_by_hand() -> None:
+    """Two actions, of three drawn tokens and of one; γ = .5.
+
+    V(s_0) = 1, within it 2 and 4; V(s_1) = 6; rewards 3 and 8.  δ: 2 − 1, 4 − 2, 3 + .5·6 − 4 and 8 − 6.
+    """
+    rewards, values, within = [3.0, 8.0], [1.0, 6.0], [[2.0, 4.0], []]
+    td, targets = token_credit(rewards, values, within, 0.5, 0.0)
+    assert td == [[1.0, 2.0, 2.0], [2.0]]
+    assert targets == [[4.0, 6.0], []]  # before the second token the third one's value, before it r + γV(s_1)
+    # λ = .5: the last token 2 + .5·.5·2, and backwards 2 + .5·2.5, 1 + .5·3.25
+    credits, targets = token_credit(rewards, values, within, 0.5, 0.5)
+    assert credits == [[2.625, 3.25, 2.5], [2.0]]
+    assert targets == [[2 + 3.25, 4 + 2.5], []]
+    # cut at the limit, where the last state is worth 10: 8 + .5·10 − 6
+    assert token_credit(rewards, values, within, 0.5, 0.0, bootstrap=10.0)[0][1] == [7.0]
+
+
+def test_tokens_and_actions_are_one_problem() -> None:
+    """Bellman backups within and across actions agree: what POAD calls BAD."""
+    draw = random.Random(4)
+    rewards, values = [draw.gauss(0, 1) for _ in range(7)], [draw.gauss(0, 1) for _ in range(7)]
+    within = [[draw.gauss(0, 1) for _ in range(draw.randrange(4))] for _ in range(7)]
+    td, _ = token_credit(rewards, values, within, 0.9, 0.0, 0.3)
+    assert [sum(own) for own in td] == pytest.approx(gae(rewards, values, 0.9, 0.0, 0.3))
+    whole, _ = token_credit(rewards, values, within, 0.9, 1.0, 0.3)
+    assert [own[0] for own in whole] == pytest.approx(gae(rewards, values, 0.9, 1.0, 0.3))
+    alone, nothing = token_credit(rewards, values, [[]] * 7, 0.9, 0.7, 0.3)
+    assert [a for a, in alone] == pytest.approx(gae(rewards, values, 0.9, 0.7, 0.3)) and nothing == [[]] * 7
 
 
 # ---------------------------------------------------------------- within groups

@@ -134,6 +134,8 @@ OUTPUTS = [
     "-m foresight_eval --policy_model {model} --method sft --env_data_root {games} --out_dir {out} --override",
     "-m world_model.collect --env_data_root {games} --out_dir {out}",
     "-m world_model.collect --env_data_root {games} --out_dir {out} --override",
+    "-m world_model.early_experience --expert_jsonl {rows} --env_data_root {games} --policy_model {model} "
+    "--out_dir {out}",
     "-m world_model.data_processing.convert --input {rows} --out_dir {out}",
     "-m world_model.data_processing.fetch --out_dir {out}",
     "-m world_model.fidelity --wm_model {model} --transitions {rows} --out_json {out}",

@@ -23,7 +23,7 @@ from itp.training.from_scratch.base_lm import BaseLMSettings
 from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
-from world_model import collect, fidelity, state_fidelity
+from world_model import collect, early_experience, fidelity, state_fidelity
 from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch, metaicl
 
@@ -34,6 +34,7 @@ SETTINGS = {
     "itp.envs.alfworld_games": alfworld_games.GenerateSettings, "itp.envs.panel": PanelSettings,
     "world_model.collect": collect.CollectSettings, "world_model.fidelity": fidelity.FidelitySettings,
     "world_model.state_fidelity": state_fidelity.StateFidelitySettings,
+    "world_model.early_experience": early_experience.EarlySettings,
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,

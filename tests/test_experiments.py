@@ -75,6 +75,15 @@ def pooled(against: str, *names: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def on_axis(against: str, *names: str) -> Callable[[dict[str, Any]], None]:
+    """A change: the same with an axis of games."""
+    def change(said: Any) -> None:
+        pooled(against, *names)(said)
+        said["over"]["games"] = [18, 55]
+        said["tables"][0]["x"] = "games"
+    return change
+
+
 # ---------------------------------------------------------------- what a file may hold
 
 
@@ -85,6 +94,7 @@ def pooled(against: str, *names: str) -> Callable[[dict[str, Any]], None]:
     (put("tables", 0, {"table": "pooled", "against": "a"}), "tables: needs pool"),
     (pooled("a", "a-{seed}", "b"), "tables: the run b has no {seed} in its name"),
     (pooled("a", "a-{seed}", "a-s{seed}"), "without seed these runs have the same name or none: a-{seed}, a-s{seed}"),
+    (on_axis("a", "a-s{seed}", "b-s{seed}"), "tables: the run a-s{seed} has no {games} in its name"),
     (pooled("a", "{seed}"), "without seed these runs have the same name or none: {seed}"),
     (pooled("sft", "a-{seed}", "b-{seed}"), "tables, against: unknown run 'sft'; choose among a, b"),
     (put("titel", "x"), "unknown key 'titel', did you mean 'title'"),
@@ -329,6 +339,25 @@ def test_seeds_are_pooled_and_compared_on_the_same_games_and_seeds(tmp_path: Pat
         experiment["tables"][0] | {"x": "games"}, runs).items()} == {"sft": {18: 0.375}, "itp": {18: 0.75}}
     assert program.draw({"figures": [], "tables": [experiment["tables"][0] | {"x": "games"}]}, runs,
                         tmp_path / "figures") == ["success_by_games"]
+
+
+def test_a_run_without_the_variable_of_the_axis_is_a_level_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment, values = program.parse(["configs/experiments/experience.yaml", "--out", str(tmp_path / "out")])
+    runs, games = program.plan(experiment, values), make_games(tmp_path / "games", 4)
+    assert [run.name for run in runs][:4] == ["sft-s1", "sft-s2", "iwm-2000-s1", "iwm-2000-s2"] and len(runs) == 10
+    for run in runs:
+        won = {"sft": (0, 0, 0, 1), "iwm": (1, 0, 0, 1), "a2c": (0, 0, 1, 1)}[run.name[:3]]
+        write_result(run.out, [make_episode(game, success=bool(w), imagined=())
+                               for game, w in zip(games, won, strict=True)])
+    shown, = experiment["tables"]
+    assert {name: {x: rate for x, (rate, _) in points.items()} for name, points in program.curves(
+        shown, runs).items()} == {"sft": {2000: 0.25, 8000: 0.25}, "iwm": {2000: 0.5, 8000: 0.5},
+                                  "a2c": {2000: 0.5, 8000: 0.5}}
+    rows = {row[0]: row[1:] for row in program.make_table(shown, runs, values).rows}
+    assert list(rows) == ["sft", "iwm-2000", "iwm-8000", "a2c-2000", "a2c-8000"]
+    assert rows["sft"][3] == "-" and rows["a2c-8000"][3].startswith("+25.0 (")
 
 
 def test_trials_are_compared_with_the_best_method_without_imagination(

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itp.errors import UserError
 from itp.text.dialogues import (
-    episode_dialogue, foresight_dialogue, horizon_dialogue, judge_dialogue, reflection_dialogue, thought_dialogue,
+    episode_dialogue, foresight_dialogue, horizon_dialogue, judge_dialogue, outcome_dialogue, reflection_dialogue,
+    thought_dialogue,
 )
 from itp.text.prompt_format import PromptTemplate
 from itp.text.prompts import foresight_text
@@ -414,11 +415,12 @@ def test_all_dialogues_of_an_episode_are_held_out_together(tmp_path):
         talks += [episode_dialogue(steps), foresight_dialogue(steps, 1, 2), horizon_dialogue(steps, 2, 3),
                   thought_dialogue(steps, 1, "d"),
                   reflection_dialogue(steps, 2, foresight_text([("go", "c")]), "e"),
-                  judge_dialogue(steps, 0, foresight_text([("go", "c")]), True)]
+                  judge_dialogue(steps, 0, foresight_text([("go", "c")]), True),
+                  outcome_dialogue(steps, 2, 0, "look", "d")]
     path = tmp_path / "d.json"
     path.write_text(json.dumps(talks))
     groups = [example.group for example in base_policy.read_dialogues(str(path))]
-    assert groups == ["room/trial#0"] * 6 + ["room/trial#1"] * 6
+    assert groups == ["room/trial#0"] * 7 + ["room/trial#1"] * 7
 
 
 @pytest.mark.parametrize("name", [{}, {"id": None}])

@@ -24,6 +24,7 @@ HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate
 PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "itp.serve",
             "foresight_eval.score", "itp.envs.panel", "world_model.collect", "world_model.fidelity",
             "world_model.state_fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
+            "world_model.early_experience",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
             "foresight_eval.extract_conditions", "foresight_eval.extract_episodes",

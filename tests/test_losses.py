@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from itp.training.itp_r.losses import a2c_loss, k_entropy, reward, token_logprobs
+from itp.training.itp_r.losses import ByToken, a2c_loss, k_entropy, reward, token_logprobs
 
 PAPER = {"lambda_k": 0.2, "step_cost": 0.01, "success_bonus": 0.01, "invalid_action_penalty": -0.1}
 
@@ -54,6 +54,12 @@ def test_token_log_probabilities_equal_a_slow_loop_with_gradient() -> None:
     assert torch.allclose(wanted, given, atol=1e-6)
 
 
+def test_a_rescaled_reward_leaves_the_costs() -> None:
+    # .25·(1 + .01) − .2·2 − .01
+    assert reward(1.0, 2, success=True, invalid=False, **PAPER, efficacy=0.25) == pytest.approx(-0.1575)
+    assert reward(0.0, 0, success=False, invalid=True, **PAPER, efficacy=0.0) == pytest.approx(-0.11)
+
+
 def test_the_loss_of_equation_8() -> None:
     action, k = torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.5])
     values = torch.tensor([0.5, 1.0], requires_grad=True)
@@ -64,6 +70,20 @@ def test_the_loss_of_equation_8() -> None:
     assert float(total) == pytest.approx(-0.25 + 0.5 * 2.125 - 0.08)
     total.backward()
     assert values.grad.tolist() == pytest.approx([0.5 * (0.5 - 1.0), 0.5 * (1.0 - 3.0)])  # α·2(V − V̂)/N
+
+
+def test_the_loss_where_tokens_have_their_own_advantages() -> None:
+    """The first action has two drawn tokens and a value between them, the second one token."""
+    k = torch.tensor([-0.5, -1.5])
+    values, within = torch.tensor([0.5, 1.0], requires_grad=True), torch.tensor([0.25])
+    by_token = ByToken(torch.tensor([3.0 * -0.25 + 1.0 * -2.0, -4.0 * -1.0]), within, torch.tensor([0]))
+    advantages, targets = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 3.0])
+    total, parts = a2c_loss(torch.full((2,), math.nan), k, torch.zeros(2), values, advantages, targets,
+                            value_coef=0.5, entropy_coef=0.0, by_token=by_token)
+    # L_act = −(2·(−.5) − .75 − 2 − 1·(−1.5) + 4) / 2 = −.875;  L_value = ((.25 + .25) / 2 + 4) / 2
+    assert parts == pytest.approx({"loss_act": -0.875, "loss_value": 2.125, "loss_ent": 0.0})
+    total.backward()
+    assert values.grad.tolist() == pytest.approx([0.5 * (0.5 - 1.0) / 2, 0.5 * (1.0 - 3.0)])
 
 
 def test_the_losses_of_parts_add_up() -> None:

@@ -23,6 +23,7 @@ from itp.text.dialogues import (
     horizon,
     horizon_dialogue,
     judge_dialogue,
+    outcome_dialogue,
     reflection_dialogue,
     thought_dialogue,
 )
@@ -200,8 +201,18 @@ def test_dialogues_of_every_kind_are_in_the_form_that_training_asks_for() -> Non
     for dialogue in (whole, unanswered, episode_dialogue(lines), foresight_dialogue(rows, 2, 2),
                      horizon_dialogue(rows, 3, 5), thought_dialogue(rows, 1, "A mug."),
                      judge_dialogue(rows, 2, tried, True), judge_dialogue(rows, 0, proposal_text("look"), False),
-                     reflection_dialogue(rows, 2, foresight_text([("look", "x\ny")], "last_obs"), "It helps.")):
+                     reflection_dialogue(rows, 2, foresight_text([("look", "x\ny")], "last_obs"), "It helps."),
+                     outcome_dialogue(rows, 2, 0, "two\nlines", "x\ny"), outcome_dialogue(rows, 0, 1, "look", "")):
         check_form(read_turns(dialogue))
+
+
+def test_an_outcome_teaches_no_action() -> None:
+    turns = read_turns(outcome_dialogue(episode(), 2, 0, "look", "x"))
+    for action in (turns[-2]._replace(learned=True), turns[-2]._replace(correction="Action: open")):
+        with pytest.raises(ValueError, match="an action to learn, with a reply behind it"):
+            check_form([*turns[:-2], action, turns[-1]])
+    with pytest.raises(ValueError, match="expected 'Observation: '"):
+        check_form([*turns[:-1], turns[-1]._replace(text="Action: open")])
 
 
 @pytest.mark.parametrize("place, who, text, says", [

@@ -13,6 +13,9 @@ record's past (see :func:`horizon`).
 Three more forms teach the prompts of planning methods, in the expert's words.  *Thought* dialogues end with a thought
 and the action that follows from it.  *Reflection* dialogues end with a judgment of something that was tried in the
 mind, and with the expert's action.  *Helps* dialogues end with a yes or no: whether the expert does what was tried.
+
+*Outcome* dialogues end with an action and the observation that followed it.  Only the observation is learned: what
+actions lead to, which teaches no action.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from itp.transitions import Transition
 Dialogue = dict[str, Any]
 _TRIED = re.compile(r"\n(?=If: |Then: )")
 _EMPTY_END = re.compile(r"^(?:Observation|Then):\Z", re.MULTILINE)
-_PART = re.compile(r"/(?:foresight-\d+-\d+|(?:horizon|thought|reflection|helps)-\d+)\Z")
+_PART = re.compile(r"/(?:(?:foresight|outcome)-\d+-\d+|(?:horizon|thought|reflection|helps)-\d+)\Z")
 _LAST_REPLY = re.compile(r"Thought: .*\nAction: .*|Horizon: \d+|Helps: (?:yes|no)")
 
 
@@ -69,6 +72,14 @@ def reflection_dialogue(episode: Sequence[Transition], step: int, tried: str, re
 def judge_dialogue(episode: Sequence[Transition], step: int, tried: str, helps: bool) -> Dialogue:
     """The episode up to ``step``, something tried in the mind, and the answer (yes or no) whether it helps."""
     return _dialogue(episode, step, f"helps-{step}", [f"Helps:{(YES if helps else NO).rstrip()}"], tried=tried)
+
+
+def outcome_dialogue(episode: Sequence[Transition], step: int, number: int, action: str, outcome: str) -> Dialogue:
+    """The episode up to ``step``, the ``number``-th ``action`` that was tried there, and the observation after it."""
+    dialogue = _dialogue(episode, step, f"outcome-{step}-{number}", [ACTION + indent(action),
+                                                                     OBSERVATION + indent(outcome)])
+    dialogue["conversations"][-2]["weight"] = 0
+    return dialogue
 
 
 def episode_of(dialogue_id: str) -> str:
@@ -126,6 +137,8 @@ def check_form(turns: Sequence[Turn]) -> None:
                 _check_context(turn.text, first=i == 0, may_try=i == learned_from and replies > 0)
             elif i == learned_from + 1 and replies:
                 _check_last_reply(turn, first_of_two=replies == 2)
+            elif i == learned_from + 2 and turns[i - 1].text.startswith(ACTION):
+                parse_value(turn.text, OBSERVATION)
             else:
                 _check_action(turn)
         except ValueError as error:
@@ -148,7 +161,10 @@ def _check_context(text: str, first: bool, may_try: bool) -> None:
 
 
 def _check_last_reply(turn: Turn, first_of_two: bool) -> None:
-    if first_of_two:
+    if first_of_two and is_value(turn.text, ACTION):
+        if turn.learned or turn.correction is not None:
+            raise ValueError("an action to learn, with a reply behind it")
+    elif first_of_two:
         parse_value(turn.text, "Reflection: ")
     elif not _LAST_REPLY.fullmatch(turn.text):
         _check_action(turn)

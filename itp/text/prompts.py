@@ -69,6 +69,9 @@ _ASK = {
               "how often. Choose one of these commands. Reply with the command only.",
     "Reflection": "The If/Then lines are an imagined future and may be wrong. In one line: does it bring the task "
                   "closer, and what is to be done instead if it doesn't?",
+    "Comparison": "The If/Then lines are commands that were really tried here, one at a time, each with the game's "
+                  "answer. The first one is right. In one line: why is it better here than the others? Use only what "
+                  "is above.",
     "Looking back": "This attempt at the task has failed. In one line: what went wrong, and what is to be done "
                     "differently in the next attempt?",
     "World state": "You keep the state of the world for the player. Reply with the state after the last command as one "
@@ -155,7 +158,7 @@ def look_back_prompt(state: str, form: PromptFormat = TUNED) -> str:
 def policy_prompt(state: str, label: str = "Action", form: PromptFormat = TUNED, *, foresight: str = "",
                   notes: str = "", max_k: int = 0) -> str:
     """The policy's prompt in ``state``, up to the colon of ``label`` (Action, Thought, Reflection, Horizon, Helps,
-    Plan, Belief, Choice, World state).
+    Plan, Belief, Choice, World state, Comparison).
 
     ``foresight`` comes from :func:`foresight_text`.  ``notes`` are complete lines such as ``"\\nReflection: ..."``
     between it and the label.  ``max_k``: the largest answer to ``Horizon``.

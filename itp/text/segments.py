@@ -9,7 +9,7 @@ from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.prompts import END
 from itp.text.turns import has_loss, is_learned
 
-_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps):")
+_LABEL = re.compile(r"(Action|Thought|Reflection|Horizon|Helps|Observation):")
 Segment = tuple[str, bool | str]
 """A text of a training sequence, and whether it is learned; a string is learned in place of the text."""
 

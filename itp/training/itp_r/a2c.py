@@ -8,9 +8,13 @@ The step limit belongs to the task: a state holds the steps so far, so V_θ can 
 episode that is cut there is worth nothing more.  ``--bootstrap_at_limit`` counts V_θ of the state it was cut in.
 
 Departures from the paper: GAE instead of the TD target unless ``--n_steps 1``; episodes are played many at a time,
-and an update takes all steps of a batch.  Two options aren't the paper's.  ``--advantage group`` and ``gigpo`` compare
+and an update takes all steps of a batch.  Some options aren't the paper's.  ``--advantage group`` and ``gigpo`` compare
 the episodes of a game with each other (:mod:`itp.training.itp_r.advantages`); V_θ then is neither needed nor trained.
 ``--observation_loss`` teaches the policy what followed its own actions, an idea of PaW (arXiv 2606.02388).
+``--credit token`` is POAD's (:mod:`itp.training.itp_r.advantages`).  ``--rescale_reward`` and ``--anneal_turns`` are
+those of WMAct (Shu et al. 2025, arXiv 2511.23476): outcomes count by N_eff / N, and the step limit falls to (L̄ + L) / 2
+of the last update's mean and longest episode.  Departures from WMAct: a turn is one action; the mean is taken over the
+batch before the change; states are compared by what the episode has shown of them.
 
     OUT/last, OUT/best, OUT/metrics.jsonl, OUT/metrics.json      (:mod:`itp.training.itp_r.checkpoint`)
 
@@ -45,7 +49,9 @@ from itp.rollout import LeftOut
 from itp.run_dir import alone_in, open_run_dir
 from itp.seeding import derive_seed
 from itp.training import hub
-from itp.training.itp_r.a2c_rollout import Player, episode_games, prepare, statistics_of, summary
+from itp.training.itp_r.a2c_rollout import (
+    Player, annealed_limit, episode_games, prepare, statistics_of, summary,
+)
 from itp.training.itp_r.a2c_settings import RlSettings, checked, data_root
 from itp.training.itp_r.checkpoint import RunFolder
 
@@ -113,7 +119,10 @@ class Progress:
     update: int = 0
     episodes: int = 0
     seconds: float = 0.0
+    env_steps: int = 0
     best: float = -1.0
+    turn_limit: int = 0
+    """Steps of an episode at most, where ``--anneal_turns`` has lowered it; 0: the settings' own."""
 
 
 class A2C:
@@ -147,9 +156,10 @@ class A2C:
             LeftOut(broken=broken).check_none_broken("the training is finished without them")
 
     def unfinished(self) -> bool:
-        """There are episodes to play, and time is left: by the first process's clock, for all alike."""
+        """There are episodes to play, and steps and time are left: by the first process's clock, for all alike."""
         minutes, = self.processes.gather([self.progress.seconds / 60])[:1]
         return (self.progress.episodes < self.settings.total_episodes
+                and not 0 < self.settings.max_env_steps <= self.progress.env_steps
                 and not 0 < self.settings.max_minutes <= minutes)
 
     async def step(self) -> None:
@@ -159,6 +169,7 @@ class A2C:
         row = await self.play_and_learn(progress.episodes, count)
         progress.update += 1
         progress.episodes += count
+        progress.env_steps += row["env_steps"]
         progress.seconds += time.perf_counter() - start
         last = not self.unfinished()
         if self.eval_games and (last or progress.update % settings.eval_every == 0):
@@ -176,15 +187,24 @@ class A2C:
         """``count`` episodes from number ``first`` on, and one update; its figures."""
         start = time.perf_counter()
         batch = self.processes.share(episode_games(self.settings, self.games, first, count))
-        episodes = await self.player.play(batch)
+        episodes = await self.player.play(batch, limit=self.progress.turn_limit)
         acted = time.perf_counter()
         samples, row = prepare(episodes, await self.player.bootstraps(episodes), self.player.lm, self.settings,
-                               self.processes)
+                               self.processes, self.learner.token_values)
         row |= self.learner.update(samples)
         self.player.forget()
+        if self.settings.anneal_turns:
+            row |= self.anneal(self.processes.gather([len(episode.steps) for episode in episodes]))
         return row | {"act_seconds": acted - start, "update_seconds": time.perf_counter() - acted,
                       "steps_per_second": row["env_steps"] / (time.perf_counter() - start),
                       "tokens_per_second": (row["policy_tokens"] + row["wm_tokens"]) / (acted - start)}
+
+    def anneal(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """Lower the step limit, where it is time for it, after an update on episodes of ``lengths``."""
+        played = self.progress.turn_limit or max(self.settings.max_steps, *lengths)
+        if (self.progress.update + 1) % self.settings.anneal_turns == 0:
+            self.progress.turn_limit = annealed_limit(lengths)
+        return {"turn_limit": played}
 
     async def evaluate(self) -> dict[str, float]:
         """Success on the held-out games; the best weights so far become ``OUT/best``."""

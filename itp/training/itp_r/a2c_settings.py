@@ -25,6 +25,8 @@ from itp.training.settings import TRACKERS, UpdateFlags, check_precision, check_
 log = logging.getLogger(__name__)
 ADVANTAGES = ("critic", "group", "gigpo")
 """What the return of a step is compared with (:mod:`itp.training.itp_r.advantages`)."""
+CREDITS = ("action", "token")
+"""What has an advantage of its own."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
     max_minutes: float = flag(0.0, at_least=0, help="stop after so many minutes of acting and learning (0: no limit)",
                               affects_result=False)
+    max_env_steps: int = flag(0, at_least=0, help="stop after the update in which the environment has executed so many "
+                                                  "steps (0: no limit)", affects_result=False)
     num_envs: int = flag(16, at_least=1, help="episodes played at a time", affects_result=False)
     env_processes: int = flag(2, at_least=1, help="processes that run the environments", affects_result=False)
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)
@@ -71,6 +75,8 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     group_size: int = flag(1, at_least=1, before=1, help="episodes of a game, one after the other in the same update; "
                                                          "with --advantage group or gigpo at least 2")
     group_std: bool = flag(False, help="group and gigpo: differences in standard deviations of their group, as in GRPO")
+    credit: str = flag("action", choices=CREDITS, before="action",
+                       help="an action has one advantage, or each of its tokens its own (POAD)")
     step_weight: float = flag(1.0, at_least=0, before=1.0, help="ω of gigpo: weight of the comparison at equal states")
     lr: float = flag(5e-6, above=0, help="learning rate")
     value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
@@ -83,6 +89,12 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")
     invalid_action_penalty: float = flag(-0.1, help="added to the reward where the engine says that nothing happens")
+    rescale_reward: bool = flag(False,
+                                help="the environment's reward and the success bonus count by the share of the "
+                                     "episode's actions that changed what is known of the state (WMAct)")
+    anneal_turns: int = flag(0, at_least=0,
+                             help="every so many updates the step limit falls to the middle between the mean and the "
+                                  "longest episode of the last update (WMAct, which takes 100; 0: it stays)")
     entropy_coef: float = flag(0.01, help="β of eq. 8")
     value_coef: float = flag(1.0, help="α of eq. 8")
     observation_loss: float = flag(0.0, at_least=0, help="weight of the cross-entropy of the observations that follow "
@@ -196,6 +208,8 @@ def _check_groups(settings: RlSettings) -> None:
                             "takes whole groups")
     if settings.step_weight != 1 and settings.advantage != "gigpo":
         raise UserError(f"--step_weight is for --advantage gigpo; {chosen} compares no steps at equal states")
+    if settings.credit == "token":
+        _check_tokens(settings)
     if settings.has_critic:
         if settings.group_std:
             raise UserError("--group_std is for --advantage group and gigpo; a critic compares nothing in groups")
@@ -208,6 +222,18 @@ def _check_groups(settings: RlSettings) -> None:
     if settings.normalize_advantages:
         raise UserError(f"--normalize_advantages would move the advantages of groups without a signal away from 0; "
                         f"with {chosen} give --normalize_advantages false, and --group_std if they are to be scaled")
+
+
+def _check_tokens(settings: RlSettings) -> None:
+    """Raises UserError for flags that tokens with advantages of their own leave no meaning."""
+    if not settings.has_critic:
+        raise UserError(f"--credit token reads V_θ after every token, and --advantage {settings.advantage} has no "
+                        "critic; give --advantage critic, or --credit action")
+    if settings.n_steps > 1:
+        raise UserError(f"--n_steps {settings.n_steps}: --credit token knows the TD target (--n_steps 1) and GAE "
+                        "(--n_steps 0) only")
+    if not settings.action_do_sample:
+        raise UserError("--action_do_sample 0 draws no token, so --credit token has nothing to credit; leave one out")
 
 
 def _warn_of_short_budget(settings: RlSettings) -> None:

@@ -8,6 +8,7 @@ that acts: there is no copy.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from itp.distributed import Processes
 from itp.errors import UserError
 from itp.lm.base import Trace
 from itp.text.prompts import CTRL
-from itp.training.itp_r.losses import a2c_loss, k_entropy, token_logprobs
+from itp.training.itp_r.losses import ByToken, a2c_loss, k_entropy, token_logprobs
 from itp.training.token_tree import TokenTree, batch
 from itp.training.models import lora_config
 
@@ -47,6 +48,8 @@ class Sample:
     ``k`` is -1 where the K-head didn't choose K: then neither log P_θ(K|s) nor its entropy is in the loss.
     ``before_observation``, ``observation``: token ids of the state with the executed action, and of the observation
     that followed, where it is to be learned.
+    ``token_advantages``, ``token_targets``: with ``--credit token`` the advantages of the tokens that were drawn, and V̂
+    before each of them but the first (:func:`itp.training.itp_r.advantages.token_credit`).
     """
 
     ids: list[int]
@@ -57,6 +60,13 @@ class Sample:
     target: float
     before_observation: list[int] = field(default_factory=list)
     observation: list[int] = field(default_factory=list)
+    token_advantages: list[float] = field(default_factory=list)
+    token_targets: list[float] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> list[int]:
+        """Indices of the action's tokens that weren't forced."""
+        return [j for j, ids in enumerate(self.trace.allowed) if ids is None or len(ids) > 1]
 
     @property
     def observed_ids(self) -> list[int]:
@@ -77,6 +87,11 @@ class PackedSteps:
     observed: list[tuple[int, int]] = field(default_factory=list)
     """(node whose logits predict it, token) of every token of an observation that is learned."""
 
+    @property
+    def within(self) -> list[tuple[int, int]]:
+        """(sample, node) of every state within an action: before each of its drawn tokens but the first."""
+        return [(i, node) for (before, *_), (i, _, node) in itertools.pairwise(self.predicted) if i == before]
+
 
 def make_rows(samples: Sequence[Sample], budget: int) -> list[PackedSteps]:
     """Pack an episode, in order, into trees of at most ``budget`` tokens; a step that has more is alone in one.
@@ -85,7 +100,7 @@ def make_rows(samples: Sequence[Sample], budget: int) -> list[PackedSteps]:
     """
     rows: list[PackedSteps] = []
     for sample in samples:
-        drawn = [j for j, ids in enumerate(sample.trace.allowed) if ids is None or len(ids) > 1]
+        drawn = sample.drawn
         if drawn:
             ids = [*sample.ids, *sample.trace.token_ids[:drawn[-1]]]
         else:
@@ -199,6 +214,18 @@ class Learner:
         totals = [sum(values) for values in zip(*self.processes.gather([list(sums.values())]), strict=True)]
         return dict(zip(sums, totals, strict=True)) | {"grad_norm": norm}
 
+    def token_values(self, episodes: Sequence[Sequence[Sample]]) -> list[list[list[float]]]:
+        """By episode and step, V_θ(s_t, w_{<i}) before the second to the last token of the action that was drawn."""
+        found: dict[int, list[float]] = {}
+        with torch.no_grad():
+            for group in self._groups([row for episode in episodes if episode for row in self._rows(episode)]):
+                samples = [sample for row in group for sample in row.samples]
+                found |= {id(sample): [] for sample in samples}
+                read = self.read(group)
+                for i, value in zip(read.within_step.tolist(), read.within_values.tolist(), strict=True):
+                    found[id(samples[i])].append(value)
+        return [[found[id(sample)] for sample in episode] for episode in episodes]
+
     def gradient(self, episodes: Sequence[Sequence[Sample]]) -> torch.Tensor:
         """What eq. 8 says of all weights that act and are trained, as one vector; nothing is changed by it."""
         self._to_training()
@@ -268,15 +295,29 @@ class Learner:
         if self.settings.logprob_norm == "mean":
             actions = actions / torch.tensor([len(s.trace.token_ids) for s in samples], device=self.device)
         value_coef = self.settings.value_coef if self.settings.has_critic else 0.0
+        by_token = self._by_token(read, samples) if self.settings.credit == "token" else None
         total, parts = a2c_loss(actions, read.k_logprobs, read.entropies, read.values, advantages, targets,
-                                value_coef=value_coef, entropy_coef=self.settings.entropy_coef, count=count)
+                                value_coef=value_coef, entropy_coef=self.settings.entropy_coef, count=count,
+                                by_token=by_token)
         if self.settings.observation_loss:
             observation = read.observation_nll.sum() / max(tokens, 1)
             total = total + self.settings.observation_loss * observation
             parts["loss_observation"] = observation.item()
         if value_only:
-            total = self.settings.value_coef * (read.values - targets).square().sum() / count
+            errors = (read.values - targets).square() if by_token is None else by_token.errors(read.values, targets)
+            total = self.settings.value_coef * errors.sum() / count
         return total, parts
+
+    def _by_token(self, read: Reading, samples: Sequence[Sample]) -> ByToken:
+        """The tokens of ``samples`` with their own advantages."""
+        advantages = torch.tensor([a for s in samples for a in s.token_advantages], device=self.device)
+        targets = torch.tensor([v for s in samples for v in s.token_targets], device=self.device)
+        if self.settings.logprob_norm == "mean":
+            lengths = torch.tensor([len(s.trace.token_ids) for s in samples], device=self.device)
+            advantages = advantages / lengths[read.token_step]
+        acting = torch.zeros(len(samples), device=self.device).index_add(
+            0, read.token_step, advantages * read.token_logprobs)
+        return ByToken(acting, (read.within_values - targets).square(), read.within_step)
 
     def read(self, rows: Sequence[PackedSteps]) -> Reading:
         """What the policy says of every step of some episodes, with gradients."""
@@ -288,24 +329,30 @@ class Learner:
         offsets = [sum(len(row.samples) for row in rows[:b]) for b in range(len(rows))]
         drawn = [(b, node, offsets[b] + i, j) for b, row in enumerate(rows) for i, j, node in row.predicted]
         observed = [(b, node, token) for b, row in enumerate(rows) for node, token in row.observed]
+        within = [(b, node, offsets[b] + i) for b, row in enumerate(rows) for i, node in row.within] \
+            if self.settings.credit == "token" else []
+        values_at = torch.cat([controls, torch.tensor([place[:2] for place in within])]) if within else controls
         wanted = [(b, node) for b, node, *_ in (*drawn, *observed)]
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.policy(ids.to(self.device), mask.to(self.device), controls.to(self.device),
+            out = self.policy(ids.to(self.device), mask.to(self.device), values_at.to(self.device),
                               position_ids=positions.to(self.device), logits_at=self._long(wanted, 2))
         samples = [sample for row in rows for sample in row.samples]
         actions = torch.zeros(len(samples), device=self.device)
+        token_step, logprobs = self._long(drawn, 4)[:, 2], actions[:0]
         if drawn:
             traces = [samples[i].trace for _, _, i, _ in drawn]
             logprobs = token_logprobs(
                 out.logits[:len(drawn)], [trace.token_ids[j] for trace, (*_, j) in zip(traces, drawn, strict=True)],
                 [trace.allowed[j] for trace, (*_, j) in zip(traces, drawn, strict=True)], traces[0].temperature)
-            actions = actions.index_add(0, self._long(drawn, 4)[:, 2], logprobs)
+            actions = actions.index_add(0, token_step, logprobs)
         chose = torch.tensor([s.k >= 0 for s in samples], device=self.device)
         picked = torch.tensor([max(s.k, 0) for s in samples], device=self.device)
-        k_logprobs = out.k_logits.float().log_softmax(-1).gather(1, picked[:, None])[:, 0]
+        k_logits, values, within_values = out.k_logits[:len(samples)], *out.values.split([len(samples), len(within)])
+        k_logprobs = k_logits.float().log_softmax(-1).gather(1, picked[:, None])[:, 0]
         observation_nll = functional.cross_entropy(out.logits[len(drawn):].float(), self._long(observed, 3)[:, 2],
                                                    reduction="none")
-        return Reading(actions, k_logprobs * chose, k_entropy(out.k_logits) * chose, out.values, observation_nll)
+        return Reading(actions, k_logprobs * chose, k_entropy(k_logits) * chose, values, observation_nll, logprobs,
+                       token_step, within_values, self._long(within, 3)[:, 2])
 
     def _long(self, rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
         """(len(rows), ``width``) on the policy's device."""
@@ -353,6 +400,8 @@ class Reading:
     """Of N steps: log π_θ(a|·), log P_θ(K|s), H(P_θ(K|s)) and V_θ(s), each (N,) float32.
 
     ``observation_nll``: −log π_θ of each token of the observations that are learned, (M,) float32.
+    ``token_logprobs``: of each token that was drawn, (D,), of the step with the number in ``token_step``, (D,).
+    ``within_values``: with ``--credit token`` V_θ within the actions, (W,), of the steps ``within_step``, (W,).
     """
 
     action_logprobs: torch.Tensor
@@ -360,3 +409,7 @@ class Reading:
     entropies: torch.Tensor
     values: torch.Tensor
     observation_nll: torch.Tensor
+    token_logprobs: torch.Tensor
+    token_step: torch.Tensor
+    within_values: torch.Tensor
+    within_step: torch.Tensor

@@ -12,10 +12,23 @@ one episode may be at equal states.  Histories aren't compared, so a text that s
 counts as one state.  ``--group_std`` divides both differences by the standard deviation of what they are compared with.
 
 ``group`` and ``gigpo`` need no V_θ.  Here are plain floats only, and no torch.
+
+With ``--credit token`` each token of an action has an advantage of its own (:func:`token_credit`), after POAD (Wen et
+al. 2024, arXiv 2405.15821).  V_θ is read after each of its tokens, too.  Within an action the next token's state is
+worth as much as this one promised, without reward and discount; the last token has the reward and γ V_θ(s_{t+1}).
+
+    A_{t,i} = V_θ(s_t, w_{≤i}) − V_θ(s_t, w_{<i}) + λ A_{t,i+1}                                  i < m
+    A_{t,m} = r_{t+1} + γ V_θ(s_{t+1}) − V_θ(s_t, w_{<m}) + γλ A_{t+1,1}
+
+So at λ = 0 the advantages of an action's tokens add up to the action's TD advantage, and at λ = 1 that of its first
+token is the action's own.  Departures from POAD: A2C in place of PPO, so no ratio is clipped and there is no target
+network; tokens that were forced (the only admissible ones) are no decisions, and have none; K_t and V_θ at ``<CTRL>``
+are learned by action, as without ``--credit token``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Hashable, Sequence
@@ -124,6 +137,28 @@ def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: fl
         advantage = rewards[t] + gamma * after[t + 1] - after[t] + gamma * lam * advantage
         advantages[t] = advantage
     return advantages
+
+
+def token_credit(rewards: Sequence[float], values: Sequence[float], within: Sequence[Sequence[float]], gamma: float,
+                 lam: float, bootstrap: float = 0.0) -> tuple[list[list[float]], list[list[float]]]:
+    """(A_{t,i}, V̂_{t,i}) of an episode of T steps: of its decisions, and of ``within``.
+
+    ``values``: V(s_0) ... V(s_{T−1}); ``bootstrap`` stands for V(s_T).  ``within[t]``: V(s_t, w_{<i}) before the second
+    to the last token of a_t that was drawn.  A step has one advantage more than values within; where nothing was drawn,
+    it is that of the whole action.
+    """
+    after, advantage = bootstrap, 0.0
+    advantages: list[list[float]] = [[]] * len(rewards)
+    for t in reversed(range(len(rewards))):
+        before = [values[t], *within[t]]
+        advantage = rewards[t] + gamma * after - before[-1] + gamma * lam * advantage
+        credits = [advantage]
+        for here, following in reversed(list(itertools.pairwise(before))):
+            advantage = following - here + lam * advantage
+            credits.append(advantage)
+        advantages[t], after = credits[::-1], values[t]
+    return advantages, [[a + value for a, value in zip(own[1:], inner, strict=True)]
+                        for own, inner in zip(advantages, within, strict=True)]
 
 
 def normalized(advantages: Sequence[float], among: Sequence[float]) -> list[float]:

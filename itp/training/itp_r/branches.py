@@ -22,7 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from itp.agent.policy import Choice
 from itp.envs.alfworld.games import with_alternative_goals
@@ -41,7 +41,6 @@ from itp.rollout import MAX_RESTARTS, Episode, play
 from itp.seeding import derive_seed
 from itp.text.prompts import foresight_text
 from itp.training.itp_r.expert_steps import ExpertStep
-from itp.training.itp_r.label_settings import LabelSettings
 from itp.training.itp_r.pseudo_labels import Labeler, best_k, computed, penalized
 
 log = logging.getLogger(__name__)
@@ -175,12 +174,20 @@ class BranchLabeler(Labeler):
         await self.pool.close()
 
 
-def engine(settings: LabelSettings) -> Callable[[], TextEnv]:
+class GameFlags(Protocol):
+    """The flags that say where the games of an expert's steps are."""
+
+    env: str
+    env_split: str
+    env_data_root: str
+
+
+def engine(env: str, *, want_admissible: bool) -> Callable[[], TextEnv]:
     """A picklable callable that makes an engine, which can pose alternative goals."""
-    return engine_of(EnvFlags(env=settings.env, missions=2), want_admissible=settings.action_selection != "generate")
+    return engine_of(EnvFlags(env=env, missions=2), want_admissible=want_admissible)
 
 
-def find_games(settings: LabelSettings, rows: Sequence[ExpertStep]) -> dict[str, Game]:
+def find_games(settings: GameFlags, rows: Sequence[ExpertStep]) -> dict[str, Game]:
     """Episode id -> its game.  Raises UserError that names a row whose game isn't there, or whose state isn't whole.
 
     The id is the game's with ``@`` and the number of an alternative goal, and ``#`` and the number of the episode, as
@@ -192,8 +199,8 @@ def find_games(settings: LabelSettings, rows: Sequence[ExpertStep]) -> dict[str,
     for row in rows:
         episode = row.transition.episode_id
         if row.state.omitted:
-            raise UserError(f"{row.where}: the state lacks its first {row.state.omitted} steps, which --label_by "
-                            "branch repeats; give transitions with whole states")
+            raise UserError(f"{row.where}: the state lacks its first {row.state.omitted} steps, which are to be "
+                            "repeated in the game; give transitions with whole states")
         if episode not in found:
             name, _, goal = episode.partition("#")[0].partition("@")
             game = listed.get(name)
@@ -202,8 +209,8 @@ def find_games(settings: LabelSettings, rows: Sequence[ExpertStep]) -> dict[str,
                              if other.game_id == f"{name}@{goal}"), None) if goal.isdecimal() else None
             if game is None:
                 raise UserError(f"{row.where}: episode {episode!r} names no game of split {settings.env_split}"
-                                f"{f' in {settings.env_data_root}' * bool(settings.env_data_root)}; --label_by branch "
-                                "needs the games that the transitions were collected in")
+                                f"{f' in {settings.env_data_root}' * bool(settings.env_data_root)}; give the games "
+                                "that the transitions were collected in")
             found[episode] = dataclasses.replace(game, max_steps=0)
     return found
 

@@ -219,7 +219,8 @@ def load_labeler(settings: LabelSettings, candidates: tuple[int, ...], barrier: 
         recall=settings.wm_recall)
     if settings.label_by == "likelihood":
         return Labeler(policy, world_model, candidates, settings)
-    pool = EnvPool(branches.engine(settings), processes_for(settings.env_processes, settings.concurrency))
+    make_env = branches.engine(settings.env, want_admissible=settings.action_selection != "generate")
+    pool = EnvPool(make_env, processes_for(settings.env_processes, settings.concurrency))
     return branches.BranchLabeler(policy, world_model, candidates, settings, games, pool, barrier,
                                   asyncio.Semaphore(settings.concurrency))
 

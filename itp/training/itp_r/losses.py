@@ -11,6 +11,7 @@ A_t and V̂_t come from :mod:`itp.training.itp_r.advantages`.  Everything with a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,10 +20,13 @@ Allowed = Sequence[Sequence[int] | None]
 
 
 def reward(env_reward: float, k: int, *, success: bool, invalid: bool, lambda_k: float, step_cost: float,
-           success_bonus: float, invalid_action_penalty: float) -> float:
-    """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number."""
-    return (env_reward - lambda_k * k - step_cost
-            + (success_bonus if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
+           success_bonus: float, invalid_action_penalty: float, efficacy: float = 1.0) -> float:
+    """r_{t+1} of eq. 7.  ``invalid_action_penalty`` is what is added, a negative number.
+
+    ``efficacy``: a factor of what the environment and success are worth, and not of what steps cost.
+    """
+    return (env_reward * efficacy - lambda_k * k - step_cost
+            + (success_bonus * efficacy if success else 0.0) + (invalid_action_penalty if invalid else 0.0))
 
 
 def k_entropy(k_logits: torch.Tensor) -> torch.Tensor:
@@ -59,17 +63,40 @@ def _index(rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, device=like.device)
 
 
+@dataclass(frozen=True)
+class ByToken:
+    """What the drawn tokens of N actions add to the loss.
+
+    ``acting``: Σ_i A_{t,i} log π_θ(w_i|·), (N,).  ``within``: squared errors of V_θ within actions, (W,), each of the
+    action with the number in ``step``, (W,).
+    """
+
+    acting: torch.Tensor
+    within: torch.Tensor
+    step: torch.Tensor
+
+    def errors(self, values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean squared error of each step's values, those within its action included: (N,)."""
+        counts = torch.ones_like(values).index_add(0, self.step, torch.ones_like(self.within))
+        return (values - targets).square().index_add(0, self.step, self.within) / counts
+
+
 def a2c_loss(action_logprobs: torch.Tensor, k_logprobs: torch.Tensor, entropies: torch.Tensor, values: torch.Tensor,
              advantages: torch.Tensor, targets: torch.Tensor, *, value_coef: float, entropy_coef: float,
-             count: int | None = None) -> tuple[torch.Tensor, dict[str, float]]:
+             count: int | None = None, by_token: ByToken | None = None) -> tuple[torch.Tensor, dict[str, float]]:
     """Eq. 8 on N steps (every argument is (N,)), and its parts L_act, L_value, L_ent.
 
     ``advantages`` and ``targets`` are constants.  ``count``: the steps of the whole batch that these N are
-    a part of; the losses of the parts then add up to the batch's.
+    a part of; the losses of the parts then add up to the batch's.  ``by_token``: where the tokens of an action have
+    advantages of their own, these take the place of A_t log π_θ(a_t|·) and of (V_θ(s_t) − V̂_t)².
     """
     count = count or len(values)
-    act = -(advantages * (k_logprobs + action_logprobs)).sum() / count
-    value = (values - targets).square().sum() / count
+    if by_token is None:
+        act = -(advantages * (k_logprobs + action_logprobs)).sum() / count
+        value = (values - targets).square().sum() / count
+    else:
+        act = -(advantages * k_logprobs + by_token.acting).sum() / count
+        value = by_token.errors(values, targets).sum() / count
     entropy = -entropies.sum() / count
     total = act + value_coef * value + entropy_coef * entropy
     return total, {"loss_act": act.item(), "loss_value": value.item(), "loss_ent": entropy.item()}
