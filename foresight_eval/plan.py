@@ -19,6 +19,7 @@ from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.envs.pool import processes_for
 from itp.errors import UserError
+from itp.files import content_digest
 from itp.lm.base import LM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import ENGINE, Server, server_of
@@ -26,8 +27,8 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
-    MethodSettings,
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+    asks_yes_or_no,
 )
 from itp.model_card import card_digest, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_world_model
@@ -65,6 +66,7 @@ class EvalPlan:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
         facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        facts |= {f"{name}_sha256": content_digest(path) for name, path in settings.learned_files.items()}
         if self.policy_server is None:
             facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
         else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted
@@ -182,7 +184,7 @@ def _check_method(settings: AgentSettings) -> None:
         raise UserError(f"--method {method} writes thought and action in one reply: use --action_selection generate")
     if settings.thinking and settings.action_selection != "generate":
         raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
-    if settings.thinking and method in NEED_YES_OR_NO:
+    if settings.thinking and asks_yes_or_no(method, settings):
         raise UserError(f"--thinking: --method {method} reads how sure the policy is of yes where its answer begins, "
                         "so it can't think first; leave the flag out")
     if settings.thinking and method in SCORE_ACTIONS:
@@ -247,7 +249,7 @@ def _check_horizon(plan: EvalPlan) -> None:
 def check_answers(plan: EvalPlan) -> None:
     """Refuse a policy whose tokenizer can't write the answers that the method prompts for."""
     settings = plan.settings
-    if settings.method not in NEED_YES_OR_NO or plan.policy_server:
+    if not asks_yes_or_no(settings.method, settings) or plan.policy_server:
         return
     encode = Encoder(load_tokenizer(settings.policy_model))
     if encode.continuation(YES) == encode.continuation(NO):
@@ -269,7 +271,7 @@ async def check_server(plan: EvalPlan) -> None:
 
 async def check_scores(settings: AgentSettings, policy_lm: LM) -> None:
     """Refuse a server that can't score a given text, where that is wanted of the policy."""
-    judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
+    judges, scores = asks_yes_or_no(settings.method, settings), settings.action_selection == "score"
     scores = scores or settings.method in SCORE_ACTIONS
     if not judges and not scores:
         return

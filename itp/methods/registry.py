@@ -24,10 +24,11 @@ from itp.methods.reflexion import Reflexion
 from itp.methods.revise import Revise
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
+from itp.methods.walle import Walle
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates, Reflexion)}
+    KCandidates, Reflexion, Walle)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise")
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "walle")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
 """They ask the policy whether something helps."""
 
-DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat")
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
 TREE_SEARCH = ("rap", "mcts")
@@ -66,6 +66,11 @@ class MethodSettings:
     revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")
+    walle_rules: str = flag("", help="walle: rules.json of python -m world_model.rules; empty: the world model alone "
+                                     "vetoes", affects_result=False, holds="path")
+    walle_critic: str = flag("proposal", before="proposal", choices=("proposal", "judge"),
+                             help="walle: of the proposals that pass take the first, or the one whose imagined future "
+                                  "the policy likes best")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
@@ -74,6 +79,11 @@ class MethodSettings:
     rap_rw_self_eval: float = flag(0.6, help="rap: weight of P(yes), the policy's own verdict")
     rap_rw_goal_overlap: float = flag(0.2, help="rap: weight of the share of the task's words that the action names")
     rap_keep_tree: bool = flag(False, help="rap: go on with the subtree of what was done, where it came as imagined")
+
+    @property
+    def learned_files(self) -> dict[str, str]:
+        """Files that a method's program has learned, by flag: their content affects the result, not their path."""
+        return {name: path for name in ("walle_rules",) if (path := getattr(self, name))}
 
     @property
     def revise_k(self) -> int:
@@ -87,3 +97,8 @@ class MethodSettings:
         if self.k_policy != "auto":
             return self.k_policy
         return "head" if heads else "prompt"
+
+
+def asks_yes_or_no(method: str, settings: MethodSettings) -> bool:
+    """Whether ``method`` asks the policy whether something helps."""
+    return method in NEED_YES_OR_NO or method == "walle" and settings.walle_critic == "judge"
