@@ -27,7 +27,7 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
     asks_yes_or_no,
 )
 from itp.model_card import card_digest, prompt_settings, resolve_by_card
@@ -66,6 +66,8 @@ class EvalPlan:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
         facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        if settings.critic_model:
+            facts["critic_fingerprint"] = model_fingerprint(settings.critic_model)
         facts |= {f"{name}_sha256": content_digest(path) for name, path in settings.learned_files.items()}
         if self.policy_server is None:
             facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
@@ -86,11 +88,15 @@ class EvalPlan:
         tokens = {"action_tokens": s.act_tokens}
         if s.method in TREE_SEARCH:
             tokens = dict.fromkeys(("action_tokens", "imagined_action_tokens"), s.rap_action_gen_tokens)
+        critic = None
+        if s.critic_model and s.method in NEED_CRITIC:
+            critic = load_policy(s.critic_model, env=s.env, device=device, dtype=s.policy_dtype, barrier=barrier,
+                                 engine=s.engine, role="critic")
         return load_policy(
             s.policy_model, env=s.env, lm=lm, server=self.policy_server, device=device, dtype=s.policy_dtype,
             barrier=barrier, engine=s.engine, concurrency=s.concurrency, style=s.prompt_style, chat=s.chat_template,
             thinking=s.thinking, selection=s.action_selection, history=bool(s.use_history), temperature=s.temperature,
-            top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens,
+            top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens, critic=critic,
             thinking_tokens=s.thinking_tokens, **tokens, **prompt_settings(s))
 
     def load_world_model(self, barrier: BatchBarrier, device: str = "cpu",
@@ -190,6 +196,9 @@ def _check_method(settings: AgentSettings) -> None:
     if settings.thinking and method in SCORE_ACTIONS:
         raise UserError(f"--thinking: --method {method} compares the log-probabilities of actions right after the "
                         "prompt, so the policy can't think first; leave the flag out")
+    if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):
+        raise UserError(f"--method {method} needs --critic_model, a model with a value head that python -m "
+                        "itp.training.critic trains")
     if method == "revise":
         _check_revise(settings)
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):

@@ -2,9 +2,9 @@
 
 After WALL-E and WALL-E 2.0 (:mod:`itp.methods.walle`), in three steps.
 
-induce  For every command with slots and every answer to it that was given MIN_SUPPORT times, all conjunctions of at
-        most ``max_conditions`` conditions under which the answer was always that one (up to ``precision``).  Of two that
-        hold, one of which says more than is needed, the shorter is kept.
+induce  For every command with slots and every answer to it that was given ``support`` times, all conjunctions of at
+        most ``max_conditions`` conditions under which the answer was always that one (up to ``precision``).  None says
+        more than is needed: without one of its conditions it doesn't hold.
 verify  A rule that transitions of other episodes contradict is dropped.
 prune   Greedy maximum coverage: the rule that explains the most of the transitions that the world model predicted
         wrongly, and that no chosen rule explains, until none explains ``least`` of them.  Of equals the one with fewer
@@ -154,8 +154,12 @@ def prune(rules: Sequence[Rule], cases: Sequence[Case], max_rules: int = 0, leas
     covers = {rule: which for rule, which in covers.items() if which}
     chosen: list[tuple[Rule, int]] = []
     left = frozenset().union(*covers.values())
+
+    def rank(rule: Rule) -> tuple[int, int, int, str]:
+        return -len(covers[rule] & left), len(rule.conditions), -support[rule], str(rule)
+
     while covers and (not max_rules or len(chosen) < max_rules):
-        best = min(covers, key=lambda rule: (-len(covers[rule] & left), len(rule.conditions), -support[rule], str(rule)))
+        best = min(covers, key=rank)
         if (new := len(covers.pop(best) & left)) < least:
             break
         left -= explained(best, cases)

@@ -4,8 +4,8 @@
     python -m world_model.rules ... --rounds 3 --policy_model P --env_data_root DATA
 
 Round 0 learns from the transitions on file, of which ``--held_out`` of the episodes only check and measure.  Each
-further round plays games of ``--split`` with method ``walle`` and the rules so far, adds what happened, and learns again
-from everything (:mod:`world_model.rule_induction`).  ``OUT_DIR/rules.json`` has the rules, each with the failures that
+further round plays games of ``--split`` with method ``walle`` and the rules so far, adds what happened, and learns
+again from everything (:mod:`world_model.rule_induction`).  ``OUT_DIR/rules.json`` has the rules, each with the failures that
 it explains, and by round the success in the games and the accuracy of the world model on the held-out transitions,
 without and with the rules.  Give failed actions too: ``world_model.collect --failing``, or a policy that writes freely.
 
@@ -212,8 +212,8 @@ async def learn(settings: RulesSettings, out: Path) -> dict[str, Any]:
 def print_rules(found: dict[str, Any]) -> None:
     for row in found["rules"]:
         print(f"{row['explains']:6}  {Rule.from_json(row, RULES)}")
-    print(f"\n{'round':>5}{'games':>7}{'success':>9}{'failed actions':>16}{'rules':>7}{'accuracy':>10}{'with rules':>12}"
-          f"{'of failed':>11}{'with rules':>12}")
+    print(f"\n{'round':>5}{'games':>7}{'success':>9}{'failed actions':>16}{'rules':>7}{'accuracy':>10}"
+          f"{'with rules':>12}{'of failed':>11}{'with rules':>12}")
     for row in found["rounds"]:
         played = f"{row['games']:7}{row['success']:9.1%}{row['failed_actions']:16.1%}" if row["round"] else " " * 32
         print(f"{row['round']:5}{played}{row['rules']:7}{row['world_model']:10.1%}{row['with_rules']:12.1%}"

@@ -10,6 +10,7 @@ from itp.agent.engine_world_model import EngineWorldModel
 from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.methods.base import Method, PolicyMethod
+from itp.methods.armap import Armap
 from itp.methods.beam import Rafa, Tot
 from itp.methods.compute_matched import KCandidates, MultiAttempt, SelfRefine
 from itp.methods.imagine_then_plan import ImagineThenPlan
@@ -24,11 +25,12 @@ from itp.methods.reflexion import Reflexion
 from itp.methods.revise import Revise
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
+from itp.methods.step_q import StepQ
 from itp.methods.walle import Walle
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates, Reflexion, Walle)}
+    KCandidates, Reflexion, Walle, StepQ, Armap)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "walle")
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "walle", "armap")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates")
 """They ask the policy whether something helps."""
 
-DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle")
+NEED_CRITIC = ("step_q", "armap")
+"""They ask a value head for the worth of actions or trajectories."""
+
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle", "step_q")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
 TREE_SEARCH = ("rap", "mcts")
@@ -71,6 +74,7 @@ class MethodSettings:
     walle_critic: str = flag("proposal", before="proposal", choices=("proposal", "judge"),
                              help="walle: of the proposals that pass take the first, or the one whose imagined future "
                                   "the policy likes best")
+    armap_depth: int = flag(20, at_least=1, before=20, help="armap: steps of an imagined trajectory at most")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")

@@ -6,8 +6,8 @@ symbolic rules on top (:class:`itp.agent.ruled_world_model.RuledWorldModel`), wh
 learns from the transitions that it predicts wrongly.
 
 Hyper-parameters: ``walle_rules``, the rules; ``rounds`` of proposals at most, the first of which is what the policy
-would do, and every other one has ``candidates`` samples.  Where none passes the first is executed.  ``walle_critic``: of
-the proposals that pass the first is executed (``proposal``); or all rounds have ``candidates`` samples, and the one
+would do, and every other one has ``candidates`` samples.  Where none passes the first is executed.  ``walle_critic``:
+of the proposals that pass the first is executed (``proposal``); or all rounds have ``candidates`` samples, and the one
 whose ``max_k`` imagined steps the policy likes best is executed (``judge``: :mod:`itp.methods.mpc`).
 
 Departures: a veto isn't explained to the policy, because small models can't read feedback: it samples another action.
