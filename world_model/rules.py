@@ -5,9 +5,10 @@
 
 Round 0 learns from the transitions on file, of which ``--held_out`` of the episodes only check and measure.  Each
 further round plays games of ``--split`` with method ``walle`` and the rules so far, adds what happened, and learns
-again from everything (:mod:`world_model.rule_induction`).  ``OUT_DIR/rules.json`` has the rules, each with the failures that
-it explains, and by round the success in the games and the accuracy of the world model on the held-out transitions,
-without and with the rules.  Give failed actions too: ``world_model.collect --failing``, or a policy that writes freely.
+again from everything (:mod:`world_model.rule_induction`).  ``OUT_DIR/rules.json`` has the rules, each with the
+failures that it explains, and by round the success in the games and the accuracy of the world model on the held-out
+transitions, without and with the rules.  Give failed actions too: those of ``world_model.collect --failing``, or of a
+policy that writes freely.
 
 Hyper-parameters: WALL-E limits the set of rules by greedy coverage, as ``--max_rules`` does, and plays 6 rounds.
 """

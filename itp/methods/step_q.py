@@ -2,8 +2,8 @@
 
 The policy proposes ``candidates`` different actions, the likeliest one first.  A critic gives Q(s, a) of each, and the
 highest is executed; of equals the one proposed first.  The critic (``--critic_model``) is a value head at the end of
-the text of state and action.  ``python -m itp.training.explore`` collects trees of episodes with a Q for every action in
-them, and ``python -m itp.training.critic --learn q`` trains it.
+the text of state and action.  ``python -m itp.training.explore`` collects trees of episodes with a Q for every
+action in them, and ``python -m itp.training.critic --learn q`` trains it.
 
 Hyper-parameters: ``candidates``; those of the trees and of the training belong to these programs.
 

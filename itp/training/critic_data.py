@@ -70,8 +70,8 @@ def read_scored(path: str) -> list[Scored]:
             found += [Scored(str(row["game_id"]), parse(node["state"]), node["action"], float(node["q"]))
                       for node in row["nodes"]]
         except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{where}: not a tree of python -m itp.training.explore ({error!r}); explore again, or give "
-                            "another file") from error
+            raise UserError(f"{where}: not a tree of python -m itp.training.explore ({error!r}); explore again, or "
+                            "give another file") from error
     if not found:
         raise UserError(f"{path}: holds no actions; explore more games")
     return found
