@@ -107,7 +107,8 @@ class Explorer(PolicyMethod):
     name = "explorer"
 
     def __init__(self, policy: Policy, candidates: int, share: float, temperature: float) -> None:
-        super().__init__(dataclasses.replace(policy, temperature=temperature), None, MethodSettings(candidates=candidates))
+        warm = dataclasses.replace(policy, temperature=temperature)
+        super().__init__(warm, None, MethodSettings(candidates=candidates))
         self.share = share
 
     async def act(self, view: View) -> Decision:
