@@ -199,6 +199,8 @@ def _check_method(settings: AgentSettings) -> None:
     if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):
         raise UserError(f"--method {method} needs --critic_model, a model with a value head that python -m "
                         "itp.training.critic trains")
+    if settings.wkm_gamma > 1:
+        raise UserError(f"--wkm_gamma {settings.wkm_gamma}: a share, from 0 to 1")
     if method == "revise":
         _check_revise(settings)
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):

@@ -29,8 +29,8 @@ from tests.toy import ToyLM, unit
 ROOM = "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, a fridge 1, and a desk 2."
 START = State("put a clean plate in fridge", ROOM)
 GAME = Game("alfworld", "train", "toy/1", "toy", "")
-TRAINING = {"lora_r": 0, "epochs": 40.0, "lr": 0.003, "batch_size": 16, "grad_accum": 1, "save_every_steps": 100000, "eval_share": 0.0,
-            "warmup_ratio": 0.1, "logging_steps": 100000}
+TRAINING = {"lora_r": 0, "epochs": 40.0, "lr": 0.003, "batch_size": 16, "grad_accum": 1, "save_every_steps": 100000,
+            "eval_share": 0.0, "warmup_ratio": 0.1, "logging_steps": 100000}
 
 
 def test_q_of_a_tree_by_hand() -> None:

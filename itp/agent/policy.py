@@ -103,12 +103,27 @@ class Policy:
         if self.selection != "score":
             choice, = await self.sample(state, admissible, 1, seed, foresight=foresight, notes=notes, trace=trace)
             return choice
+        scored = await self._score(state, admissible, foresight=foresight, notes=notes)
+        return max(scored, key=lambda choice: choice.logprob)
+
+    async def _score(self, state: State, admissible: Sequence[str] | None, *, foresight: str = "",
+                     notes: str = "") -> list[Choice]:
+        """Every admissible action with its log-probability among all texts, in their order."""
         targets = self._targets(state, admissible)
         prompt = self.action_prompt(state, self.budget.longest(targets), foresight=foresight, notes=notes)
-        scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        action = list(targets.values())[best]
-        return Choice(action, action, logprob=scores[best], prompt=prompt)
+        scores = await self.lm.loglikelihood([(prompt, target) for target in targets])
+        return [Choice(action, action, logprob=score.total, prompt=prompt)
+                for action, score in zip(targets.values(), scores, strict=True)]
+
+    async def weighed(self, state: State, admissible: Sequence[str] | None, n: int, seed: int, *,
+                      notes: str = "") -> list[Choice]:
+        """The actions that come into question, with their log-probabilities, all as answers to one prompt.
+
+        Every admissible action; of a policy that writes freely up to ``n`` :meth:`candidates`.
+        """
+        if self.selection == "generate" or not admissible:
+            admissible = [choice.action for choice in await self.candidates(state, admissible, n, seed)]
+        return await self._score(state, admissible, notes=notes)
 
     async def sample(self, state: State, admissible: Sequence[str] | None, n: int, seed: int, *,
                      temperature: float | None = None, imagined: bool = False, foresight: str = "", notes: str = "",

@@ -27,10 +27,11 @@ from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 from itp.methods.step_q import StepQ
 from itp.methods.walle import Walle
+from itp.methods.wkm import Wkm
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates, Reflexion, Walle, StepQ, Armap)}
+    KCandidates, Reflexion, Walle, StepQ, Armap, Wkm)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | EngineWorldModel | None,

@@ -21,7 +21,7 @@ TREE_SEARCH = ("rap", "mcts")
 WRITE_THOUGHTS = ("react", "cot")
 """Thought and action come in one reply, so the action is written freely."""
 
-SCORE_ACTIONS = ("revise",)
+SCORE_ACTIONS = ("revise", "wkm")
 """They compare the log-probabilities of given actions."""
 
 LOOK_AHEAD = ("tot", "mpc", "rafa")
@@ -75,6 +75,13 @@ class MethodSettings:
                              help="walle: of the proposals that pass take the first, or the one whose imagined future "
                                   "the policy likes best")
     armap_depth: int = flag(20, at_least=1, before=20, help="armap: steps of an imagined trajectory at most")
+    wkm_base: str = flag("", help="wkm: knowledge.json of python -m world_model.knowledge; empty: the policy decides "
+                                  "alone", affects_result=False, holds="path")
+    wkm_gamma: float = flag(0.5, at_least=0, before=0.5, help="wkm: weight γ of the policy's probabilities, at most 1; "
+                                                              "that of the knowledge is 1 − γ")
+    wkm_neighbors: int = flag(50, at_least=1, before=50, help="wkm: known states that are looked up")
+    wkm_task_knowledge: bool = flag(False, before=False, help="wkm: the policy reads what solved and failed attempts "
+                                                              "at such tasks did, for one that can read it")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts: rollouts for a decision")
@@ -87,7 +94,7 @@ class MethodSettings:
     @property
     def learned_files(self) -> dict[str, str]:
         """Files that a method's program has learned, by flag: their content affects the result, not their path."""
-        return {name: path for name in ("walle_rules",) if (path := getattr(self, name))}
+        return {name: path for name in ("walle_rules", "wkm_base") if (path := getattr(self, name))}
 
     @property
     def revise_k(self) -> int:
