@@ -23,7 +23,8 @@ HEAVY = {"torch", "transformers", "tokenizers", "peft", "deepspeed", "accelerate
          "uvicorn", "pydantic"}
 PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.report", "foresight_eval.serve",
             "world_model.collect",
-            "world_model.fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
+            "world_model.fidelity", "world_model.rules", "world_model.knowledge", "itp.training.explore",
+            "itp.training.critic", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
             "foresight_eval.extract_conditions", "world_model/base_tuning/finetune.py", "scripts/experiment.py")
@@ -138,7 +139,8 @@ def test_text_and_leaves_are_pure() -> None:
 HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.lm.decode_graph",
                    "itp.agent.policy_with_heads", "itp.training.trainer",
                    "itp.training.models", "itp.training.itp_r.a2c_update", "itp.training.itp_r.losses",
-                   "itp.training.text_task", "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
+                   "itp.training.text_task", "itp.training.heads_task", "itp.training.critic_task",
+                   "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
                    "world_model.base_tuning.task", "foresight_eval.serve.app", "foresight_eval.serve.guard",
                    "foresight_eval.serve.published", "foresight_eval.serve.requests", "foresight_eval.serve.server",
                    "itp.envs.alfworld.fast_engine", "itp.envs.alfworld.fast_translation",

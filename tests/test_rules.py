@@ -21,6 +21,8 @@ from itp.text.alfworld_phrases import NOTHING_HAPPENS
 from itp.text.belief import Belief
 from itp.text.rules import Condition, Rule, Situation, fill, lift, predicted, read_rules
 from itp.text.state import State
+from itp.transitions import Transition
+from world_model.rules import Learner, RulesSettings, cases_of, split_steps
 from world_model.rule_induction import Case, InductionLimits, explained, induce, prune, verify
 
 ROOM = "You are in the middle of a room. Looking quickly around you, you see a desk 1, a lamp 2, and a shelf 3."
@@ -117,6 +119,36 @@ class Model:
     async def step(self, states: Sequence[State], actions: Sequence[str]) -> list[str]:
         self.asked += actions
         return [self.says] * len(actions)
+
+
+def toy_steps(game: str) -> list[tuple[Transition, State]]:
+    steps = []
+    for at in ("desk 1", "lamp 2", "shelf 3"):
+        state = START.after(f"go to {at}", f"You arrive at {at}.")
+        for action in (f"{verb} {place}" for verb in ("go to", "use") for place in ("desk 1", "lamp 2", "shelf 3")):
+            steps.append((Transition(game, 1, state.render(), action, toy_answer(at, action)), state))
+    return steps
+
+
+def test_the_program_learns_from_some_games_checks_and_measures_on_others() -> None:
+    steps = [step for i in range(8) for step in toy_steps(f"game {i}#0") + toy_steps(f"game {i}@1#0")]
+    known, check, measure = split_steps(steps, 0.5, seed=1)
+    games = [{t.episode_id.split("@")[0].split("#")[0] for t, _ in part} for part in (known, check, measure)]
+    assert [len(part) for part in games] == [4, 2, 2] and len(set.union(*games)) == 8
+    settings = RulesSettings(wm_model="", transitions="", out_dir="")
+
+    async def learned() -> Learner:
+        model = Model("You arrive at lamp 2.")  # right for one of three places, from two of three
+        learner = Learner(settings, await cases_of(model, check), await cases_of(model, measure), model)
+        await learner.add(known)
+        learner.learn()
+        return learner
+
+    learner = asyncio.run(learned())
+    assert {USE_FAILS, GO_FAILS} <= set(learner.rules)
+    figures = learner.accuracy()
+    assert figures["n"] == 4 * 18 and figures["world_model"] == pytest.approx(2 / 18) and figures["with_rules"] == 1.0
+    assert (figures["failed_n"], figures["failed_world_model"], figures["failed_with_rules"]) == (4 * 9, 0.0, 1.0)
 
 
 class Proposals:

@@ -63,12 +63,12 @@ REWARD_NEEDS = ("state", "action", "next_state", "episode_id", "step", "done", "
 
 
 def read_scored(path: str) -> list[Scored]:
-    """The rows of exploration trees, in the order of each tree's states."""
+    """The actions of exploration trees, in such an order that neighbors share much of their text."""
     found = []
     for where, row in read_rows(path):
         try:
             found += [Scored(str(row["game_id"]), parse(node["state"]), node["action"], float(node["q"]))
-                      for node in row["nodes"]]
+                      for node in sorted(row["nodes"], key=lambda node: node["state"])]
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{where}: not a tree of python -m itp.training.explore ({error!r}); explore again, or "
                             "give another file") from error
