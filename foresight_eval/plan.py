@@ -82,14 +82,14 @@ class EvalPlan:
             facts["wm_card"] = card_digest(settings.wm_model)
         return facts
 
-    def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> Policy:
-        """The policy on ``device``, or on ``lm`` where that is loaded already."""
+    def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None,
+                    critic: Policy | None = None) -> Policy:
+        """The policy on ``device``, or on ``lm`` and with ``critic`` where these are loaded already."""
         s = self.settings
         tokens = {"action_tokens": s.act_tokens}
         if s.method in TREE_SEARCH:
             tokens = dict.fromkeys(("action_tokens", "imagined_action_tokens"), s.rap_action_gen_tokens)
-        critic = None
-        if s.critic_model and s.method in NEED_CRITIC:
+        if critic is None and s.critic_model and s.method in NEED_CRITIC:
             critic = load_policy(s.critic_model, env=s.env, device=device, dtype=s.policy_dtype, barrier=barrier,
                                  engine=s.engine, role="critic")
         return load_policy(
