@@ -42,8 +42,9 @@ def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path
     assert (tree / explore.EXPLORED).read_bytes() == before and "2 games" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", [
-        "critic", "--learn", "q", "--train_jsonl", str(tree / explore.EXPLORED), "--model_path", str(policy), "--epochs",
-        "1", "--out_dir", str(tmp_path / "q"), "--steps_per_sequence", "0", "--eval_share", "0.5", "--lora_r", "2"])
+        "critic", "--learn", "q", "--train_jsonl", str(tree / explore.EXPLORED), "--model_path", str(policy),
+        "--epochs", "1", "--out_dir", str(tmp_path / "q"), "--steps_per_sequence", "0",
+        "--eval_share", "0.5", "--lora_r", "2"])
     critic.main()
     settings = AlfworldSettings(
         policy_model=str(policy), critic_model=str(tmp_path / "q" / "merged_full"), out_dir=str(tmp_path / "eval"),
