@@ -159,7 +159,7 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
     finally:
         seconds = time.monotonic() - start
         await pool.close()
-        await policy.lm.close()
+        await policy.close()
         if world_model:
             await world_model.close()
         cost.record_session(folder, episodes=record.episodes, steps=record.steps, seconds=seconds,

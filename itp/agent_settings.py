@@ -31,6 +31,8 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
     wm_model: str = flag("", help="world model (not needed by methods without imagination, with a server or with "
                                 "--wm_backend engine)",
                          affects_result=False)
+    critic_model: str = flag("", help="model whose value head step_q and armap ask (empty: the policy's own head)",
+                             affects_result=False)
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -197,6 +198,11 @@ def read_text(path: str | Path, advice: str = "is it the right file, whole and u
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); {advice}") from error
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); give a file that can") from error
+
+
+def content_digest(path: str | Path) -> str:
+    """The SHA-256 of a text file.  Raises UserError where it is missing or isn't UTF-8."""
+    return hashlib.sha256(read_text(path).encode()).hexdigest()
 
 
 def read_json(path: str | Path, advice: str = "is the file whole?") -> Any:

@@ -36,18 +36,19 @@ def load_policy(path: str, *, env: str = "alfworld", lm: LM | None = None, serve
                 device: str = "cpu", dtype: str = "fp32", barrier: BatchBarrier | None = None,
                 engine: Mapping[str, Any] | None = None, concurrency: int = 16, style: str = "auto", chat: bool = True,
                 thinking: bool = False, foresight_format: str = "auto", history_keep_steps: int = -1,
-                max_seq_len: int = -1, **behavior: Any) -> Policy:
+                max_seq_len: int = -1, role: str = "policy", **behavior: Any) -> Policy:
     """The policy in the model folder (or of the hub name) ``path``, with its heads where it has some.
 
     ``lm``: the model, where it is loaded already.  ``server``: where it runs, if not in this process; ``path`` may
     then be empty, and says only how it is prompted.  ``engine``: options of :class:`itp.lm.local.LocalLM`.
     ``concurrency``: requests to a server at a time.  ``style``, ``chat``, ``thinking``: see
     :func:`itp.model_card.format_for`.  ``foresight_format``, ``history_keep_steps``, ``max_seq_len``: by default as
-    the policy was trained.  ``behavior``: other fields of :class:`itp.agent.policy.Policy`.  Raises UserError.
+    the policy was trained.  ``role``: under which its calls are counted, ``critic`` for a critic.  ``behavior``: other
+    fields of :class:`itp.agent.policy.Policy`.  Raises UserError.
     """
     if lm is None:
         lm = (server.connect("policy", concurrency) if server else
-              _load_policy_lm(path, device=device, dtype=dtype, barrier=barrier, **engine or {}))
+              _load_policy_lm(path, device=device, dtype=dtype, barrier=barrier, role=role, **engine or {}))
     tokenizer = _tokenizer_for_template(lm, server, path, style, chat)
     form = format_for(path, tokenizer, env=env, style=style, chat=chat, thinking=thinking)
     form = replace(form, control_token=has_heads(path))
@@ -103,11 +104,11 @@ def load_state_model(path: str, *, state_tokens: int = 2048, **options: Any) -> 
 def _load_policy_lm(path: str, *, device: str, dtype: str, **options: Any) -> LocalLM:
     """The LM of a policy, with its heads where the folder has them.  ``options`` are LocalLM's."""
     if not has_heads(path):
-        return LocalLM.load(path, device=device, dtype=dtype, role="policy", **options)
+        return LocalLM.load(path, device=device, dtype=dtype, **options)
     from itp.agent.policy_with_heads import PolicyWithHeads
 
     policy, tokenizer = PolicyWithHeads.from_pretrained(path, device=device, dtype=dtype)
-    return LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name=Path(path).name, role="policy", **options)
+    return LocalLM(policy.causal_lm, tokenizer, heads=policy.heads, name=Path(path).name, **options)
 
 
 def _tokenizer_for_template(lm: LM, server: Server | None, path: str, style: str, chat: bool) -> Any:

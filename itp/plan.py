@@ -20,6 +20,7 @@ from itp.agent.world_model import WorldModel
 from itp.agent_settings import AgentSettings
 from itp.envs.pool import processes_for
 from itp.errors import UserError
+from itp.files import content_digest
 from itp.lm.base import LM
 from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import ENGINE, Server, server_of
@@ -27,8 +28,8 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_WORLD_MODEL, NEED_YES_OR_NO, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
-    MethodSettings,
+    DRAW_ACTIONS, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
+    asks_yes_or_no,
 )
 from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_state_model, load_world_model
@@ -71,6 +72,9 @@ class EvalPlan:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
         facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
+        if settings.critic_model:
+            facts["critic_fingerprint"] = model_fingerprint(settings.critic_model)
+        facts |= {f"{name}_sha256": content_digest(path) for name, path in settings.learned_files.items()}
         if self.policy_server is None:
             facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
         else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted
@@ -84,17 +88,21 @@ class EvalPlan:
             facts["wm_card"] = card_digest(settings.wm_model)
         return facts
 
-    def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None) -> Policy:
-        """The policy on ``device``, or on ``lm`` where that is loaded already."""
+    def load_policy(self, barrier: BatchBarrier, device: str = "cpu", lm: LM | None = None,
+                    critic: Policy | None = None) -> Policy:
+        """The policy on ``device``, or on ``lm`` and with ``critic`` where these are loaded already."""
         s = self.settings
         tokens = {"action_tokens": s.act_tokens}
         if s.method in TREE_SEARCH:
             tokens = dict.fromkeys(("action_tokens", "imagined_action_tokens"), s.rap_action_gen_tokens)
+        if critic is None and s.critic_model and s.method in NEED_CRITIC:
+            critic = load_policy(s.critic_model, env=s.env, device=device, dtype=s.policy_dtype, barrier=barrier,
+                                 engine=s.engine, role="critic")
         return load_policy(
             s.policy_model, env=s.env, lm=lm, server=self.policy_server, device=device, dtype=s.policy_dtype,
             barrier=barrier, engine=s.engine, concurrency=s.concurrency, style=s.prompt_style, chat=s.chat_template,
             thinking=s.thinking, selection=s.action_selection, history=bool(s.use_history), temperature=s.temperature,
-            top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens,
+            top_p=s.top_p, text_tokens=s.act_tokens, decision_tokens=s.decision_tokens, critic=critic,
             thinking_tokens=s.thinking_tokens, **tokens, **prompt_settings(s))
 
     def load_world_model(self, barrier: BatchBarrier, device: str = "cpu",
@@ -192,7 +200,7 @@ def _check_method(settings: AgentSettings) -> None:
         raise UserError(f"--method {method} writes thought and action in one reply: use --action_selection generate")
     if settings.thinking and settings.action_selection != "generate":
         raise UserError("--thinking: a model that thinks writes its action freely; use --action_selection generate")
-    if settings.thinking and method in NEED_YES_OR_NO:
+    if settings.thinking and asks_yes_or_no(method, settings):
         raise UserError(f"--thinking: --method {method} reads how sure the policy is of yes where its answer begins, "
                         "so it can't think first; leave the flag out")
     if settings.thinking and method in SCORE_ACTIONS:
@@ -202,6 +210,11 @@ def _check_method(settings: AgentSettings) -> None:
         raise UserError("--statler_writer belief knows ALFWorld's rules only; give --statler_writer lm")
     if method == "implement":
         _check_implement(settings)
+    if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):
+        raise UserError(f"--method {method} needs --critic_model, a model with a value head that python -m "
+                        "itp.training.critic trains")
+    if settings.wkm_gamma > 1:
+        raise UserError(f"--wkm_gamma {settings.wkm_gamma}: a share, from 0 to 1")
     if method == "revise":
         _check_revise(settings)
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
@@ -281,7 +294,7 @@ def _check_horizon(plan: EvalPlan) -> None:
 def check_answers(plan: EvalPlan) -> None:
     """Refuse a policy whose tokenizer can't write the answers that the method prompts for."""
     settings = plan.settings
-    if settings.method not in NEED_YES_OR_NO or plan.policy_server:
+    if not asks_yes_or_no(settings.method, settings) or plan.policy_server:
         return
     encode = Encoder(load_tokenizer(settings.policy_model))
     if encode.continuation(YES) == encode.continuation(NO):
@@ -303,7 +316,7 @@ async def check_server(plan: EvalPlan) -> None:
 
 async def check_scores(settings: AgentSettings, policy_lm: LM) -> None:
     """Refuse a server that can't score a given text, where that is wanted of the policy."""
-    judges, scores = settings.method in NEED_YES_OR_NO, settings.action_selection == "score"
+    judges, scores = asks_yes_or_no(settings.method, settings), settings.action_selection == "score"
     scores = scores or settings.method in SCORE_ACTIONS
     if not judges and not scores:
         return

@@ -19,11 +19,15 @@ from itp.envs.alfworld import generate as alfworld_games
 from itp.envs.panel import PanelSettings
 from itp.serve.settings import ServeSettings
 from itp.training.base_policy import BasePolicySettings
+from itp.training.critic_data import CriticSettings
+from itp.training.explore import ExploreSettings
 from itp.training.from_scratch.base_lm import BaseLMSettings
 from itp.training.itp_r.a2c_settings import RlSettings
 from itp.training.itp_r.label import LabelSettings
 from itp.training.itp_r.warm_up_data import SftSettings
 from world_model import collect, early_experience, fidelity, state_fidelity
+from world_model.knowledge import KnowledgeSettings
+from world_model.rules import RulesSettings
 from world_model.base_tuning.examples import WorldModelSettings
 from world_model.data_processing import convert, fetch, metaicl
 
@@ -44,6 +48,8 @@ SETTINGS = {
     "foresight_eval.runner_sciworld": SciworldSettings, "itp.serve": ServeSettings,
     "itp.training.train_adaptive_k label": LabelSettings, "itp.training.train_adaptive_k sft": SftSettings,
     "itp.training.train_adaptive_k rl_k": RlSettings,
+    "world_model.rules": RulesSettings, "world_model.knowledge": KnowledgeSettings,
+    "itp.training.explore": ExploreSettings, "itp.training.critic": CriticSettings,
 }
 
 

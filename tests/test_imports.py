@@ -25,6 +25,7 @@ PROGRAMS = ("foresight_eval", "foresight_eval.runner_sciworld", "foresight_eval.
             "foresight_eval.score", "itp.envs.panel", "world_model.collect", "world_model.fidelity",
             "world_model.state_fidelity", "itp.envs.alfworld_games", "itp.training.base_lm", "itp.training.base_policy",
             "world_model.early_experience",
+            "world_model.rules", "world_model.knowledge", "itp.training.explore", "itp.training.critic",
             "itp.training.train_adaptive_k", "itp.doctor", "itp.smollm2", "world_model.data_processing.convert",
             "world_model.data_processing.fetch", "world_model.data_processing.metaicl",
             "foresight_eval.extract_conditions", "foresight_eval.extract_episodes",
@@ -140,10 +141,10 @@ def test_text_and_leaves_are_pure() -> None:
 HEAVY_BY_NATURE = {"itp.lm.engine", "itp.lm.kv_cache", "itp.lm.decode_graph",
                    "itp.agent.policy_with_heads", "itp.training.trainer",
                    "itp.training.models", "itp.training.itp_r.a2c_update", "itp.training.itp_r.losses",
-                   "itp.training.text_task", "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
-                   "world_model.base_tuning.task", "world_model.base_tuning.vision_task",
-                   "itp.serve.app", "itp.serve.guard",
-                   "itp.serve.published", "itp.serve.requests", "itp.serve.server",
+                   "itp.training.text_task", "itp.training.heads_task", "itp.training.critic_task",
+                   "itp.training.from_scratch.muon", "itp.training.itp_r.warm_up_task",
+                   "world_model.base_tuning.task", "world_model.base_tuning.vision_task", "itp.serve.app",
+                   "itp.serve.guard", "itp.serve.published", "itp.serve.requests", "itp.serve.server",
                    "itp.envs.alfworld.fast_engine", "itp.envs.alfworld.fast_translation",
                    "itp.envs.alfworld.fast_grammar"}
 """Modules that nothing imports at its top."""

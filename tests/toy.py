@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from itp.lm.base import GenParams, Generation, TokenLogprobs, asking
+from itp.lm.base import GenParams, Generation, HeadOutputs, TokenLogprobs, asking
 from itp.seeding import derive_seed
 from itp.text import prompts
 from itp.text.prompt_format import PromptFormat
@@ -48,6 +48,12 @@ class ToyLM:
         self.asked += [(prompt, 0) for prompt, _ in pairs]
         with asking(self.role) as answers:
             answers += [TokenLogprobs((-4 * unit(prompt, target.strip()),), 9) for prompt, target in pairs]
+        return answers
+
+    async def read_heads(self, prompts: Sequence[str]) -> list[HeadOutputs]:
+        self.asked += [(prompt, 0) for prompt in prompts]
+        with asking(self.role) as answers:
+            answers += [HeadOutputs((0.0,), unit(prompt), 9) for prompt in prompts]
         return answers
 
     async def close(self) -> None:

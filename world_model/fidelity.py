@@ -229,7 +229,8 @@ async def judge(settings: FidelitySettings, model: str, sources: Mapping[str, li
     """All figures of one world model: one_step and by_depth by source, and consistency where it is asked for."""
     barrier = BatchBarrier()
     world_model = load_world_model(model, env=settings.env, device=settings.device, dtype=settings.dtype,
-                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens, recall=settings.wm_recall)
+                                   barrier=barrier, max_new_tokens=settings.wm_max_new_tokens,
+                                   recall=settings.wm_recall)
     figures: dict[str, Any] = {"one_step": {}, "by_depth": {}}
     for source, transitions in sources.items():
         rows = _sample(settings, "rows", transitions, settings.max_rows)

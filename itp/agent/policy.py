@@ -32,6 +32,9 @@ NEXT_ROUND = ("\nObservation:", "\nTask:")
 ANSWER_TOKENS = 2
 """Of yes or no with its line break."""
 
+VALUE_TOKENS = 1
+"""What a prompt leaves free behind the place where a value is read."""
+
 IMAGINED_ACTION_TOKENS = {"alfworld": 12, "scienceworld": 48}
 """Tokens of an imagined action at most.  ScienceWorld's longest name two things and where they are."""
 
@@ -88,6 +91,8 @@ class Policy:
     """For what a model that thinks writes before its answer."""
     score_answers: bool = False
     """Yes and no are scored one by one, by an LM that can't choose among given strings (a server)."""
+    critic: Policy | None = None
+    """Whose value head judges states and actions; None: its own."""
 
     async def act(self, state: State, admissible: Sequence[str] | None, seed: int, *, foresight: str = "",
                   notes: str = "", trace: bool = False) -> Choice:
@@ -98,12 +103,27 @@ class Policy:
         if self.selection != "score":
             choice, = await self.sample(state, admissible, 1, seed, foresight=foresight, notes=notes, trace=trace)
             return choice
+        scored = await self._score(state, admissible, foresight=foresight, notes=notes)
+        return max(scored, key=lambda choice: choice.logprob)
+
+    async def _score(self, state: State, admissible: Sequence[str] | None, *, foresight: str = "",
+                     notes: str = "") -> list[Choice]:
+        """Every admissible action with its log-probability among all texts, in their order."""
         targets = self._targets(state, admissible)
         prompt = self.action_prompt(state, self.budget.longest(targets), foresight=foresight, notes=notes)
-        scores = [s.total for s in await self.lm.loglikelihood([(prompt, target) for target in targets])]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        action = list(targets.values())[best]
-        return Choice(action, action, logprob=scores[best], prompt=prompt)
+        scores = await self.lm.loglikelihood([(prompt, target) for target in targets])
+        return [Choice(action, action, logprob=score.total, prompt=prompt)
+                for action, score in zip(targets.values(), scores, strict=True)]
+
+    async def weighed(self, state: State, admissible: Sequence[str] | None, n: int, seed: int, *,
+                      notes: str = "") -> list[Choice]:
+        """The actions that come into question, with their log-probabilities, all as answers to one prompt.
+
+        Every admissible action; of a policy that writes freely up to ``n`` :meth:`candidates`.
+        """
+        if self.selection == "generate" or not admissible:
+            admissible = [choice.action for choice in await self.candidates(state, admissible, n, seed)]
+        return await self._score(state, admissible, notes=notes)
 
     async def sample(self, state: State, admissible: Sequence[str] | None, n: int, seed: int, *,
                      temperature: float | None = None, imagined: bool = False, foresight: str = "", notes: str = "",
@@ -176,6 +196,25 @@ class Policy:
         prompt = self.heads_prompt(state)
         outputs, = await self.lm.read_heads([prompt])
         return replace(outputs, prompt=prompt)
+
+    async def value(self, state: State, action: str = "") -> float:
+        """What the critic's value head says of ``action`` in ``state``, or of the state: Q or a reward.
+
+        What it means is what the critic was trained on (:mod:`itp.training.critic`).
+        """
+        critic = self.critic or self
+
+        def render(shown: State) -> str:
+            return prompts.value_prompt(shown.render(), critic.form, action)
+
+        outputs, = await critic.lm.read_heads([critic.budget.prompt(critic._shown(state), render, VALUE_TOKENS)])
+        return outputs.value
+
+    async def close(self) -> None:
+        """Let go of the LM, and of the critic's."""
+        await self.lm.close()
+        if self.critic:
+            await self.critic.close()
 
     async def reflect(self, state: State, foresight: str, seed: int, label: str = "Reflection") -> str:
         """Reflect(τ̂_t) of eq. 4: one line on what the imagined future means.  Label ``Belief``: a neutral summary."""

@@ -44,8 +44,8 @@ class WorldModel:
 
     ``form``: how it is prompted; ``budget``: how many tokens a prompt may have; ``history_keep_steps``: steps of
     history that its prompt holds (0: all of them).  ``recall``: what the state's own steps determine of a place's
-    contents is taken from there (:mod:`itp.text.recall`), and the LM isn't asked.  ``limit_flag``: the flag that sets ``max_new_tokens``, for a
-    warning.
+    contents is taken from there (:mod:`itp.text.recall`), and the LM isn't asked.  ``limit_flag``: the flag that sets
+    ``max_new_tokens``, for a warning.
     """
 
     def __init__(self, lm: LM, form: PromptFormat = TUNED, budget: PromptBudget = PromptBudget(role="world_model"), *,

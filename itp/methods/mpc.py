@@ -9,8 +9,10 @@ sampled verdicts; no second model shortens the list of proposals.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from itp.agent.imagination import imagine
+from itp.agent.policy import Choice
 from itp.methods.base import Decision, PolicyMethod, View, decide
 from itp.seeding import derive_seed
 
@@ -23,6 +25,10 @@ class Mpc(PolicyMethod):
                                                view.seed)
         if len(choices) == 1:
             return decide(choices[0])
+        return await self.best(view, choices)
+
+    async def best(self, view: View, choices: Sequence[Choice]) -> Decision:
+        """The one of ``choices`` whose imagined future the policy likes best."""
         trajectories = await asyncio.gather(*(
             imagine(self.policy, self.world_model, view.state, self.settings.max_k,
                     derive_seed(view.seed, choice.action), first=choice.action) for choice in choices))

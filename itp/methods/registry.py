@@ -11,6 +11,7 @@ from itp.agent.policy import Policy
 from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
 from itp.methods.base import Method, PolicyMethod
+from itp.methods.armap import Armap
 from itp.methods.beam import Rafa, Tot
 from itp.methods.compute_matched import KCandidates, MultiAttempt, SelfRefine
 from itp.methods.imagine_then_plan import ImagineThenPlan
@@ -27,10 +28,13 @@ from itp.methods.revise import Revise
 from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 from itp.methods.statler import Statler
+from itp.methods.step_q import StepQ
+from itp.methods.walle import Walle
+from itp.methods.wkm import Wkm
 
 METHODS: dict[str, type[PolicyMethod]] = {each.name: each for each in (
     ImagineThenPlan, Rap, Mcts, Tot, Mpc, Rafa, Implement, Revise, Sft, NoRepeat, React, Cot, SelfRefine, MultiAttempt,
-    KCandidates, Reflexion, Lats, Statler)}
+    KCandidates, Reflexion, Lats, Statler, Walle, StepQ, Armap, Wkm)}
 
 
 def build(name: str, policy: Policy, world_model: WorldModel | StateModel | EngineWorldModel | None,

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from itp.config import flag
 
-NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "lats")
+NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "lats", "walle", "armap")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates", "lats")
 """They ask the policy whether something helps."""
 
-DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat")
+NEED_CRITIC = ("step_q", "armap")
+"""They ask a value head for the worth of actions or trajectories."""
+
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle", "step_q")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
 TREE_SEARCH = ("rap", "mcts", "lats")
@@ -18,7 +21,7 @@ TREE_SEARCH = ("rap", "mcts", "lats")
 WRITE_THOUGHTS = ("react", "cot")
 """Thought and action come in one reply, so the action is written freely."""
 
-SCORE_ACTIONS = ("revise",)
+SCORE_ACTIONS = ("revise", "wkm")
 """They compare the log-probabilities of given actions."""
 
 LOOK_AHEAD = ("tot", "mpc", "rafa")
@@ -68,6 +71,19 @@ class MethodSettings:
     revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")
+    walle_rules: str = flag("", help="walle: rules.json of python -m world_model.rules; empty: the world model alone "
+                                     "vetoes", affects_result=False, holds="path")
+    walle_critic: str = flag("proposal", before="proposal", choices=("proposal", "judge"),
+                             help="walle: of the proposals that pass take the first, or the one whose imagined future "
+                                  "the policy likes best")
+    armap_depth: int = flag(20, at_least=1, before=20, help="armap: steps of an imagined trajectory at most")
+    wkm_base: str = flag("", help="wkm: knowledge.json of python -m world_model.knowledge; empty: the policy decides "
+                                  "alone", affects_result=False, holds="path")
+    wkm_gamma: float = flag(0.5, at_least=0, before=0.5, help="wkm: weight γ of the policy's probabilities, at most 1; "
+                                                              "that of the knowledge is 1 − γ")
+    wkm_neighbors: int = flag(50, at_least=1, before=50, help="wkm: known states that are looked up")
+    wkm_task_knowledge: bool = flag(False, before=False, help="wkm: the policy reads what solved and failed attempts "
+                                                              "at such tasks did, for one that can read it")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts, lats: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts, lats: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts, lats: rollouts for a decision")
@@ -83,6 +99,11 @@ class MethodSettings:
                                     "ALFWorld's rules from the observations")
 
     @property
+    def learned_files(self) -> dict[str, str]:
+        """Files that a method's program has learned, by flag: their content affects the result, not their path."""
+        return {name: path for name in ("walle_rules", "wkm_base") if (path := getattr(self, name))}
+
+    @property
     def revise_k(self) -> int:
         """The number of steps that revise imagines."""
         return 1 if self.fixed_k < 0 else self.fixed_k
@@ -94,3 +115,8 @@ class MethodSettings:
         if self.k_policy != "auto":
             return self.k_policy
         return "head" if heads else "prompt"
+
+
+def asks_yes_or_no(method: str, settings: MethodSettings) -> bool:
+    """Whether ``method`` asks the policy whether something helps."""
+    return method in NEED_YES_OR_NO or method == "walle" and settings.walle_critic == "judge"

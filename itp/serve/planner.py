@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from itp.agent.policy import Policy
 from itp.agent.world_model import WorldModel
 from itp.envs.base import Observation
 from itp.errors import PromptTooLong, UserError
@@ -48,6 +49,7 @@ class Planner:
     def __init__(self, settings: ServeSettings, policy_lm: LM, wm_lm: LM | None, barrier: BatchBarrier) -> None:
         self.settings, self.policy_lm, self.wm_lm, self.barrier = settings, policy_lm, wm_lm, barrier
         self.decisions = 0
+        self.critic: Policy | None = None
         self._seats = asyncio.Semaphore(settings.concurrency)
         self._methods: dict[tuple[str, str], Method] = {}
 
@@ -63,6 +65,7 @@ class Planner:
                 settings, method="foresight", disable_wm=0))  # for the requests that name another method
             world_model = asks.load_world_model(barrier, settings.wm_device or settings.device)
         planner = cls(settings, policy.lm, world_model.lm if world_model else None, barrier)
+        planner.critic = policy.critic
         await planner.method(settings.method, settings.action_selection)
         return planner
 
@@ -88,7 +91,8 @@ class Planner:
             check_answers(plan)
             if plan.policy_server is not None:
                 await check_scores(settings, self.policy_lm)
-            policy = plan.load_policy(self.barrier, lm=self.policy_lm)
+            policy = plan.load_policy(self.barrier, lm=self.policy_lm, critic=self.critic)
+            self.critic = policy.critic
             world_model = plan.load_world_model(self.barrier, lm=self.wm_lm) if plan.uses_world_model else None
             self._methods[name, selection] = plan.build_method(policy, world_model)
         return self._methods[name, selection]
@@ -138,6 +142,8 @@ class Planner:
         for lm in (self.policy_lm, self.wm_lm):
             if lm is not None:
                 await lm.close()
+        if self.critic is not None:
+            await self.critic.close()
 
 
 def failed(state: State) -> list[bool]:

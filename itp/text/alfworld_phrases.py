@@ -159,16 +159,6 @@ def examined(place: str, things: Iterable[str]) -> str:
     return f"On the {place}{SEES}{listed(things)}."
 
 
-def open_showing(place: str, things: Iterable[str]) -> str:
-    """The answer to ``examine``, for an open place that can be closed."""
-    return f"The {place} is open. In it{SEES}{listed(things)}."
-
-
-def opened(place: str, things: Iterable[str]) -> str:
-    """The answer to ``open``."""
-    return f"You open the {place}. {open_showing(place, things)}"
-
-
 def arrived_at_closed(place: str) -> str:
     """The answer to :func:`go_to` for a place that is closed."""
     return f"{arrived(place)} The {place} is closed."

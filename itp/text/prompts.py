@@ -174,6 +174,12 @@ def control_prompt(action_prompt: str, form: PromptFormat = TUNED) -> str:
     return f"{action_prompt.removesuffix(form.template.before_reply('Action'))}\n{CTRL}"
 
 
+def value_prompt(state: str, form: PromptFormat = TUNED, action: str = "") -> str:
+    """The prompt at whose end a critic's value is read: of ``action`` in ``state``, or of the state itself."""
+    prompt = control_prompt(policy_prompt(state, form=form), form)
+    return f"{prompt.removesuffix(CTRL)}{ACTION}{indent(action)}\n{CTRL}" if action else prompt
+
+
 def prompt_of_observation(heads_prompt: str, action: str) -> str:
     """The beginning of the prompts of the state after ``action``, up to the colon in front of its observation.
 

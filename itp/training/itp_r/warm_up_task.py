@@ -8,22 +8,18 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from itp.agent.heads import has_heads
-from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer, read_heads, save_heads
+from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.errors import UserError
 from itp.lm.tokenize import Encoder
 from itp.model_card import ModelCard, format_for, prompt_settings
-from itp.pretrained import load_tokenizer
 from itp.text.prompt_format import PromptFormat
 from itp.text.prompts import CTRL, action_target, control_prompt, policy_prompt
 from itp.text.state import State
@@ -31,14 +27,11 @@ from itp.training.examples import COUNTS, Encoding, TrainingRow
 from itp.training import token_tree
 from itp.training.token_tree import TokenTree
 from itp.training.itp_r.warm_up_data import LabeledStep, SftSettings, k_weights
-from itp.training.models import load_base, load_plain_base, lora_config, merge_adapter, save_whole
+from itp.training.models import load_base, lora_config
 from itp.training.settings import trained_card
-from itp.training.task import TrainedModule
-from itp.training.text_task import TextTask
+from itp.training.heads_task import HeadsTask
 
 TensorBatch = dict[str, torch.Tensor]
-TRAINED = "trained.safetensors"
-"""In a checkpoint: the weights that are trained."""
 
 
 class WarmUp(torch.nn.Module):
@@ -96,7 +89,7 @@ class Encoded:
         return [*self.prompt, *self.target[:-1]]  # nothing is predicted from the last token
 
 
-class WarmUpTask(TextTask):
+class WarmUpTask(HeadsTask):
     """Stage 2 for the fine-tuning core."""
 
     def __init__(self, settings: SftSettings, steps: Sequence[LabeledStep]) -> None:
@@ -173,7 +166,7 @@ class WarmUpTask(TextTask):
     def load(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> WarmUp:
         options = {"device_map": self.settings.device_map} if self.settings.device_map else {}
         model = load_base(self.settings, dtype, **options)
-        policy = self._with_heads(model, tokenizer)
+        policy = self.with_heads(model, tokenizer)
         tokenizer.padding_side = self.settings.padding_side
         if self.settings.lora_r:
             if is_deepspeed_zero3_enabled() and not torch.cuda.is_available():
@@ -187,14 +180,8 @@ class WarmUpTask(TextTask):
             module.hf_device_map = model.hf_device_map  # so that the Trainer leaves the layers where they are
         return module
 
-    def _with_heads(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
-        """The heads that the policy had, or new ones."""
-        if has_heads(self.settings.model_path):
-            policy = PolicyWithHeads.around(model, tokenizer, self.settings.model_path)
-        else:
-            policy = PolicyWithHeads.create(model, tokenizer, self.settings.max_k)
-        policy.card = self.card(tokenizer)
-        return policy
+    def kmax(self) -> int:
+        return self.settings.max_k
 
     def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
         card = trained_card(self.settings, tokenizer).with_format(self.prompt_format(tokenizer))
@@ -212,68 +199,11 @@ class WarmUpTask(TextTask):
         return {"loss": policy_loss + self.settings.beta_k * k_loss, "policy_loss": policy_loss, "k_loss": k_loss,
                 "action_match": matched / steps, "k_accuracy": k_right / steps}
 
-    # ------------------------------------------------------------ folders
-
-    def write_checkpoint(self, model: WarmUp, folder: Path, state: dict[str, torch.Tensor] | None) -> bool:
-        """What is trained, and only once where embeddings are tied."""
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = model.state_dict() if state is None else state
-        save_file({name: whole[name].contiguous().cpu() for name in _trained(model)}, folder / TRAINED)
-        return True
-
-    def read_checkpoint(self, model: WarmUp, folder: Path) -> bool:
-        trained, weights = _trained(model), load_file(folder / TRAINED)
-        with torch.no_grad():
-            for name, weight in trained.items():
-                weight.copy_(weights[name])
-        return True
-
-    def save_adapter(self, trained: TrainedModule) -> None:
-        state = trained.gathered_state()
-        if not trained.args.should_save:
-            return
-        policy: PolicyWithHeads = trained.model.policy
-        policy.backbone.save_pretrained(self.settings.out_dir, state_dict=_below(state, "policy.backbone."))
-        save_heads(policy.heads, self.settings.out_dir, _below(state, "policy.heads."))
-
-    def save_complete(self, trained: TrainedModule, dtype: torch.dtype) -> None:
-        state = trained.gathered_state()
-        if not trained.args.should_save:
-            return
-        policy: PolicyWithHeads = trained.model.policy
-        options: dict[str, Any] = {}
-        if state is None:
-            policy.backbone.to(dtype)
-        else:
-            options = {"state_dict": _below(state, "policy.backbone."), "heads": _below(state, "policy.heads.")}
-        save_whole(policy, trained.tokenizer, self.settings.merged_path, policy.card, **options)
-
-    def save_merged(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        policy = self.merged(tokenizer)
-        save_whole(policy, tokenizer, self.settings.merged_path, policy.card)
-
-    def merged(self, tokenizer: PreTrainedTokenizerBase) -> PolicyWithHeads:
-        policy = self._with_heads(load_plain_base(self.settings), load_tokenizer(self.settings.model_path))
-        policy.backbone = merge_adapter(policy.backbone, self.settings.out_dir)
-        policy.heads.load_state_dict(read_heads(self.settings.out_dir))
-        return policy
-
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
                 device: torch.device) -> dict[str, Any]:
         """What K accuracy is to be compared with: always giving the label that is the most frequent there."""
         labels = Counter(k for row in eval_rows for k in row["k_labels"])
         return {"eval_k_majority": labels.most_common(1)[0][1] / labels.total(), "eval_steps": labels.total()}
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
-    """The part of a state dict that belongs to a submodule."""
-    if state is None:
-        return None
-    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
 
 def make_row(steps: Sequence[Encoded], *, chains: bool = False) -> TrainingRow:

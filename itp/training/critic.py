@@ -1,0 +1,41 @@
+r"""Train a critic, a value head at the end of a text: step-level Q, or a reward model of trajectories.
+
+    python -m itp.training.critic --learn q --train_jsonl runs/tree/explored.jsonl --model_path POLICY --out_dir OUT
+    python -m itp.training.critic --learn reward --train_jsonl runs/d_roll/transitions.jsonl --model_path POLICY ...
+
+``q`` (2409.09345, QLASS 2502.02584; :mod:`itp.methods.step_q`): regression on the Q of every action in the trees of
+:mod:`itp.training.explore`.  ``reward`` (ARMAP, 2502.12130; :mod:`itp.methods.armap`): the loss of Bradley and Terry on
+pairs of trajectories of the same task, a solved one against a failed one, and against beginnings of its own.
+
+The model starts as ``--model_path``, all of which learns (or LoRA's adapters).  ``OUT/merged_full`` is a folder for
+``--critic_model``.  ``--steps_per_sequence 0`` packs the texts of a game into one sequence, which computes their common
+beginning once.  The rest is as in :mod:`itp.training.run`, and the same command again goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from itp.config import parse_settings
+from itp.program import run_main
+from itp.training.critic_data import CriticSettings, read_examples
+from itp.training.run import open_run, train
+from itp.training.settings import check_settings
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    settings = parse_settings(CriticSettings, prog="python -m itp.training.critic", description=__doc__)
+    examples = read_examples(settings)
+    check_settings(settings)
+    if open_run(settings, settings.train_jsonl.split(",")):
+        return
+    log.info("%d examples of %d games", len(examples), len({one.group for one in examples}))
+    from itp.training.critic_task import CriticTask
+
+    train(settings, CriticTask(settings, examples))
+
+
+if __name__ == "__main__":
+    run_main(main)
