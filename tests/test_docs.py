@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from foresight_eval.extract_conditions import ExtractSettings
+from foresight_eval.report.report import ReportSettings
 from foresight_eval.serve.settings import ServeSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
@@ -34,7 +35,7 @@ SETTINGS = {
     "world_model.data_processing.convert": convert.ConvertSettings,
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
-    "foresight_eval.extract_conditions": ExtractSettings,
+    "foresight_eval.extract_conditions": ExtractSettings, "foresight_eval.report": ReportSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings, "foresight_eval.serve": ServeSettings,
@@ -49,7 +50,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         variables: dict[str, str] = {}
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
-            words = shlex.split(line, comments=True)
+            words = [one for word in shlex.split(line, comments=True) for one in braces(word)]
             for part in line.split("; ") if "=\"" in line else []:
                 name, _, value = part.strip().partition("=")
                 variables[name] = value.strip('"')
@@ -57,14 +58,31 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
 
 
+def braces(word: str) -> list[str]:
+    """a{b,c} as bash expands it."""
+    if not (found := re.fullmatch(r"(.*)\{(.+,.+)\}(.*)", word)):
+        return [word]
+    return [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")]
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module or script of ours that a command starts, perhaps behind a launcher, and its arguments; or ""."""
+    flag = {"-m", "--module"} & set(words)
+    scripts = [word for word in words[:2] if word.endswith(".py")]
+    if not flag and not scripts:
+        return "", words
+    at = words.index(flag.pop()) + 1 if flag else words.index(scripts[0])
+    module, rest = words[at], words[at + 1:]
+    if module.endswith("train_adaptive_k") and rest:
+        module, rest = f"{module} {rest[0]}", rest[1:]
+    return module, [word for word in rest if word not in ("...", "|", ">")]
+
+
 def modules(page: Path) -> Iterator[tuple[str, list[str]]]:
     for words in commands(page):
-        if flag := {"-m", "--module"} & set(words):
-            at = words.index(flag.pop())
-            module, rest = words[at + 1], words[at + 2:]
-            if module.endswith("train_adaptive_k") and rest:
-                module, rest = f"{module} {rest[0]}", rest[1:]
-            yield module, [word for word in rest if word not in ("...", "|", ">")]
+        module, rest = module_of(words)
+        if module and not module.endswith(".py"):
+            yield module, rest
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -76,6 +94,7 @@ def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if "two" in arguments:  # the example's own method
                 assert arguments.pop(arguments.index("two")) and arguments.pop(arguments.index("--method"))
             _, unknown = parser.parse_known_args(arguments)
+            unknown = [word for word in unknown if module != "foresight_eval.report" or word.startswith("--")]
             assert not unknown, f"{page.name}: {module} doesn't take {unknown}"
         else:
             path = ROOT / module.replace(".", "/")
