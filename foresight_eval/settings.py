@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from itp.agent.policy import SELECTIONS
-from itp.config import flag
+from itp.config import Topic, flag
 from itp.devices import DTYPES
 from itp.envs.base import TextEnv
 from itp.envs.registry import EnvFlags, engine_of, games_of, scienceworld_engine
@@ -34,6 +34,7 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
     wm_model: str = flag("", help="world model (not needed by methods without imagination, with a server or with "
                                 "--wm_backend engine)",
                          affects_result=False)
+    models: ClassVar[Topic] = Topic("Precision, and lengths of answers")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
@@ -42,6 +43,7 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
                                   aliases=("foresight_tokens",))
     action_selection: str = flag("generate", help="write the action freely, decode it under the trie of admissible "
                                                   "actions, or score each of them", choices=SELECTIONS)
+    prompting: ClassVar[Topic] = Topic("How models are prompted and sampled")
     prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
                              choices=("auto", *STYLES))
     wm_prompt_style: str = flag("auto", help="the same for the world model", choices=("auto", *STYLES))
@@ -62,6 +64,8 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
 
 @dataclass
 class EvalSettings(AgentSettings):
+    """What is played, and where results go."""
+
     out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
                         affects_result=False, aliases=("output_path",))
     override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
@@ -80,6 +84,11 @@ class EvalSettings(AgentSettings):
 
 @dataclass
 class AlfworldSettings(EvalSettings):
+    """The games of ALFWorld, and the devices."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "method", "env_data_root", "split",
+        "out_dir", "max_k", "fixed_k", "action_selection", "max_games")
     split: str = flag("dev", help="dev = seen = valid_seen; test = unseen = valid_unseen; train", selects_games=True)
     env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
     max_steps: int = flag(40, at_least=1, help="steps of an episode at most", selects_games=True)
@@ -98,6 +107,11 @@ class AlfworldSettings(EvalSettings):
 
 @dataclass
 class SciworldSettings(EvalSettings, ScienceworldFlags):
+    """The games of ScienceWorld, and the devices."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "method", "split", "tasks",
+        "variations", "out_dir", "max_k", "action_selection", "max_games")
     split: str = flag("dev", help="dev = seen, test = unseen: the simulator's development and test variations; train",
                       selects_games=True)
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)

@@ -29,22 +29,23 @@ from tests.test_data_processing import eto
 from tests.test_docs import PAGES, ROOT, SETTINGS, commands, module_of
 
 ELSEWHERE = {
-    r"scripts/demo\.sh": "test_released.py",
-    r"scripts/quickstart\.sh": "test_quickstart.py",
-    r"scripts/reproduce_(alfworld|scienceworld)\.sh": "test_recipes.py",
-    r"world_model/base_tuning/run_worldmodel_tuning\.sh": "test_worldmodel_tuning.py",
-    r"^deepspeed .* world_model.base_tuning.finetune": "test_worldmodel_tuning.py",
-    r"scripts/experiment\.py": "test_experiments.py",
-    r"scripts/chaos\.py": "test_chaos.py",
-    r"scripts/bench\.py": "test_bench.py",
-    r"scripts/load_serve\.py": "test_serve.py",
-    r"foresight_eval\.serve": "test_serve.py",
-    r"^python -m itp\.smollm2": "test_smollm2.py",
-    r"foresight_eval --policy_model .* --policy_backend openai": "test_openai_server.py",
-    r"foresight_eval --method two": "test_docs.py",
-    r"world_model\.collect --env scienceworld|foresight_eval\.runner_sciworld": "test_scienceworld_programs.py",
+    r"scripts/demo\.sh": "test_released.py: demo.sh",
+    r"scripts/quickstart\.sh": "test_quickstart.py: quickstart.sh",
+    r"scripts/reproduce_(alfworld|scienceworld)\.sh": "test_recipes.py: scripts/reproduce_{self.env}.sh",
+    r"world_model/base_tuning/run_worldmodel_tuning\.sh": "test_worldmodel_tuning.py: run_worldmodel_tuning.sh",
+    r"^deepspeed .* world_model.base_tuning.finetune": "test_worldmodel_tuning.py: under_deepspeed",
+    r"scripts/experiment\.py": "test_experiments.py: scripts/experiment.py",
+    r"scripts/chaos\.py": "test_chaos.py: chaos",
+    r"scripts/bench\.py": "test_bench.py: bench",
+    r"scripts/load_serve\.py": "test_serve.py: load_serve",
+    r"foresight_eval\.serve": "test_serve.py: foresight_eval.serve",
+    r"^python -m itp\.smollm2": "test_smollm2.py: itp.smollm2",
+    r"foresight_eval --policy_model .* --policy_backend openai": "test_openai_server.py: policy_api_base_url",
+    r"foresight_eval --method two": "test_docs.py: Two",
+    r"world_model\.collect --env scienceworld": "test_scienceworld_programs.py: world_model.collect",
+    r"foresight_eval\.runner_sciworld": "test_scienceworld_programs.py: runner_sciworld",
 }
-"""What matches is run by this test file, at miniature size and with a stub where there is a network."""
+"""What matches is run by this test file, at miniature size, with a stub where there is a network; how it names it."""
 
 NOT_RUN = {
     r"^pip install": "installs from the package index; tests/test_wheel.py installs what we build",
@@ -66,7 +67,7 @@ MINIATURE = {
     "epochs": 1, "grad_accum": 2, "lora_r": 2, "max_seq_len": 480, "episodes_per_epoch": 4, "episodes_per_update": 4,
     "group_size": 2, "eval_games": 1, "action_max_new_tokens": 3, "value_updates": 1,
     "imagine_action_max_new_tokens": 3, "missions": 1, "batches": 3, "games": 1, "steps": 4, "train": 1, "seen": 1,
-    "unseen": 1, "report_to": "none", "max_k": KMAX,
+    "unseen": 1, "report_to": "none", "max_k": KMAX, "eval_share": 0.0,
 }
 """Flag -> its value here, in each program that has it."""
 
@@ -116,9 +117,9 @@ def test_lists_name_what_is_there() -> None:
     """No pattern without a command, and no test file that doesn't know the script."""
     for pattern in (*ELSEWHERE, *NOT_RUN):
         assert any(re.search(pattern, command.line) for command in DOCUMENTED), f"no page has {pattern}"
-    for pattern, test in ELSEWHERE.items():
-        name = re.search(r"[a-z]+_?(eval|tuning|[a-z2]+)", pattern.split("/")[-1].split(".")[-1 if "\\." not in pattern else 0])
-        assert name[0] in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} runs no {name[0]}"
+    for said in ELSEWHERE.values():
+        test, _, name = said.partition(": ")
+        assert name in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} runs no {name}"
 
 
 @pytest.mark.parametrize("command", [c for c in DOCUMENTED if "bash" in c.words], ids=str)
@@ -168,7 +169,8 @@ class Inputs:
         out = self.root / "results"
         if not out.exists():
             games = make_games(self.root / "result_games", 3)
-            write_result(out, [make_episode(game, success=i > 0, imagined=[PLAYED[:1]]) for i, game in enumerate(games)])
+            write_result(out, [make_episode(game, success=i > 0, imagined=[PLAYED[:1]])
+                               for i, game in enumerate(games)])
         return out
 
     def fidelity(self) -> Path:

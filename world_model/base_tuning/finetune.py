@@ -11,8 +11,9 @@ fraction of the time.  A batch therefore counts sequences; ``--steps_per_sequenc
 from __future__ import annotations
 
 from itp.config import parse_settings
+from itp.distributed import is_first_process
 from itp.pretrained import load_tokenizer
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.training.run import open_run, train
 from itp.training.settings import check_settings
 from itp.transitions import read_transitions
@@ -31,13 +32,15 @@ def main() -> None:
     done = open_run(settings, [settings.data_path])
     if done and settings.check_only:
         print(DONE)
-    if done or settings.check_only:
+    if settings.check_only:
         return
+    if not done:
+        from world_model.base_tuning.task import WorldModelTask
 
-    from world_model.base_tuning.task import WorldModelTask
-
-    examples = examples_for(settings, load_tokenizer(settings.model_path), transitions)
-    train(settings, WorldModelTask(settings, examples))
+        examples = examples_for(settings, load_tokenizer(settings.model_path), transitions)
+        train(settings, WorldModelTask(settings, examples))
+    if is_first_process():
+        say_next(f"python -m world_model.fidelity --wm_model {settings.merged_path} --transitions HELD_OUT")
 
 
 if __name__ == "__main__":

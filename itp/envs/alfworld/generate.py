@@ -39,7 +39,7 @@ from itp.envs.alfworld.worlds import GeneratedGame, alternative_goals, make_game
 from itp.errors import UserError
 from itp.files import check_output_folder, read_object
 from itp.games import SPLITS, Game
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next
 from itp.run_dir import open_run_dir, recorded
 from itp.seeding import derive_seed
 
@@ -237,6 +237,7 @@ def main() -> None:
     outcome = generate(settings)
     made = outcome.pop("made", 0)
     log.info("%s: %d games made, %d samples rejected %s", settings.out_dir, made, outcome.total(), dict(outcome))
+    say_next(f"python -m world_model.collect --env_data_root {settings.out_dir} --out_dir DIR")
 
 
 if __name__ == "__main__":
