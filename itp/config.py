@@ -91,19 +91,21 @@ def topics(settings: type) -> dict[str, str]:
             elif name in flags:
                 found.setdefault(name, title)
     order = list(dict.fromkeys(found.values()))
-    own = [title for title in order if title not in topics_of_bases(settings)]
+    own = [title for title in order if title not in _topics_of_bases(settings)]
     order = own + [title for title in order if title not in own]
     return {name: title for title in order for name in found if found[name] == title}
 
 
-def topics_of_bases(settings: type) -> set[str]:
+def _topics_of_bases(settings: type) -> set[str]:
     return {title for base in settings.__bases__ if dataclasses.is_dataclass(base) for title in topics(base).values()}
 
 
 def first_flags(settings: type) -> tuple[str, ...]:
     """The flags that ``--help`` shows: ``FIRST_FLAGS`` of the class, or all where they are few."""
     names = tuple(field.name for field in flag_fields(settings))
-    return names if len(names) <= FEW else getattr(settings, "FIRST_FLAGS", names)
+    if len(names) <= FEW:
+        return names
+    return tuple(name for name in getattr(settings, "FIRST_FLAGS", names) if name in names)
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> argparse._ArgumentGroup:

@@ -39,10 +39,12 @@ ELSEWHERE = {
     r"scripts/bench\.py": "test_bench.py: bench",
     r"scripts/load_serve\.py": "test_serve.py: load_serve",
     r"foresight_eval\.serve": "test_serve.py: foresight_eval.serve",
+    r"scripts/api_reference\.sh": "test_api.py: scripts/api_reference.sh",
+    r"^eval .*register-python-argcomplete": "test_help.py: argcomplete",
     r"^python -m itp\.smollm2": "test_smollm2.py: itp.smollm2",
     r"foresight_eval --policy_model .* --policy_backend openai": "test_openai_server.py: policy_api_base_url",
     r"foresight_eval --method two": "test_docs.py: Two",
-    r"world_model\.collect --env scienceworld": "test_scienceworld_programs.py: world_model.collect",
+    r"world_model\.collect --env scienceworld": "test_scienceworld.py: world_model.collect",
     r"foresight_eval\.runner_sciworld": "test_scienceworld_programs.py: runner_sciworld",
 }
 """What matches is run by this test file, at miniature size, with a stub where there is a network; how it names it."""
@@ -73,6 +75,10 @@ MINIATURE = {
 
 KEPT = {"world_model.collect": ("max_k",)}
 """Program -> flags of MINIATURE that keep their value there: they mean something else."""
+
+
+LAST = ("world_model.fidelity", "foresight_eval.report", "foresight_eval.extract_conditions")
+"""Programs whose output is for a reader.  The others name the program that takes it, in their last line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +307,8 @@ def each_once(commands: list[Command]) -> list[Command]:
 
 
 @pytest.mark.parametrize("command", each_once(HERE), ids=str)
-def test_it_runs(command: Command, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(command: Command, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                 capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "models", "scripts"):
         place(name, ROOT / name)
@@ -317,3 +324,12 @@ def test_it_runs(command: Command, inputs: Inputs, tmp_path: Path, monkeypatch: 
             for part in word.split(","):
                 place(part, INPUTS[flag](inputs))
     run(program, arguments)
+    if program in LAST or program.endswith(".py"):
+        return
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("next: ")
+    for line in last.removeprefix("next: ").split(", and "):
+        if line.startswith("python"):
+            program, given = module_of(line.partition(", ")[0].split())
+            flags = {f"--{name}" for name in canonical_names(settings_of(program))}
+            assert {word for word in given if word.startswith("--")} <= flags

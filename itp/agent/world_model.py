@@ -59,6 +59,7 @@ class WorldModel:
         return self._observations(await self.lm.generate([self.prompt(state, action)] * n, params))
 
     async def close(self) -> None:
+        """Give its model back."""
         await self.lm.close()
 
     def prompt(self, state: State, action: str) -> str:
