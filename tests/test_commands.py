@@ -45,7 +45,7 @@ ELSEWHERE = {
     r"foresight_eval --policy_model .* --policy_backend openai": "test_openai_server.py: policy_api_base_url",
     r"foresight_eval --method two": "test_docs.py: Two",
     r"world_model\.collect --env scienceworld": "test_scienceworld.py: world_model.collect",
-    r"foresight_eval\.runner_sciworld": "test_scienceworld_programs.py: runner_sciworld",
+    r"foresight_eval\.runner_sciworld": "test_scienceworld.py: runner_sciworld",
 }
 """What matches is run by this test file, at miniature size, with a stub where there is a network; how it names it."""
 

@@ -102,13 +102,45 @@ def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_files_and_links_exist(page: Path) -> None:
+def test_files_exist(page: Path) -> None:
     for words in commands(page):
         for word in words:
             if re.match(r"(scripts|configs|world_model)/", word) and "=" not in word:
                 assert (ROOT / word.split(":")[0]).exists(), f"{page.name}: {word}"
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+WRITTEN = sorted([*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *(ROOT / "models").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "ARCHITECTURE.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+    assert re.match(r"# .+\n\nThis page (says|is|shows|gives|has|lists|collects) ", page.read_text(encoding="utf-8"))
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    listed = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in listed, page.name
+
+
+def test_the_map_is_short() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split()) <= 2500
 
 
 def test_the_example_of_the_readme_imagines_and_acts(capsys: pytest.CaptureFixture[str],
