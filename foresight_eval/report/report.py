@@ -57,7 +57,7 @@ def write_report(results: Sequence[Result], baseline: Result, fidelity: Sequence
     write_atomic(out / "report.tex", "\n".join(map(tables.latex, all_tables)))
     for figure in figures:
         figure.save(out / "figures")
-    write_atomic(out / "index.html", page.render(results, all_tables, figures))
+    write_atomic(out / "index.html", page.render(results, all_tables, figures, baseline))
 
 
 def main() -> None:
