@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 from itp.config import FEW, Topic, first_flags, flag, flag_fields, make_parser, topics
+from itp.program import progress_bar, say_next, show_success
 from tests.test_docs import ROOT, SETTINGS
 
 
@@ -93,3 +94,19 @@ def test_a_shell_completes_flags_and_their_values() -> None:
     assert "rl_k" in completions("itp-train ")
     assert {"--gamma", "--gae_lambda"} <= completions("itp-train rl_k --ga")
     assert "--baseline" in completions("itp-report runs/x --ba")
+
+
+def test_a_bar_shows_how_many_were_won(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(4, "game") as bar:
+        show_success(bar, 0, 0)  # nothing yet, and no division by it
+        assert "won" not in str(bar)
+        show_success(bar, 2, 3)
+        assert "2 of 3 won, 67%" in str(bar)
+
+
+@pytest.mark.parametrize("value, said", [("", "next: itp-eval\n"), ("off", "")])
+def test_the_next_command_can_be_kept_away(value: str, said: str, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITP_NEXT", value)
+    say_next("itp-eval")
+    assert capsys.readouterr().out == said
