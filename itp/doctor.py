@@ -121,7 +121,8 @@ def games(root: str) -> Finding:
     except UserError as error:
         if not counts:
             return Finding("missing", "games", f"no ALFWorld games under {root}",
-                           f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}")
+                           f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}; "
+                           "the demo makes its own")
         return Finding("missing", "games", f"{', '.join(counts)} only", str(error))
     said = f"{', '.join(f'{n} {split}' for split, n in counts.items())} under {root}"
     if broken:
