@@ -30,6 +30,12 @@ That package itself can't stand here.  It requires llama-cpp-python, which has t
 extra has no way to say `--no-deps`.
 """
 
+COMPLETION = ["argcomplete>=3.3"]
+"""For a shell that completes the flags of the commands."""
+
+DOCS = ["pdoc>=15"]
+"""For `bash scripts/api_reference.sh`."""
+
 setup(
     name="itp",
     version=VERSION[1],
@@ -65,7 +71,9 @@ setup(
     extras_require={
         "dev": ["pytest>=8.2", "pytest-asyncio>=1.0", "pytest-xdist>=3.8", "psutil>=5.9", "statsmodels>=0.14.2",
                 "playwright>=1.50", *REPORT, *SERVE, *SERVING,
-                *SMOLLM2, *VISION],
+                *SMOLLM2, *VISION, *COMPLETION, *DOCS],
+        "completion": COMPLETION,
+        "docs": DOCS,
         "qlora": QLORA,
         "report": REPORT,
         "serve": SERVE,

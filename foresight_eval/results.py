@@ -151,10 +151,12 @@ class Result:
 
     @property
     def metas(self) -> list[dict[str, Any]]:
+        """``meta`` of every game's record, in the order of the games."""
         return [record["meta"] for record in self.records.values()]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
+        """The steps of all records."""
         return [step for record in self.records.values() for step in record["foresight_steps"]]
 
     @property

@@ -29,7 +29,7 @@ from itp.lm.base import Usage
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import EarlierTrial
 from itp.plan import EvalPlan, check_answers, check_server, make_plan
-from itp.program import progress_bar
+from itp.program import progress_bar, say_next, show_success
 from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import open_run_dir
 
@@ -66,6 +66,7 @@ async def evaluate(settings: EvalSettings) -> None:
     if ranks.first:
         finish(folder)
         left_out.check_none_broken()
+        say_next(f"python -m foresight_eval.report {folder} --out_dir DIR, also with other result folders to compare")
 
 
 def choose_games(n: int, settings: EvalSettings) -> list[int]:
@@ -156,6 +157,7 @@ async def play(plan: EvalPlan, folder: Path, games: Mapping[int, Game], missing:
             async for episode in run_episodes(pool, method, mine, max_steps=settings.max_steps, seed=settings.seed,
                                               concurrency=concurrency, barrier=barrier, trials=record):
                 bar.update(episode.left_out or record.earlier(episode.game) is None)
+                show_success(bar, len(record.solved), len(record.played))
     finally:
         seconds = time.monotonic() - start
         await pool.close()
@@ -181,6 +183,9 @@ class Recorder:
     settings: EvalSettings
     episodes: int = 0
     steps: int = 0
+    played: set[str] = dataclasses.field(default_factory=set)
+    solved: set[str] = dataclasses.field(default_factory=set)
+    """The games of this run that were a success, in one of their trials."""
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     """Games that weren't played: they have no file, so that the next run plays them."""
 
@@ -200,6 +205,9 @@ class Recorder:
         results.forget_later_trials(self.folder, i, episode.trial)
         record = results.write_episode(self.folder, i, episode)
         append_line(self.folder / "log.txt", log_line(i, record["meta"]))
+        self.played.add(episode.game.game_id)
+        if episode.success:
+            self.solved.add(episode.game.game_id)
         self.episodes, self.steps = self.episodes + 1, self.steps + len(episode.steps)
 
 

@@ -17,6 +17,8 @@ from itp.games import Game
 
 @dataclass
 class EvalSettings(AgentSettings):
+    """What is played, and where results go."""
+
     out_dir: str = flag(help="result folder; the same command again plays only what is missing there",
                         affects_result=False, aliases=("output_path",))
     override: bool = flag(False, help="delete the results in out_dir and start anew", affects_result=False)
@@ -42,6 +44,11 @@ class EvalSettings(AgentSettings):
 
 @dataclass
 class AlfworldSettings(EvalSettings):
+    """The games of ALFWorld, and the devices."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "method", "env_data_root", "split",
+        "out_dir", "max_k", "fixed_k", "action_selection", "max_games")
     split: str = flag("dev", help="dev = seen = valid_seen; test = unseen = valid_unseen; train", selects_games=True)
     env_data_root: str = flag("eval_agent/data/alfworld", help="folder that holds json_2.1.1")
     max_steps: int = flag(40, at_least=1, help="steps of an episode at most", selects_games=True)
@@ -61,6 +68,11 @@ class AlfworldSettings(EvalSettings):
 
 @dataclass
 class SciworldSettings(EvalSettings, ScienceworldFlags):
+    """The games of ScienceWorld, and the devices."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "method", "split", "tasks",
+        "variations", "out_dir", "max_k", "action_selection", "max_games")
     split: str = flag("dev", help="dev = seen, test = unseen: the simulator's development and test variations; train",
                       selects_games=True)
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)

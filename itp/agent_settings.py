@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from itp.agent.policy import SELECTIONS
 from itp.agent.world_model import RecallFlag
-from itp.config import flag
+from itp.config import Topic, flag
 from itp.devices import DTYPES
 from itp.lm.memory_budget import EngineFlags
 from itp.lm.server import PolicyServerFlags, WorldModelServerFlags
@@ -33,6 +34,7 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
                          affects_result=False)
     critic_model: str = flag("", help="model whose value head step_q and armap ask (empty: the policy's own head)",
                              affects_result=False)
+    models: ClassVar[Topic] = Topic("Precision, and lengths of answers")
     policy_dtype: str = flag("fp16", help="precision of the policy on a GPU", choices=DTYPES)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
     decision_tokens: int = flag(16, at_least=1, help="new tokens of a horizon decision at most")
@@ -41,6 +43,7 @@ class AgentSettings(MethodSettings, PromptFlags, PolicyServerFlags, WorldModelSe
                                   aliases=("foresight_tokens",))
     action_selection: str = flag("generate", help="write the action freely, decode it under the trie of admissible "
                                                   "actions, or score each of them", choices=SELECTIONS)
+    prompting: ClassVar[Topic] = Topic("How models are prompted and sampled")
     prompt_style: str = flag("auto", help="the policy's prompts; auto: tuned for models trained here, else instruct",
                              choices=("auto", *STYLES))
     wm_prompt_style: str = flag("auto", help="the same for the world model", choices=("auto", *STYLES))

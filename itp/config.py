@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from itp.errors import UserError
 from itp.files import read_yaml
 
 T = TypeVar("T")
+FEW = 12
+"""So many flags need no topics: ``--help`` shows them all."""
 _REQUIRED = object()
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 
@@ -64,23 +67,107 @@ def flag(default: Any = _REQUIRED, *, help: str, choices: Sequence[Any] | None =
     return dataclasses.field(default=None if about.required else default, metadata={"flag": about})
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add ``--config`` and one ``--name`` for every flag of ``settings``."""
-    parser.add_argument("--config", metavar="FILE[:SECTION]",
-                        help="YAML file with any of these settings, or a section of one; flags win")
-    types = typing.get_type_hints(settings)
-    for field in flag_fields(settings):
-        kind, about = types[field.name], field.metadata["flag"]
-        note = " (required)" if about.required else "" if field.default == "" else f" (default: {field.default})"
-        options: dict[str, Any] = {"help": about.help.replace("%", "%%") + note, "default": argparse.SUPPRESS,
-                                   "dest": field.name}
-        if kind is bool:
-            # A switch, which also takes a value: --override and --override false.
-            options.update(nargs="?", const=True, type=_boolean, metavar="BOOL")
-        else:
-            shown = None if about.choices else kind.__name__.upper()
-            options.update(type=kind, choices=about.choices, metavar=shown)
-        parser.add_argument(*(f"--{name}" for name in (field.name, *about.aliases)), action=_OneSpelling, **options)
+class Topic(str):
+    """The title of the flags that a settings class declares after it, in ``--help``.
+
+    >>> @dataclass
+    ... class Settings:
+    ...     out: str = flag("", help="the topic of this flag is the first line of the class's docstring")
+    ...     learning: ClassVar[Topic] = Topic("How it learns")
+    ...     lr: float = flag(1e-5, help="learning rate, under How it learns")
+    """
+
+
+def topics(settings: type) -> dict[str, str]:
+    """Flag -> its topic: of the class that declares it first.  The program's own topics come before its bases'."""
+    flags = {field.name for field in flag_fields(settings)}
+    found: dict[str, str] = {}
+    for cls in reversed(settings.__mro__):
+        doc = cls.__doc__ or ""
+        title = cls.__name__ if doc.startswith(f"{cls.__name__}(") else doc.partition("\n")[0].rstrip(".")
+        for name in vars(cls).get("__annotations__", {}):
+            if isinstance(vars(cls).get(name), Topic):
+                title = str(vars(cls)[name])
+            elif name in flags:
+                found.setdefault(name, title)
+    order = list(dict.fromkeys(found.values()))
+    own = [title for title in order if title not in _topics_of_bases(settings)]
+    order = own + [title for title in order if title not in own]
+    return {name: title for title in order for name in found if found[name] == title}
+
+
+def _topics_of_bases(settings: type) -> set[str]:
+    return {title for base in settings.__bases__ if dataclasses.is_dataclass(base) for title in topics(base).values()}
+
+
+def first_flags(settings: type) -> tuple[str, ...]:
+    """The flags that ``--help`` shows: ``FIRST_FLAGS`` of the class, or all where they are few."""
+    names = tuple(field.name for field in flag_fields(settings))
+    if len(names) <= FEW:
+        return names
+    return tuple(name for name in getattr(settings, "FIRST_FLAGS", names) if name in names)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> argparse._ArgumentGroup:
+    """Add one ``--name`` for every flag of ``settings``, those that matter first, then by topic, and ``--config``.
+
+    Returns the last group, that of ``--config``.
+    """
+    types, fields = typing.get_type_hints(settings), {field.name: field for field in flag_fields(settings)}
+    first = first_flags(settings)
+    groups = {"": parser.add_argument_group("flags that matter most" if len(first) < len(fields) else "flags")}
+    titles = dict.fromkeys(first, "")
+    for name, title in (titles | {n: t for n, t in topics(settings).items() if n not in first}).items():
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], fields[name], types[name])
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", metavar="FILE[:SECTION]",
+                         help="YAML file with any of these settings, or a section of one; flags win")
+    return general
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type) -> None:
+    about = field.metadata["flag"]
+    note = " (required)" if about.required else "" if field.default == "" else f" (default: {field.default})"
+    options: dict[str, Any] = {"help": about.help.replace("%", "%%") + note, "default": argparse.SUPPRESS,
+                               "dest": field.name}
+    if kind is bool:
+        # A switch, which also takes a value: --override and --override false.
+        options.update(nargs="?", const=True, type=_boolean, metavar="BOOL")
+    else:
+        shown = None if about.choices else kind.__name__.upper()
+        options.update(type=kind, choices=about.choices, metavar=shown)
+    group.add_argument(*(f"--{name}" for name in (field.name, *about.aliases)), action=_OneSpelling, **options)
+
+
+class _Help(argparse.Action):
+    """``--help``: the flags that matter most; ``--help-all``: every flag, by topic."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        settings = self.const
+        first, all_topics = first_flags(settings), topics(settings)
+        rest = [name for name in all_topics if name not in first]
+        if rest and option_string != "--help-all":
+            for action in parser._actions:
+                if action.dest in rest:
+                    action.help = argparse.SUPPRESS
+            titles = dict.fromkeys(all_topics[name] for name in rest)
+            parser.epilog = (f"{len(rest)} more flags: --help-all\n" + "\n".join(f"  {title}" for title in titles))
+        parser.print_help()
+        parser.exit()
+
+
+def make_parser(settings: type, *, prog: str | None = None, description: str | None = None,
+                positional: str = "") -> argparse.ArgumentParser:
+    """A parser of ``settings`` whose ``--help`` is short; ``positional``: what the usage line shows before flags."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, add_help=False,
+                                     usage=f"%(prog)s {positional}[flags]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, settings).add_argument("-h", "--help", "--help-all", action=_Help, nargs=0, const=settings,
+                                             default=argparse.SUPPRESS, help="show these flags, or all of them")
+    return parser
 
 
 class _OneSpelling(argparse.Action):
@@ -140,10 +227,22 @@ def _made(settings: type[T], given: Mapping[str, Any]) -> T:
 def parse_settings(settings: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
                    description: str | None = None) -> T:
     """Parse a command line (``sys.argv`` by default) into ``settings``."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, settings)
+    parser = make_parser(settings, prog=prog, description=description)
+    complete(parser)
     return from_args(settings, _parse_known(parser, argv))
+
+
+def asked_to_complete() -> bool:
+    """Whether a shell has started this program to ask for completions (docs/install.md)."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end; else do nothing."""
+    if asked_to_complete():
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

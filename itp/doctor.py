@@ -3,7 +3,8 @@ r"""Is this machine ready?  One line a thing that the programs need, with the re
     python -m itp.doctor --env_data_root data/alfworld
 
 Exit status 1 where something is missing that ALFWorld on this machine can't do without; what only some
-programs need (Java for ScienceWorld, a compiler for parts of DeepSpeed) is a note.
+programs need (Java for ScienceWorld, a compiler for parts of DeepSpeed) is a note.  The last line is the command that
+fits this machine best.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from itp.envs.scienceworld.env import JAVA_NEEDED, ask_java, java_version
 from itp.errors import UserError
 from itp.files import cache_folder, why_unwritable
 from itp.games import SPLITS
-from itp.program import run_main
+from itp.program import run_main, say_next
 
 GB = 1 << 30
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "alfworld", "textworld")
 """Without these nothing runs."""
+ROOT = Path(__file__).parents[1]
+LARGE_GPU = 70
+"""GB of a GPU that trains the paper's models as configs/alfworld says."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     if importlib.util.find_spec("torch"):
         yield from devices()
     yield games(settings.env_data_root)
+    yield repository()
     yield java()
     yield deepspeed()
     yield quantisation()
@@ -116,7 +121,8 @@ def games(root: str) -> Finding:
     except UserError as error:
         if not counts:
             return Finding("missing", "games", f"no ALFWorld games under {root}",
-                           f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}")
+                           f"alfworld-download --data-dir {root}, or python -m itp.envs.alfworld_games --out {root}; "
+                           "the demo makes its own")
         return Finding("missing", "games", f"{', '.join(counts)} only", str(error))
     said = f"{', '.join(f'{n} {split}' for split, n in counts.items())} under {root}"
     if broken:
@@ -126,6 +132,43 @@ def games(root: str) -> Finding:
         return Finding("ok", "games", said)
     return Finding("note", "games", said, f"the published set has {', '.join(map(str, ALFWORLD_GAMES.values()))}: "
                                           "world_model.data_processing.fetch --what games completes it")
+
+
+def repository() -> Finding:
+    """A wheel brings the programs; the released models, recipes and scripts are in the repository alone."""
+    if in_repository():
+        return Finding("ok", "repository", f"models, configs and scripts in {ROOT}")
+    return Finding("note", "repository", "the programs are installed without models/, configs/ and scripts/",
+                   "clone the repository for the demo and the reproductions")
+
+
+def in_repository() -> bool:
+    return (ROOT / "scripts" / "demo.sh").is_file()
+
+
+def next_command(found: Iterable[Finding], largest_gpu_gb: float, root: str) -> str:
+    """The one command that fits: what mends what is missing, else the most that this machine can do."""
+    state = {finding.what: finding.state for finding in found}
+    if state["packages"] == "missing":
+        return "pip install -e ." if in_repository() else "pip install itp"
+    if not in_repository():
+        return (f"itp-games --out_dir {root}" if state["games"] == "missing"
+                else f"itp-eval --policy_model MODEL --method react --env_data_root {root} --out_dir DIR")
+    if largest_gpu_gb < LARGE_GPU:
+        played = (ROOT / "runs/demo/report/index.html").exists()
+        return "bash scripts/quickstart.sh" if played else "bash scripts/demo.sh"
+    if state["games"] != "ok":
+        return "python -m world_model.data_processing.fetch --out_dir data"
+    return "bash scripts/reproduce_alfworld.sh configs/alfworld/qwen2.5-7b.yaml"
+
+
+def largest_gpu() -> float:
+    """GB of the largest GPU; 0 without one."""
+    if importlib.util.find_spec("torch") is None:
+        return 0.0
+    import torch
+
+    return max((torch.cuda.mem_get_info(i)[1] / GB for i in range(torch.cuda.device_count())), default=0.0)
 
 
 def java() -> Finding:
@@ -206,10 +249,12 @@ def hub_cache() -> Iterator[Finding]:
 
 def main() -> None:
     settings = parse_settings(DoctorSettings, prog="python -m itp.doctor", description=__doc__)
-    missing = 0
+    found = []
     for finding in examine(settings):
         print(finding.line(), flush=True)
-        missing += finding.state == "missing"
+        found.append(finding)
+    missing = sum(finding.state == "missing" for finding in found)
+    say_next(next_command(found, largest_gpu(), settings.env_data_root))
     if missing:
         print(f"{missing} missing", file=sys.stderr)
         sys.exit(1)

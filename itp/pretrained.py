@@ -31,7 +31,9 @@ def check_model_path(model_path: str) -> None:
         _check_whole(path)
         return
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_path) or model_path.startswith("."):
-        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name")
+        released = "; the released models are in the repository, not in the installed package: clone it" \
+            if model_path.startswith("models/") else ""
+        raise UserError(f"{model_path}: no such model folder; give a Hugging Face model folder or hub name{released}")
     import huggingface_hub
     import huggingface_hub.constants
 

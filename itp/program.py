@@ -8,9 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from itp.errors import UserError
 from itp.files import refusal
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def _keep_freed_memory() -> None:
@@ -76,8 +80,23 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def progress_bar(total: int, unit: str):
+def progress_bar(total: int, unit: str) -> tqdm:
     """A tqdm bar; in a log file it says a line every half minute."""
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, **({} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}))
+
+
+def show_success(bar: tqdm, won: int, played: int) -> None:
+    """Show beside the bar how many of the finished episodes, or games, were a success."""
+    if played:
+        bar.set_postfix_str(f"{won} of {played} won, {won / played:.0%}", refresh=False)
+
+
+def say_next(command: str) -> None:
+    """The last line of a program: the command that takes what it has written.  CAPITALS stand for what is to choose.
+
+    ``ITP_NEXT=off`` keeps it away, as in scripts that start one program after the other.
+    """
+    if os.environ.get("ITP_NEXT") != "off":
+        print(f"next: {command}", flush=True)

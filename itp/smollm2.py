@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.files import check_output_folder, write_atomic, writing
-from itp.program import run_main
+from itp.program import run_main, say_next
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ class Smollm2Settings:
 def main() -> None:
     settings = parse_settings(Smollm2Settings, prog="python -m itp.smollm2", description=__doc__)
     write(Path(settings.out_dir).absolute())  # "." has no name to write beside
+    say_next(f"python -m itp.training.base_policy --model_path {settings.out_dir} --train_json DIALOGUES --out_dir DIR")
 
 
 def write(folder: Path) -> None:

@@ -24,3 +24,5 @@ fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # Processes that run environments: one a core.
 : "${CPUS:=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"
+# Each program's last line names the command that comes next; here a script does.
+export ITP_NEXT=off

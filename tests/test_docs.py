@@ -12,6 +12,7 @@ import pytest
 
 from foresight_eval.extract_conditions import ExtractSettings
 from foresight_eval.extract_episodes import EpisodesSettings
+from foresight_eval.report.report import ReportSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
 from itp.config import add_flags
@@ -43,6 +44,7 @@ SETTINGS = {
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
     "foresight_eval.extract_conditions": ExtractSettings, "foresight_eval.extract_episodes": EpisodesSettings,
+    "foresight_eval.report": ReportSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings, "itp.serve": ServeSettings,
@@ -59,7 +61,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         variables: dict[str, str] = {}
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
-            words = shlex.split(line, comments=True)
+            words = [one for word in shlex.split(line, comments=True) for one in braces(word)]
             for part in line.split("; ") if "=\"" in line else []:
                 name, _, value = part.strip().partition("=")
                 variables[name] = value.strip('"')
@@ -67,14 +69,31 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
 
 
+def braces(word: str) -> list[str]:
+    """a{b,c} as bash expands it."""
+    if not (found := re.fullmatch(r"(.*)\{(.+,.+)\}(.*)", word)):
+        return [word]
+    return [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")]
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module or script of ours that a command starts, perhaps behind a launcher, and its arguments; or ""."""
+    flag = {"-m", "--module"} & set(words)
+    scripts = [word for word in words[:2] if word.endswith(".py")]
+    if not flag and not scripts:
+        return "", words
+    at = words.index(flag.pop()) + 1 if flag else words.index(scripts[0])
+    module, rest = words[at], words[at + 1:]
+    if module.endswith("train_adaptive_k") and rest:
+        module, rest = f"{module} {rest[0]}", rest[1:]
+    return module, [word for word in rest if word not in ("...", "|", ">")]
+
+
 def modules(page: Path) -> Iterator[tuple[str, list[str]]]:
     for words in commands(page):
-        if flag := {"-m", "--module"} & set(words):
-            at = words.index(flag.pop())
-            module, rest = words[at + 1], words[at + 2:]
-            if module.endswith("train_adaptive_k") and rest:
-                module, rest = f"{module} {rest[0]}", rest[1:]
-            yield module, [word for word in rest if word not in ("...", "|", ">")]
+        module, rest = module_of(words)
+        if module and not module.endswith(".py"):
+            yield module, rest
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -86,6 +105,7 @@ def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if "two" in arguments:  # the example's own method
                 assert arguments.pop(arguments.index("two")) and arguments.pop(arguments.index("--method"))
             _, unknown = parser.parse_known_args(arguments)
+            unknown = [word for word in unknown if module != "foresight_eval.report" or word.startswith("--")]
             assert not unknown, f"{page.name}: {module} doesn't take {unknown}"
         else:
             path = ROOT / module.replace(".", "/")
@@ -93,13 +113,45 @@ def test_flags_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_files_and_links_exist(page: Path) -> None:
+def test_files_exist(page: Path) -> None:
     for words in commands(page):
         for word in words:
             if re.match(r"(scripts|configs|world_model)/", word) and "=" not in word:
                 assert (ROOT / word.split(":")[0]).exists(), f"{page.name}: {word}"
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+WRITTEN = sorted([*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *(ROOT / "models").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*(ROOT / "docs").glob("*.md"), ROOT / "ARCHITECTURE.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+    assert re.match(r"# .+\n\nThis page (says|is|shows|gives|has|lists|collects) ", page.read_text(encoding="utf-8"))
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    listed = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in listed, page.name
+
+
+def test_the_map_is_short() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split()) <= 2500
 
 
 def test_the_example_of_the_readme_imagines_and_acts(capsys: pytest.CaptureFixture[str],

@@ -20,9 +20,11 @@ def test_program_on_this_machine(games_root: Path, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-m", "itp.doctor", "--env_data_root", str(games_root), "--out",
                           str(tmp_path / "not/there/yet")], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    names = [line[8:20].strip() for line in run.stdout.splitlines()]
-    assert [n for n in names if n != "GPU"] == ["Python", "packages", "games", "Java", "DeepSpeed", "4 bits", "disk",
-                                                "cache"]
+    *findings, last = run.stdout.splitlines()
+    assert last.startswith("next: ")
+    names = [line[8:20].strip() for line in findings]
+    assert [n for n in names if n != "GPU"] == ["Python", "packages", "games", "repository", "Java", "DeepSpeed",
+                                                "4 bits", "disk", "cache"]
     assert "6 train, 2 valid_seen, 2 valid_unseen" in run.stdout and "Traceback" not in run.stderr
 
 
@@ -84,3 +86,32 @@ def test_packages_disk_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert doctor.disk(str(tmp_path), 1e9).state == "note"
     monkeypatch.setenv("ITP_CACHE", "off")
     assert doctor.cache().state == "note"
+
+
+@pytest.mark.parametrize("state, gpu, cloned, said", [
+    ({"packages": "missing"}, 80, True, "pip install -e ."),
+    ({"packages": "missing"}, 80, False, "pip install itp"),
+    ({"games": "missing"}, 0, True, "bash scripts/demo.sh"),
+    ({}, 24, True, "bash scripts/demo.sh"),
+    ({"games": "note"}, 80, True, "python -m world_model.data_processing.fetch --out_dir data"),
+    ({}, 80, True, "bash scripts/reproduce_alfworld.sh configs/alfworld/qwen2.5-7b.yaml"),
+    ({"games": "missing"}, 80, False, "itp-games --out_dir games"),
+    ({}, 0, False, "itp-eval --policy_model MODEL --method react --env_data_root games --out_dir DIR"),
+])
+def test_the_last_line_is_a_command_that_fits(state: dict[str, str], gpu: float, cloned: bool, said: str,
+                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    if cloned:
+        (tmp_path / "scripts").mkdir()
+        (tmp_path / "scripts/demo.sh").touch()
+    found = [doctor.Finding(state.get(what, "ok"), what, "") for what in ("packages", "games")]
+    assert doctor.next_command(found, gpu, "games") == said
+
+
+def test_the_quickstart_comes_after_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    for file in ("scripts/demo.sh", "runs/demo/report/index.html"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    found = [doctor.Finding("ok", what, "") for what in ("packages", "games")]
+    assert doctor.next_command(found, 0, "games") == "bash scripts/quickstart.sh"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from foresight_eval import results
-from foresight_eval.plan import make_plan
+from itp.plan import make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.errors import UserError

@@ -526,3 +526,13 @@ def test_rows_that_are_no_dialogue_are_named(tmp_path, row, said):
     with pytest.raises(UserError, match=said) as error:
         base_policy.read_dialogues(str(path))
     assert str(error.value).startswith(f"{path}:1: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("held_out, planned", [(0, "no"), (1, "epoch")])
+def test_a_single_row_leaves_nothing_to_evaluate(tmp_path, held_out, planned):
+    """One row can't be shared out, whatever --eval_share says; transformers refuses an evaluation of no rows."""
+    from itp.training.trainer import training_arguments
+
+    settings = FinetuneSettings(model_path="m", out_dir=str(tmp_path))
+    assert settings.eval_share and split_off_eval(["e"], settings.eval_share, 1) == ([0], [])
+    assert training_arguments(settings, torch.float32, rows=1, held_out=held_out).eval_strategy == planned

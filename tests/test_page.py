@@ -174,7 +174,71 @@ def test_the_same_game_by_another_method(opened: Opened) -> None:
     assert opened.texts(".episode[open] .method") == ["itp"]
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width, height", [(1280, 720), (390, 664)])
+def test_the_first_screen_says_whether_it_helped(browser, tmp_path: Path, width: int, height: int) -> None:
+    games = make_games(tmp_path / "games", 40)
+    won = {"base": 20, "better": 36, "worse": 4, "same": 21}
+    made = [write_result(tmp_path / name, [make_episode(g, success=i < n, imagined=[]) for i, g in enumerate(games)],
+                         method=name) for name, n in won.items()]
+    path = tmp_path / "index.html"
+    path.write_text(render(made), encoding="utf-8")
+    opened = Opened(browser, path, width)
+    opened.page.set_viewport_size({"width": width, "height": height})
+    assert opened.texts("#answer h2") == ["Did it help?"]
+    assert "base solves 50.0 % of 40 games" in opened.texts("#answer p")[0]
+    cards = [re.sub(r"\s+", " ", text) for text in opened.texts(".verdicts li")]
+    assert [card.split(" (")[0] for card in cards] == ["better +40.0", "same +2.5", "worse -40.0"]
+    assert [card.split(") ")[1] for card in cards] == ["helps on 40 games", "can't be told from chance on 40 games",
+                                                      "hurts on 40 games"]
+    bottom = opened.page.evaluate("document.querySelector('.verdicts').getBoundingClientRect().bottom")
+    assert bottom <= height and opened.said == []
+    opened.page.close()
+
+
+def focused(opened: Opened) -> str:
+    return opened.page.evaluate("(document.activeElement.closest('.episode') || document.activeElement).dataset.id"
+                                " || document.activeElement.id")
+
+
+def test_keys_lead_through_the_episodes(opened: Opened) -> None:
+    keys = opened.page.keyboard
+    keys.press("j")
+    assert focused(opened) == "0"
+    keys.press("ArrowDown")
+    keys.press("j")
+    assert focused(opened) == "2"
+    keys.press("k")
+    assert focused(opened) == "1"
+    keys.press("Enter")
+    opened.page.wait_for_selector(".episode[open] .inside")
+    keys.press("j")
+    assert opened.page.evaluate("[...document.querySelectorAll('.episode[open]')].map(e => e.dataset.id)") == ["2"]
+    keys.press("/")
+    assert focused(opened) == "by-text"
+    keys.type("game_3 j/k")  # letters, not keys
+    assert opened.page.input_value("#by-text") == "game_3 j/k"
+    keys.press("Escape")
+    assert focused(opened) != "by-text"
+
+
+def test_an_episode_has_a_link(browser, opened: Opened, results: list[Result], tmp_path: Path) -> None:
+    opened.page.select_option("#by-method", "itp")
+    inside = opened.expand(4)
+    link = opened.page.locator(inside + ".facts a").get_attribute("href")
+    assert opened.page.url.endswith(link) and "game_4" in link
+    path = tmp_path / "another.html"
+    path.write_text(render(results), encoding="utf-8")
+    there = Opened(browser, path)
+    there.page.goto(path.as_uri() + link)
+    there.page.reload()
+    there.page.wait_for_selector(".episode[open] .inside")
+    assert there.texts(".episode[open] .method") == ["itp"]
+    assert there.texts(".episode[open] summary .task") == ["put a mug in fridge game_4"]
+    assert there.said == []
+    there.page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
 def test_nothing_is_wider_than_the_screen(browser, results: list[Result], tmp_path: Path, width: int) -> None:
     path = tmp_path / "index.html"
     path.write_text(render(results), encoding="utf-8")

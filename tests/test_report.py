@@ -218,7 +218,7 @@ def test_the_program_writes_everything(folders: list[Path], tmp_path: Path) -> N
             "figures/success_against_budget.svg", "figures/success_against_budget.pdf"} <= written
     # A pure function of the folders: another process makes the same page of them.
     made = read_results(folders)
-    again = page.render(made, tables.all_tables(made, made[1]), plots.draw(made, [FIDELITY]))
+    again = page.render(made, tables.all_tables(made, made[1]), plots.draw(made, [FIDELITY]), made[1])
     assert (tmp_path / "out" / "index.html").read_text() == again
 
 

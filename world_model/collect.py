@@ -23,9 +23,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from itp.agent.policy import SELECTIONS
-from itp.config import flag, parse_settings
+from itp.config import Topic, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.pool import EnvPool, processes_for
 from itp.envs.registry import EnvFlags, engine_of, games_of, goals_of
@@ -43,7 +44,7 @@ from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next, show_success
 from itp.rollout import Episode, LeftOut, run_episodes
 from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
@@ -60,6 +61,11 @@ LONGEST_PATH = 400
 
 @dataclass
 class CollectSettings(EnvFlags, PolicyServerFlags, EngineFlags):
+    """What is collected: who acts, and in which games."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "out_dir", "actor", "env", "env_data_root", "split",
+        "max_games", "noise", "policy_model", "episodes_per_game", "seed")
     env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1")
     out_dir: str = flag(help="where to write episodes.jsonl, transitions.jsonl, dialogues.json", affects_result=False)
     actor: str = flag("expert", help="who acts: our expert from observations only (ScienceWorld: the simulator's gold "
@@ -69,6 +75,7 @@ class CollectSettings(EnvFlags, PolicyServerFlags, EngineFlags):
     max_games: int = flag(0, at_least=0, help="a random choice of so many games (0: all)")
     episodes_per_game: int = flag(1, at_least=1, help="episodes of each mission")
     max_steps: int = flag(50, at_least=1, help="ALFWorld: steps of an episode at most")
+    acting: ClassVar[Topic] = Topic("How they act, and what is written")
     noise: str = flag("0", help="share of random actions; an episode draws one of a list such as 0,0.15,0.4")
     noise_policy: str = flag("", help="model folder: the share --noise of the actions is this policy's, not random")
     failing: float = flag(0.0, at_least=0, help="share of actions that were admissible earlier and aren't now, so that "
@@ -102,6 +109,9 @@ def main() -> None:
         episodes = play_missing(settings, games, out, left_out)
         write(settings, games, episodes, out, left_out)
     left_out.check_none_broken()
+    say_next(f"python -m itp.training.base_policy --train_json {out / 'dialogues.json'} --model_path BASE --out_dir DIR"
+             f", and python -m world_model.base_tuning.finetune --data_path {out / 'transitions.jsonl'} "
+             "--model_path BASE --out_dir DIR")
 
 
 def open_folder(settings: CollectSettings) -> Path:
@@ -230,10 +240,13 @@ async def _play(settings: CollectSettings, games: Sequence[Game], path: Path,
         episodes = run_episodes(pool, noisy, games, max_steps=settings.max_steps,
                                 seed=settings.seed, concurrency=settings.concurrency, barrier=barrier)
         with writing(path), open(path, "a", encoding="utf-8") as file, progress_bar(len(games), "episode") as bar:
+            won = played = 0
             async for episode in episodes:
                 bar.update()
                 if left_out.takes(episode):
                     continue
+                won, played = won + episode.success, played + 1
+                show_success(bar, won, played)
                 # ScienceWorld's gold paths don't all lead to the goal: what didn't is an empty episode, not data.
                 kept = expert != "gold" or episode.success
                 transitions = episode_transitions(episode, settings.actor) if kept else []

@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.agent.world_model import RecallFlag, WorldModel
 from itp.config import by_own_names, flag, parse_settings
@@ -62,6 +62,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class FidelitySettings(RecallFlag):
+    """What is measured."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "wm_model", "transitions", "env", "out_json", "max_rows",
+        "max_depth", "policy_model", "env_data_root", "device", "dtype")
     wm_model: str = flag(help="world models, comma-separated: model folders, or names on the Hugging Face hub")
     transitions: str = flag(help="transitions.jsonl of episodes that no training saw; several comma-separated")
     env: str = flag("alfworld", help="environment of the transitions", choices=ENVIRONMENTS)

@@ -20,14 +20,20 @@ from foresight_eval.hindsight import judged
 from foresight_eval.report.plots import Plot
 from foresight_eval.report.tables import Table, task_types
 from foresight_eval.results import Result, bucket
+from foresight_eval.statistics import Paired, paired
 from itp.text.state import parse
 
 ASSETS = Path(__file__).parent / "assets"
 _RATE = re.compile(r"([\d.]+) (\[.+\])")
 
 
-def render(results: Sequence[Result], tables: Sequence[Table], plots: Sequence[Plot]) -> str:
-    """The page's text."""
+SHOWN = 6
+"""Results that the first screen compares; the table below it has all."""
+
+
+def render(results: Sequence[Result], tables: Sequence[Table], plots: Sequence[Plot],
+           baseline: Result | None = None) -> str:
+    """The page's text.  Its first screen compares with ``baseline``, the first result by default."""
     rows, records = _episodes(results)
     games = {(meta["split"], meta["game_id"]) for result in results for meta in result.metas}
     index = {"results": [result.title for result in results], "types": task_types(results), "episodes": rows}
@@ -35,6 +41,7 @@ def render(results: Sequence[Result], tables: Sequence[Table], plots: Sequence[P
         "CSS": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "JS": (ASSETS / "page.js").read_text(encoding="utf-8"),
         "COUNTS": f"{_count(len(results), 'result')} · {_count(len(rows), 'episode')} · {_count(len(games), 'game')}",
+        "ANSWER": _answer(results, baseline or results[0]),
         "TABLES": "\n".join(map(_table, tables)),
         "FIGURES": "\n".join(map(_figure, plots)),
         "SETTINGS": _settings(results),
@@ -99,6 +106,28 @@ def _step(steps: list[dict[str, Any]], t: int) -> dict[str, Any]:
         "co": [[c["action"], round(c["value"], 3), c["tries"]] for c in step.get("considered", [])],
     }
     return {key: value for key, value in shown.items() if value not in ("", 0, None, [])}
+
+
+def _answer(results: Sequence[Result], baseline: Result) -> str:
+    """Did it help?  A card for each result: its difference of success from the baseline, and what that means."""
+    rate = baseline.summary["overall"]
+    solves = (f"<b>{html.escape(baseline.title)}</b> solves {100 * rate['rate']:.1f} % of {_count(rate['n'], 'game')}")
+    compared = [(pair, result) for result in results if result.name != baseline.name
+                and (pair := paired(result.outcomes_within(1), baseline.outcomes_within(1)))]
+    if not compared:
+        return f"<h2>How well does it do?</h2><p>{solves}.</p>"
+    compared.sort(key=lambda each: -each[0].difference)
+    left = f" The others are in the table below: {len(compared) - SHOWN} more." * (len(compared) > SHOWN)
+    cards = "".join(_verdict(result, pair) for pair, result in compared[:SHOWN])
+    return (f"<h2>Did it help?</h2><p>{solves}. On the same games, in points of success with the 95 % interval:{left}"
+            f'</p><ul class="verdicts">{cards}</ul>')
+
+
+def _verdict(result: Result, pair: Paired) -> str:
+    low, high = (100 * end for end in pair.interval)
+    kind, said = ("good", "helps") if low > 0 else ("bad", "hurts") if high < 0 else ("", "can't be told from chance")
+    return (f'<li class="{kind}"><b>{html.escape(result.title)}</b> <strong>{100 * pair.difference:+.1f}</strong> '
+            f"<small>({low:+.1f} to {high:+.1f})</small> <span>{said} on {_count(pair.n, 'game')}</span></li>")
 
 
 def _table(table: Table) -> str:

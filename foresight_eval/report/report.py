@@ -11,7 +11,6 @@ server or network), report.md, report.tex, one CSV a table, and figures/*.svg an
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from foresight_eval.report import tables
 from foresight_eval.results import Result, read_config, read_results
 from foresight_eval.same_games import check_same_games
 from foresight_eval.summary import write_summary
-from itp.config import add_flags, flag, from_args
+from itp.config import complete, flag, from_args, make_parser
 from itp.errors import UserError
 from itp.files import check_output_folder, read_object, write_atomic
+from itp.program import say_next
 
 FIDELITY_FILE = "--fidelity takes files of world_model.fidelity --out_json; delete one that is cut, and measure again"
 
@@ -69,14 +69,14 @@ def write_report(results: Sequence[Result], baseline: Result, fidelity: Sequence
     write_atomic(out / "report.tex", "\n".join(map(tables.latex, all_tables)))
     for figure in figures:
         figure.save(out / "figures")
-    write_atomic(out / "index.html", page.render(results, all_tables, figures))
+    write_atomic(out / "index.html", page.render(results, all_tables, figures, baseline))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m foresight_eval.report", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(ReportSettings, prog="python -m foresight_eval.report", description=__doc__,
+                         positional="DIR [DIR ...] ")
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="result folders")
-    add_flags(parser, ReportSettings)
+    complete(parser)
     args = parser.parse_args()
     settings = from_args(ReportSettings, args)
     fidelity = read_fidelity(settings)
@@ -99,6 +99,8 @@ def main() -> None:
     if settings.out_dir:
         write_report(results, baseline, fidelity, Path(settings.out_dir))
         print(f"\nreport: {Path(settings.out_dir) / 'index.html'}")
+    else:
+        say_next("the same command with --out_dir DIR writes a page with every game, decision and imagined step")
 
 
 def read_fidelity(settings: ReportSettings) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ class ImaginedTrajectory:
         return state
 
     def text(self, keep: str = "full") -> str:
+        """The trajectory as a policy reads it: every step, or with ``keep`` "last_obs" the last observation."""
         return foresight_text(self.steps, keep)
 
     def then(self, action: str, observation: str) -> ImaginedTrajectory:

@@ -76,6 +76,7 @@ class PolicyWithHeads(nn.Module):
 
     @property
     def kmax(self) -> int:
+        """K_max: the K-head chooses among 0..kmax."""
         return self.heads.k_head.out_features - 1
 
     @property

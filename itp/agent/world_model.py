@@ -35,6 +35,8 @@ class Dynamics(Protocol):
 
 @dataclass
 class RecallFlag:
+    """What the world model needn't predict."""
+
     wm_recall: bool = flag(False, help="ALFWorld: contents that the episode has shown already, as far as its own "
                                        "steps changed them, are taken from there; the world model predicts the rest")
 
@@ -73,6 +75,7 @@ class WorldModel:
         return self._observations(await self.lm.generate([self.prompt(state, action)] * n, params))
 
     async def close(self) -> None:
+        """Give its model back."""
         await self.lm.close()
 
     def prompt(self, state: State, action: str) -> str:

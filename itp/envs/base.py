@@ -52,6 +52,7 @@ class StepResult:
 
     @property
     def done(self) -> bool:
+        """Whether the episode is over, for either reason."""
         return self.terminated or self.truncated
 
 

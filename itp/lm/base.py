@@ -79,6 +79,7 @@ class TokenLogprobs:
 
     @property
     def total(self) -> float:
+        """The log-probability of the whole completion, in nats."""
         return sum(self.logprobs)
 
 
@@ -130,6 +131,7 @@ class Usage:
 
     @classmethod
     def of(cls, answers: Sequence[Generation | TokenLogprobs | HeadOutputs]) -> Usage:
+        """The cost of these answers, one call each."""
         return cls(
             calls=len(answers),
             prompt_tokens=sum(a.prompt_tokens for a in answers),

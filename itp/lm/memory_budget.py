@@ -21,6 +21,8 @@ USED = 0.8
 
 @dataclass
 class EngineFlags:
+    """Memory of models in this process."""
+
     cache_gb: float = flag(0.0, at_least=0, help="GB for each model's computed prefixes (0: a share of what is free on "
                                                  "a GPU; else .25)", affects_result=False)
     max_batch_tokens: int = flag(0, at_least=0, help="rows x longest row of a forward pass at most (0: by what is free "

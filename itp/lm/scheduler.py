@@ -100,10 +100,12 @@ class DeviceScheduler:
         self._worker: asyncio.Task | None = None
 
     def join(self, model: ScheduledModel) -> None:
+        """From now on ``model`` computes on this device, too."""
         self._models.append(model)
         self._memory_shared = False
 
     def leave(self, model: ScheduledModel) -> None:
+        """``model`` is closed and computes no more."""
         self._models.remove(model)
 
     def wake(self) -> None:

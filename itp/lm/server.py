@@ -21,6 +21,8 @@ DEEPSEEK_URL = "https://api.deepseek.com"
 
 @dataclass
 class PolicyServerFlags:
+    """A policy behind a server."""
+
     policy_backend: str = flag("local", help="where the policy runs", choices=BACKENDS)
     policy_api_base_url: str = flag("", help="server of --policy_backend openai, such as http://127.0.0.1:8000/v1")
     policy_api_key_env: str = flag("DEEPSEEK_API_KEY", help="environment variable that holds the server's key",
@@ -33,6 +35,8 @@ class PolicyServerFlags:
 
 @dataclass
 class WorldModelServerFlags:
+    """A world model behind a server, or the game itself in its place."""
+
     wm_backend: str = flag("local", choices=(*BACKENDS, ENGINE),
                            help="where the world model runs; engine: there is none, and the game itself says what is "
                                 "imagined (perfect imagination)")

@@ -127,6 +127,7 @@ class PolicyMethod:
 
     @property
     def want_admissible(self) -> bool:
+        """Whether the policy chooses among the admissible actions instead of writing freely."""
         return self.policy.selection != "generate"
 
     async def look_back(self, trial: EarlierTrial, seed: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from itp.config import flag
+from itp.config import Topic, flag
 
 NEED_WORLD_MODEL = ("foresight", "rap", "mcts", "tot", "mpc", "rafa", "implement", "revise", "lats", "walle", "armap")
 NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates", "lats")
@@ -37,7 +38,7 @@ K_POLICIES = ("auto", "head", "prompt", "fixed", "random")
 
 @dataclass
 class MethodSettings:
-    """The methods' part of a command line.
+    """Methods: how K is chosen.
 
     ``max_k`` is K_max, ``min_k`` the least K.  ``value_of_state``: V_θ(s_t) is read at every step, also where the
     K-head doesn't choose K.  ``record_sampling``: decisions say how their action was sampled, so that its probability
@@ -52,12 +53,14 @@ class MethodSettings:
     k_policy: str = flag("auto", help="how K is chosen; auto is fixed with --fixed_k, else head where the policy has "
                                       "a K-head, else prompt", choices=K_POLICIES)
     k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
+    proposals: ClassVar[Topic] = Topic("Methods that propose and compare")
     candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt and no_repeat "
                                                  "propose")
     beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
     rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
                                                     "action that gathers information; for others 1")
+    of_implement: ClassVar[Topic] = Topic("IMPLEMENT and revise")
     implement_choice: str = flag("policy", before="policy", choices=IMPLEMENT_CHOICES,
                                  help="implement: the policy reads beliefs and chooses; or the action with the highest "
                                       "expected gain is taken, and the policy only proposes")
@@ -71,6 +74,7 @@ class MethodSettings:
     revise_margin: float = flag(2.0, at_least=0, before=2.0,
                                 help="revise: nats by which the policy that has read what was imagined must prefer "
                                      "its second choice to its draft (0: the second choice is always executed)")
+    learned: ClassVar[Topic] = Topic("Methods that learn from experience: walle, wkm, step_q, armap")
     walle_rules: str = flag("", help="walle: rules.json of python -m world_model.rules; empty: the world model alone "
                                      "vetoes", affects_result=False, holds="path")
     walle_critic: str = flag("proposal", before="proposal", choices=("proposal", "judge"),
@@ -84,6 +88,7 @@ class MethodSettings:
     wkm_neighbors: int = flag(50, at_least=1, before=50, help="wkm: known states that are looked up")
     wkm_task_knowledge: bool = flag(False, before=False, help="wkm: the policy reads what solved and failed attempts "
                                                               "at such tasks did, for one that can read it")
+    tree_search: ClassVar[Topic] = Topic("Tree search: rap, mcts and lats; statler")
     rap_d_actions: int = flag(8, at_least=1, help="rap, mcts, lats: actions proposed in a state at most")
     rap_depth_limit: int = flag(6, at_least=1, help="rap, mcts, lats: steps from the root at most")
     rap_num_rollouts: int = flag(32, at_least=1, help="rap, mcts, lats: rollouts for a decision")

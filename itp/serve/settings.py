@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from itp.agent_settings import AgentSettings
 from itp.config import flag
@@ -18,6 +19,11 @@ _SHORTEST_TOKEN = 16
 
 @dataclass
 class ServeSettings(AgentSettings):
+    """The server: where it listens, and its limits."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "method", "env", "host",
+        "port", "max_k", "fixed_k", "token_env", "concurrency")
     env: str = flag("alfworld", help="environment that the states are of", choices=tuple(ENVIRONMENTS))
     host: str = flag("127.0.0.1", help="address to listen at; others than this machine's own let in everybody who "
                                        "reaches it, so give --token_env, too")

@@ -53,6 +53,7 @@ class State:
         return replace(self, history=self.history[cut:], omitted=self.omitted + cut) if cut else self
 
     def render(self) -> str:
+        """The state as text; :func:`parse` is its exact inverse."""
         return self._rendered
 
     @cached_property  # a state is rendered several times in a step

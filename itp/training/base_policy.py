@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.config import flag, parse_settings
+from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.pretrained import load_tokenizer
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.text.dialogues import episode_of
 from itp.text.prompt_format import PLAIN, PromptTemplate
 from itp.text.segments import dialogue_examples
@@ -41,6 +42,11 @@ Dialogue = tuple[str, list[Turn]]
 
 @dataclass
 class BasePolicySettings(PackingFlags, FinetuneSettings):
+    """What the base policy learns from."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "train_json", "model_path", "out_dir", "epochs", "lr",
+        "lora_r", "max_seq_len", "bf16", "gradient_checkpointing", "prompt_form")
     train_json: str = flag(help="dialogues: a JSON list, or JSONL; several files, separated by commas",
                            affects_result=False, holds="data")
 
@@ -80,6 +86,9 @@ def main() -> None:
     if not open_run(settings, files):
         template = trained_card(settings, load_tokenizer(settings.model_path)).template
         finetune(settings, _examples(rows, template))
+    if is_first_process():
+        say_next(f"python -m foresight_eval --method sft --policy_model {settings.merged_path} --env_data_root DATA "
+                 "--out_dir DIR")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _train(settings: FinetuneSettings, task: Task) -> dict[str, Any] | None:
     training, held_out = split_off_eval(encoding.groups, settings.eval_share, settings.seed)
     train_rows, eval_rows = [encoding.rows[i] for i in training], [encoding.rows[i] for i in held_out]
 
-    args = training_arguments(settings, dtype, len(train_rows))  # before the model: ZeRO-3 looks there
+    args = training_arguments(settings, dtype, len(train_rows), len(eval_rows))  # before the model: ZeRO-3 looks there
     set_seed(settings.seed)
     trainer = FineTuner(task, task.load(tokenizer, dtype), args, tokenizer, train_rows, eval_rows)
     metrics = trainer.run(resume_from(settings.out_dir, args.world_size, row_lengths(train_rows)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from typing import TYPE_CHECKING
 
 from itp.chat_template import template_of
-from itp.config import flag
+from itp.config import Topic, flag
 from itp.errors import UserError
 from itp.model_card import ModelCard
 from itp.pretrained import check_model_path
@@ -34,6 +35,8 @@ class UpdateFlags:
 
 @dataclass
 class FinetuneSettings(UpdateFlags):
+    """Supervised fine-tuning: the model, and how it learns."""
+
     model_path: str = flag(help="model to start from: a folder, or a name on the Hugging Face hub",
                            affects_result=False, holds="path")
     out_dir: str = flag(help="folder for checkpoints, adapter, metrics; the same command again resumes in it",
@@ -57,6 +60,7 @@ class FinetuneSettings(UpdateFlags):
                                          "needs CUDA, the package flash_attn, and bf16 or fp16; it packs no chat "
                                          "turns",
                                     affects_result=False)
+    weights: ClassVar[Topic] = Topic("Weights that are trained, and what becomes of them")
     lora_targets: str = flag("all-linear", help="modules with LoRA: all-linear, or names separated by commas")
     frozen: str = flag("", help="with --lora_r 0: modules that stay as they are, separated by commas (embed_tokens)")
     q_lora: bool = flag(False, help="keep the frozen base model in 4 bits, NF4 (needs bitsandbytes)")
@@ -65,6 +69,7 @@ class FinetuneSettings(UpdateFlags):
     prompt_form: str = flag("auto", choices=("auto", "plain", "chat"),
                             help="prompt format: plain text, or the tokenizer's chat template; auto: the format of the "
                                  "starting model, else plain")
+    progress: ClassVar[Topic] = Topic("Launchers, checkpoints, held-out rows and logs")
     deepspeed: str = flag("", help="DeepSpeed configuration; start the program with the deepspeed launcher")
     save_every_steps: int = flag(0, at_least=0, help="optimizer steps between checkpoints; 0: one after every epoch",
                                  affects_result=False)

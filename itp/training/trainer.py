@@ -48,7 +48,8 @@ def quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says at import what it couldn't find
 
 
-def training_arguments(settings: FinetuneSettings, dtype: torch.dtype, rows: int) -> TrainingArguments:
+def training_arguments(settings: FinetuneSettings, dtype: torch.dtype, rows: int, held_out: int) -> TrainingArguments:
+    """The Trainer's settings for so many ``rows`` to train on and ``held_out`` ones, which may be none."""
     on_cpu = not torch.accelerator.is_available()
     if settings.deepspeed and on_cpu:
         import deepspeed
@@ -72,7 +73,7 @@ def training_arguments(settings: FinetuneSettings, dtype: torch.dtype, rows: int
         deepspeed=settings.deepspeed or None,
         save_strategy="steps" if settings.save_every_steps else "epoch",
         save_steps=settings.save_every_steps or 500,
-        eval_strategy="epoch" if settings.eval_every_epoch and settings.eval_share else "no",
+        eval_strategy="epoch" if settings.eval_every_epoch and held_out else "no",
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         disable_tqdm=not sys.stderr.isatty(),

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.config import flag
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class WorldModelSettings(PackingFlags, FinetuneSettings):
+    """What the world model learns from."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "data_path", "model_path", "out_dir", "epochs", "lr",
+        "lora_r", "max_seq_len", "bf16", "gradient_checkpointing", "max_rows")
     data_path: str = flag(help="transitions: JSON or JSONL with state, action, next_state", affects_result=False,
                           holds="data")
     max_seq_len: int = flag(2048, at_least=1,

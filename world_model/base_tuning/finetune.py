@@ -13,12 +13,15 @@ fraction of the time.  A batch therefore counts sequences; ``--steps_per_sequenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from itp.config import parse_settings
+from itp.distributed import is_first_process
 from itp.pretrained import load_tokenizer
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.training.run import open_run, train
 from itp.training.settings import check_settings
-from itp.transitions import read_transitions
+from itp.transitions import Transition, read_transitions
 from world_model.base_tuning.examples import WorldModelSettings, examples_for, predicts, sample, to_examples
 
 DONE = "already done"
@@ -35,9 +38,16 @@ def main() -> None:
     done = open_run(settings, [settings.data_path])
     if done and settings.check_only:
         print(DONE)
-    if done or settings.check_only:
+    if settings.check_only:
         return
+    if not done:
+        learn(settings, transitions, what)
+    if is_first_process():
+        say_next(f"python -m world_model.fidelity --wm_model {settings.merged_path} --transitions HELD_OUT")
 
+
+def learn(settings: WorldModelSettings, transitions: Sequence[Transition], what: str) -> None:
+    """Train on ``transitions``, whose next states are of the kind ``what``."""
     if any(t.image for t in transitions):
         from world_model.base_tuning.vision_task import VisionTask
 
@@ -47,6 +57,7 @@ def main() -> None:
 
     examples = examples_for(settings, load_tokenizer(settings.model_path), transitions)
     train(settings, WorldModelTask(settings, examples, what))
+
 
 
 if __name__ == "__main__":

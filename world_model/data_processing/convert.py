@@ -30,7 +30,7 @@ from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.files import check_output_folder, read_rows, write_json
 from itp.games import ENVIRONMENTS
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.text import dialogues
 from itp.text.state import parse
 from itp.training.dialogue_files import in_form
@@ -213,6 +213,8 @@ def main() -> None:
     write_json(folder / "dialogues.json", out.talks)
     print(f"{out.rows} rows: {out.kept} kept, {report['dropped']} dropped{f' ({said})' if said else ''}; "
           f"{len(out.transitions)} transitions, {len(out.talks)} dialogues in {folder}")
+    say_next(f"python -m itp.training.base_policy --train_json {folder / 'dialogues.json'} --model_path BASE "
+             "--out_dir DIR")
 
 
 if __name__ == "__main__":

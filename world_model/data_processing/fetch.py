@@ -29,7 +29,7 @@ from itp.envs.alfworld.games import ALFWORLD_GAMES, is_whole, list_games
 from itp.errors import UserError
 from itp.files import check_output_folder, read_json, refusal, write_atomic, writing
 from itp.games import SPLITS
-from itp.program import run_main
+from itp.program import run_main, say_next
 
 log = logging.getLogger(__name__)
 ETO = "agent-eto/eto-sft-trajectory"
@@ -151,6 +151,8 @@ def main() -> None:
     if settings.what in ("all", "games"):
         fetch_games(out / "alfworld")
     print(f"data in {out}")
+    say_next(f"python -m world_model.data_processing.convert --input {out / 'eto/alfworld_sft.json'} --env alfworld "
+             "--put_to_move --out_dir DIR")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from itp.config import flag, parse_settings
 from itp.envs.alfworld.vocabulary import openable_types
 from itp.errors import UserError
 from itp.files import check_output_folder, write_json
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.seeding import derive_seed
 from itp.text.alfworld_phrases import NOTHING_HAPPENS, contents, receptacles
 from itp.text.belief import Belief
@@ -82,6 +82,8 @@ def main() -> None:
     write_transitions(out / "transitions.jsonl", rows)
     write_json(out / "report.json", dict(counts))
     print(", ".join(f"{n} {what}" for what, n in counts.items()) + f": {out / 'transitions.jsonl'}")
+    say_next(f"python -m world_model.base_tuning.finetune --data_path {out / 'transitions.jsonl'} --model_path BASE "
+             "--out_dir DIR --steps_per_sequence 1")
 
 
 def usable(steps: Steps, counts: Counter[str]) -> Steps:

@@ -66,6 +66,7 @@ function row(episode) {
   details.dataset.id = episode.id;
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(inside(episode));
+    if (details.open) history.replaceState(null, "", linkOf(episode));
   });
   return details;
 }
@@ -88,7 +89,10 @@ function facts(episode, record) {
   const end = `${record.why.replace("_", " ")} after ${count(record.steps.length, "step")}`
     + `, score ${Number(episode.score.toFixed(1))}, ${seconds.toFixed(1)} s of deciding`
     + (record.golden ? `; the expert's solution has ${count(record.golden, "step")}` : "");
-  return el("div", "facts", el("span", "", el("code", "", `#${episode.i} ${episode.game}`)), el("span", "", end),
+  const link = el("a", "", el("code", "", `#${episode.i} ${episode.game}`));
+  link.href = linkOf(episode);
+  link.title = "link to this episode";
+  return el("div", "facts", el("span", "", link), el("span", "", end),
     ...usage, sameGame(episode));
 }
 
@@ -104,13 +108,50 @@ function sameGame(episode) {
   }));
 }
 
+// The part of the address that leads to an episode: its method, its game and its trial.
+const linkOf = episode => "#episode=" + [episode.method, episode.game, episode.trial || 1].map(encodeURIComponent).join("&");
+
+function openLinked() {
+  const episode = location.hash.startsWith("#episode=") && episodes.find(e => linkOf(e) === location.hash);
+  if (episode) open(episode);
+}
+
 function open(episode) {
   for (const id of ["by-method", "by-type", "by-outcome"]) field(id).value = "";
   field("by-text").value = episode.game;
   applyFilters();
   const details = [...field("list").children].find(node => Number(node.dataset.id) === episode.id);
   details.open = true;
+  details.firstChild.focus({preventScroll: true});
   details.scrollIntoView({block: "start"});
+}
+
+// Keys
+
+// Go to the next or the previous episode of the list.  One that was open is closed, and its neighbour opened.
+function go(step) {
+  const list = field("list"), current = document.activeElement.closest(".episode");
+  if (current && step > 0 && current === list.lastChild && !field("more").hidden) showMore();
+  const next = current ? (step > 0 ? current.nextSibling : current.previousSibling) : list.firstChild;
+  if (!next) return;
+  if (current && current.open) {
+    current.open = false;
+    next.open = true;
+  }
+  next.firstChild.focus({preventScroll: true});
+  next.scrollIntoView({block: next.open ? "start" : "nearest"});
+}
+
+function onKey(event) {
+  const writing = event.target.matches("input, select");
+  if (event.key === "Escape" && writing) event.target.blur();
+  if (writing || event.ctrlKey || event.altKey || event.metaKey) return;
+  const inList = document.activeElement.closest(".episode") !== null;  // elsewhere the arrows scroll
+  const step = {j: 1, k: -1, ArrowDown: inList && 1, ArrowUp: inList && -1}[event.key];
+  if (event.key === "/") field("by-text").focus();
+  else if (step) go(step);
+  else return;
+  event.preventDefault();
 }
 
 // One step of an episode
@@ -205,7 +246,10 @@ function start() {
   field("filters").addEventListener("reset", () => setTimeout(applyFilters));
   field("filters").addEventListener("submit", event => event.preventDefault());
   field("more").addEventListener("click", showMore);
+  document.addEventListener("keydown", onKey);
+  window.addEventListener("hashchange", openLinked);
   applyFilters();
+  openLinked();
 }
 
 start();

@@ -44,7 +44,7 @@ from itp.envs.panel import GENERATOR, Panel, alfworld_games, read_panel_of
 from itp.errors import UserError
 from itp.files import check_output_folder, read_object
 from itp.games import SPLITS, Game
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next
 from itp.run_dir import open_run_dir, recorded
 from itp.seeding import derive_seed
 
@@ -264,6 +264,7 @@ def main() -> None:
     outcome = generate_panels(settings) if settings.panel else generate(settings)
     made = outcome.pop("made", 0)
     log.info("%s: %d games made, %d samples rejected %s", settings.out_dir, made, outcome.total(), dict(outcome))
+    say_next(f"python -m world_model.collect --env_data_root {settings.out_dir} --out_dir DIR")
 
 
 if __name__ == "__main__":

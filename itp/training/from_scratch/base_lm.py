@@ -22,12 +22,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from itp.config import flag, parse_settings
+from itp.distributed import is_first_process
 from itp.errors import UserError
 from itp.files import writing
 from itp.games import ENVIRONMENTS
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.seeding import derive_seed
 from itp.text.dialogues import episode_dialogue
 from itp.text.episodes import episodes_of, read_steps
@@ -47,6 +49,11 @@ from itp.transitions import Transition, read_transitions
 
 @dataclass
 class BaseLMSettings(FinetuneSettings):
+    """The model that is made, and what it learns from."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "transitions", "out_dir", "env", "hidden_size", "num_layers",
+        "num_heads", "drills", "copying", "epochs", "lr")
     env: str = flag("alfworld", help="environment of the transcripts", choices=ENVIRONMENTS)
     transitions: str = flag(help="transitions.jsonl of the transcripts to learn; several, separated by commas",
                             affects_result=False, holds="data")
@@ -87,12 +94,14 @@ def main() -> None:
     settings = dataclasses.replace(settings, model_path=str(initial))
     words_of = [settings.words_of] if settings.words_of else []
     words = {text for path in words_of for text in _texts(path)}
-    if open_run(settings, [*files, *words_of], own_base=True):
-        return
-    if not (initial / "config.json").exists():
-        write_initial(settings, episodes, initial, words)
-    among = memory_exercises(episodes, settings.copying // 2, derive_seed(settings.seed, "among"), change=0.5)
-    finetune(prepared(settings, episodes), [*map(transcript, episodes), *among])
+    if not open_run(settings, [*files, *words_of], own_base=True):
+        if not (initial / "config.json").exists():
+            write_initial(settings, episodes, initial, words)
+        among = memory_exercises(episodes, settings.copying // 2, derive_seed(settings.seed, "among"), change=0.5)
+        finetune(prepared(settings, episodes), [*map(transcript, episodes), *among])
+    if is_first_process():
+        say_next(f"python -m itp.training.base_policy --model_path {settings.merged_path} --train_json DIALOGUES "
+                 "--out_dir DIR")
 
 
 def prepared(settings: BaseLMSettings, episodes: Sequence[Sequence[Transition]]) -> BaseLMSettings:

@@ -7,12 +7,13 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from itp.agent.heads import has_heads, kmax_of
 from itp.agent.policy import IMAGINED_ACTION_TOKENS
 from itp.agent.prompt_budget import RESERVE
 from itp.agent.world_model import RecallFlag
-from itp.config import flag
+from itp.config import Topic, flag
 from itp.devices import DTYPES
 from itp.envs.registry import EnvFlags
 from itp.errors import UserError
@@ -31,6 +32,11 @@ CREDITS = ("action", "token")
 
 @dataclass
 class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
+    """Models, games and folders."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "wm_model", "env_data_root", "out_dir", "epochs",
+        "episodes_per_epoch", "advantage", "lr", "lora_r", "bf16")
     policy_model: str = flag(help="policy with heads, as sft leaves it", affects_result=False, holds="path",
                              aliases=("policy_model_path",))
     out_dir: str = flag(help="folder for metrics, last and best checkpoint; the same command again resumes in it",
@@ -42,11 +48,13 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1; empty: from --alfworld_config",
                               affects_result=False, holds="path", aliases=("env_data_path",))
     env_split: str = flag("train", help="split of the games to learn on")
+    imagining: ClassVar[Topic] = Topic("How far is imagined")
     wm_max_new_tokens: int = flag(192, at_least=1, help="tokens of a predicted observation at most")
     max_k: int = flag(0, at_least=0, help="K_max; 0: the checkpoint's, any other must be the same",
                       affects_result=False, aliases=("kmax",))
     fixed_k: int = flag(-1, help="imagine so many steps always; 0: RL without imagination; -1: the K-head chooses",
                         aliases=("force_k",))
+    length: ClassVar[Topic] = Topic("Length of the training, and what plays at a time")
     epochs: int = flag(1, at_least=1, help="rounds of episodes_per_epoch")
     episodes_per_epoch: int = flag(50, at_least=1, help="episodes of a round")
     episodes_per_update: int = flag(32, at_least=1, help="episodes of a batch, all played by the same weights")
@@ -63,6 +71,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     policy_device: str = flag("cuda:0", help="device of the policy", affects_result=False)
     wm_device: str = flag("cuda:1", help="device of the world model", affects_result=False)
     wm_dtype: str = flag("fp16", help="precision of the world model on a GPU", choices=DTYPES)
+    advantages: ClassVar[Topic] = Topic("Returns and advantages")
     gamma: float = flag(0.99, help="discount γ")
     n_steps: int = flag(0, at_least=0,
                         help="V̂ from so many rewards and V of the state after them; 1: the paper's; 0: GAE")
@@ -78,6 +87,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     credit: str = flag("action", choices=CREDITS, before="action",
                        help="an action has one advantage, or each of its tokens its own (POAD)")
     step_weight: float = flag(1.0, at_least=0, before=1.0, help="ω of gigpo: weight of the comparison at equal states")
+    learning: ClassVar[Topic] = Topic("Learning rates")
     lr: float = flag(5e-6, above=0, help="learning rate")
     value_lr: float = flag(0.0, at_least=0, help="learning rate of the value head, which starts from nothing (0: lr)")
     lr_scheduler_type: str = flag("linear", help="how the learning rate falls",
@@ -85,6 +95,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     wd: float = flag(0.0, at_least=0, help="weight decay")
     adam_beta2: float = flag(0.95, help="AdamW's second beta; with few updates, a value near 1 keeps the gradient "
                                         "scale of the first ones, which teach values only")
+    objective: ClassVar[Topic] = Topic("Rewards and losses")
     lambda_k: float = flag(0.2, at_least=0, help="λ_K: cost of an imagined step")
     step_cost: float = flag(0.01, help="λ_step: cost of a step")
     success_bonus: float = flag(0.01, help="added to the reward at success")
@@ -101,6 +112,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
                                                          "executed actions, a mean over their tokens (0: none)")
     value_updates: int = flag(3, at_least=0, help="first updates, of the value head alone (a quarter of all at most)")
     max_grad_norm: float = flag(1.0, at_least=0, help="gradients are clipped to this norm (0: not)")
+    acting: ClassVar[Topic] = Topic("How actions are chosen, and what a prompt may hold")
     action_selection: str = flag("generate", help="actions are written freely, or drawn among the admissible ones",
                                  choices=("generate", "constrained"))
     action_max_new_tokens: int = flag(-1, at_least=1, help="tokens of an action at most (-1: 16, ScienceWorld 48)")
@@ -118,6 +130,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
                                   "alone, so nothing depends on it", affects_result=False)
     logprob_norm: str = flag("sum", help="an action's log-probability: sum or mean over its tokens",
                              choices=("sum", "mean"))
+    compute: ClassVar[Topic] = Topic("Memory and speed")
     attn_implementation: str = flag("sdpa", choices=MASKED_ATTENTION,
                                     help="how the policy computes attention, acting and learning; changes time and "
                                          "memory only (their masks are none that flash_attention_2 knows)",
@@ -127,6 +140,7 @@ class RlSettings(PromptFlags, RecallFlag, EnvFlags, EngineFlags, UpdateFlags):
     update_batch_tokens: int = flag(8192, at_least=1,
                                     help="tokens of a forward pass of the update at most, but at least a step's; "
                                          "changes memory only", affects_result=False)
+    progress: ClassVar[Topic] = Topic("Evaluations, checkpoints and logs")
     eval_every: int = flag(10, at_least=0, help="updates between evaluations on held-out games (0: none, and no best)")
     eval_games: int = flag(30, at_least=0, help="games of an evaluation")
     eval_split: str = flag("valid_seen", help="their split; with env_split's own they are kept out of training")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from itp.config import flag
+from itp.config import Topic, flag
 from itp.agent.policy import SELECTIONS
 from itp.agent.world_model import RecallFlag
 from itp.devices import DTYPES
@@ -23,6 +23,11 @@ BY_BRANCH = ("env_data_root", "env_split", "action_selection", "branch_steps", "
 
 @dataclass
 class LabelSettings(PromptFlags, RecallFlag, EngineFlags):
+    """What is labeled, and how."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "expert_jsonl", "policy_model", "wm_model", "out_labeled_jsonl", "label_by",
+        "env", "max_k", "lambda_k", "max_rows", "env_data_root")
     expert_jsonl: str = flag(help="the expert's transitions: rows of episode_id, step, state, action, next_state",
                              affects_result=False)
     policy_model: str = flag(help="the base policy π_θ0", affects_result=False, aliases=("policy_model_path",))
@@ -53,6 +58,7 @@ class LabelSettings(PromptFlags, RecallFlag, EngineFlags):
     padding_side: str = flag("left", choices=("left", "right"),
                              help="part of the release's command line; padded rows are computed exactly as they are "
                                   "alone, so no label depends on it", affects_result=False)
+    by_branch: ClassVar[Topic] = Topic("Labels by branches in the game")
     env_data_root: str = flag("", help="branch, ALFWorld: folder that holds json_2.1.1, with the games of the rows",
                               affects_result=False, holds="path", aliases=("env_data_path",))
     env_split: str = flag("train", before="train", help="branch: split of those games")
@@ -66,6 +72,7 @@ class LabelSettings(PromptFlags, RecallFlag, EngineFlags):
     branch_gamma: float = flag(0.95, above=0, before=0.95, help="branch: a success n steps later is worth γ^n; 1: the "
                                                                 "share of branches that succeed")
     env_processes: int = flag(2, at_least=1, help="branch: processes that run the games", affects_result=False)
+    run: ClassVar[Topic] = Topic("Rows, devices and memory")
     max_rows: int = flag(0, at_least=0, help="label so many rows, of episodes chosen at random (0: all)")
     skip_bad_rows: bool = flag(False, help="leave out and count rows that can't be read, instead of stopping at the "
                                            "first; rows that the model's context doesn't hold are always left out",

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.config import flag
 from itp.errors import UserError
@@ -24,6 +24,11 @@ SHOWN: Fields = {"foresight_format": str, "history_keep_steps": int, "max_seq_le
 
 @dataclass
 class SftSettings(PromptFlags, PackingFlags, FinetuneSettings):
+    """What the warm-up learns."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "train_jsonl", "policy_model", "out_dir", "env", "max_k",
+        "beta_k", "epochs", "lr", "lora_r", "bf16")
     train_jsonl: str = flag(help="labeled steps, as stage 1 (label) writes them", affects_result=False, holds="data")
     policy_model: str = flag(help="the base policy π_θ0: a model folder, or a name on the Hugging Face hub",
                              affects_result=False, holds="path", aliases=("policy_model_path",))
