@@ -69,7 +69,7 @@ MINIATURE = {
     "epochs": 1, "grad_accum": 2, "lora_r": 2, "max_seq_len": 480, "episodes_per_epoch": 4, "episodes_per_update": 4,
     "group_size": 2, "eval_games": 1, "action_max_new_tokens": 3, "value_updates": 1,
     "imagine_action_max_new_tokens": 3, "missions": 1, "batches": 3, "games": 1, "steps": 4, "train": 1, "seen": 1,
-    "unseen": 1, "report_to": "none", "max_k": KMAX, "eval_share": 0.0,
+    "unseen": 1, "report_to": "none", "max_k": KMAX,
 }
 """Flag -> its value here, in each program that has it."""
 

@@ -195,6 +195,11 @@ def test_held_out_figures_count_whole_actions(model_path, tmp_path):
     assert found["k_accuracy"] == pytest.approx(sum(row["k_label"] == 2 for row in rows) / 3)
     assert found["loss"] == pytest.approx(found["policy_loss"] + 0.5 * found["k_loss"])
     majority = task.measure(tokenizer, encoded, torch.device("cpu"))["eval_k_majority"]
+    # Held-out rows that have no action to learn, no label, or neither: what can't be measured is left out.
+    assert task.eval_metrics([0, 0, 3, 2, 1, 1]) == {"loss": 1.5 * task.settings.beta_k, "k_loss": 1.5,
+                                                     "action_match": 0.5, "k_accuracy": 0.5}
+    assert task.eval_metrics([3, 2, 0, 0, 0, 0]) == {"loss": 1.5, "policy_loss": 1.5}
+    assert task.measure(tokenizer, [row | {"k_labels": []} for row in encoded], torch.device("cpu")) == {}
     share = sum(row["k_label"] == 2 for row in rows) / 3
     assert majority == pytest.approx(max(share, 1 - share))
 

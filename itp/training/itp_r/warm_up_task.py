@@ -194,15 +194,20 @@ class WarmUpTask(HeadsTask):
         return model(**batch, items=items)
 
     def eval_metrics(self, sums: list[float]) -> dict[str, float]:
+        """Means over tokens and over labeled steps.  Few held-out rows may have none of one kind: it is left out."""
         nll, tokens, k_nll, steps, k_right, matched = sums
-        policy_loss, k_loss = nll / tokens, k_nll / steps
-        return {"loss": policy_loss + self.settings.beta_k * k_loss, "policy_loss": policy_loss, "k_loss": k_loss,
-                "action_match": matched / steps, "k_accuracy": k_right / steps}
+        policy = {"policy_loss": nll / tokens} if tokens else {}
+        control = {"k_loss": k_nll, "action_match": matched, "k_accuracy": k_right}
+        control = {name: total / steps for name, total in control.items()} if steps else {}
+        loss = policy.get("policy_loss", 0.0) + self.settings.beta_k * control.get("k_loss", 0.0)
+        return {"loss": loss, **policy, **control}
 
     def measure(self, tokenizer: PreTrainedTokenizerBase, eval_rows: list[TrainingRow],
                 device: torch.device) -> dict[str, Any]:
         """What K accuracy is to be compared with: always giving the label that is the most frequent there."""
         labels = Counter(k for row in eval_rows for k in row["k_labels"])
+        if not labels:
+            return {}
         return {"eval_k_majority": labels.most_common(1)[0][1] / labels.total(), "eval_steps": labels.total()}
 
 
