@@ -23,7 +23,7 @@ from foresight_eval.results import read_config, read_trials
 from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.files import check_output_folder, short_names, write_json
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.text.dialogues import episode_dialogue
 from itp.text.state import parse
 from itp.transitions import Transition, write_transitions
@@ -48,6 +48,7 @@ def main() -> None:
     rows = write_transitions(out / "transitions.jsonl", (step for episode in episodes for step in episode))
     write_json(out / "dialogues.json", [episode_dialogue(episode) for episode in solved])
     print(f"{len(episodes)} episodes, {rows} transitions; {len(solved)} were solved and became dialogues: {out}")
+    say_next(f"python -m itp.training.base_policy --train_json {out / 'dialogues.json'} --model_path DIR --out_dir DIR")
 
 
 def _episodes(folders: list[Path], split: str) -> Iterator[list[Transition]]:

@@ -46,6 +46,16 @@ ELSEWHERE = {
     r"foresight_eval --method two": "test_docs.py: Two",
     r"world_model\.collect --env scienceworld": "test_scienceworld.py: world_model.collect",
     r"foresight_eval\.runner_sciworld": "test_scienceworld.py: runner_sciworld",
+    r"itp\.envs\.alfworld_games --panel": "test_panel.py: generate_panels",
+    r"foresight_eval --panel": "test_panel.py: panel=",
+    r"itp\.envs\.panel --env scienceworld": "test_panel.py: test_a_scienceworld_panel",
+    r"itp\.training\.explore": "test_explore.py: explore.main()",
+    r"itp\.training\.critic --learn q": "test_explore.py: critic.main()",
+    r"itp\.training\.critic --learn reward": "test_critic.py: \"reward\"",
+    r"foresight_eval --method armap": "test_critic.py: Armap(",
+    r"foresight_eval\.extract_episodes": "test_extract_episodes.py: extract_episodes.main()",
+    r"base_lm .* --words_of runs/metaicl": "test_state_planning.py: test_states_survive_the_tokenizer",
+    r"world_model\.state_fidelity": "test_state_planning.py: state_fidelity",
 }
 """What matches is run by this test file, at miniature size, with a stub where there is a network; how it names it."""
 
@@ -57,7 +67,7 @@ NOT_RUN = {
     r"scripts/real_lm\.sh": "trains a model of 135 million parameters for 86 minutes; its sections: test_recipes.py",
     r"scripts/quickstart_scienceworld\.sh": "trains for an hour; its programs: test_scienceworld_programs.py",
     r"runner_sciworld .* runs/real_lm/": "plays with what real_lm.sh left, for an hour",
-    r"scripts/(train_released|when_it_pays)\.sh": "trains the released models for hours",
+    r"scripts/(train_released|when_it_pays|experience|expert_iteration)\.sh": "trains models for hours",
     r"scripts/(wheelhouse|gpu_check)\.sh": "prepares, and makes, a check on a GPU",
 }
 """What matches isn't run by any test, for this reason."""
@@ -77,7 +87,8 @@ KEPT = {"world_model.collect": ("max_k",)}
 """Program -> flags of MINIATURE that keep their value there: they mean something else."""
 
 
-LAST = ("world_model.fidelity", "foresight_eval.report", "foresight_eval.extract_conditions")
+LAST = ("world_model.fidelity", "foresight_eval.report", "foresight_eval.score",
+        "foresight_eval.extract_conditions")
 """Programs whose output is for a reader.  The others name the program that takes it, in their last line."""
 
 
@@ -186,6 +197,17 @@ class Inputs:
                                          str(self.transitions()), "--max_rows", "4", "--out_json", str(out)])
         return out
 
+    def rules(self) -> Path:
+        out = self.root / "rules.json"
+        out.write_text(json.dumps({"rules": []}))
+        return out
+
+    def knowledge(self) -> Path:
+        out = self.root / "knowledge.json"
+        if not out.exists():
+            run("world_model.knowledge", ["--transitions", str(self.transitions()), "--out_json", str(out)])
+        return out
+
     def published(self) -> Path:
         out = self.root / "eto.json"
         out.write_text(json.dumps([eto()] * 2))
@@ -197,7 +219,8 @@ INPUTS: dict[str, Callable[[Inputs], Path]] = {
     "model_path": lambda made: made.plain, "env_data_root": lambda made: made.games, "data": lambda made: made.games,
     "transitions": Inputs.transitions, "expert_jsonl": Inputs.transitions, "data_path": Inputs.transitions,
     "train_json": Inputs.dialogues, "train_jsonl": Inputs.labelled, "input": Inputs.published,
-    "fidelity": Inputs.fidelity, "folders": Inputs.results,
+    "fidelity": Inputs.fidelity, "folders": Inputs.results, "walle_rules": Inputs.rules, "wkm_base": Inputs.knowledge,
+    "critic_model": lambda made: made.policy,
 }
 """Flag -> what is put where its value points (each part of a list with commas)."""
 
@@ -276,7 +299,8 @@ def miniature(program: str, settings: type, arguments: list[str]) -> list[str]:
         elif word != "...":
             values.append(word)
     for field in flag_fields(settings):
-        if field.name in MINIATURE and field.name not in KEPT.get(program, ()):
+        whole = field.name == "lora_r" and (given.get("lora_r") == ["0"] or "configs/demo" in str(given.get("config")))
+        if field.name in MINIATURE and field.name not in KEPT.get(program, ()) and not whole:
             given[field.name] = [str(MINIATURE[field.name])]
         if field.metadata["flag"].required or (field.name in INPUTS and field.default == "eval_agent/data/alfworld"):
             given.setdefault(field.name, [f"missing/{field.name}"])

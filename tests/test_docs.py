@@ -13,6 +13,7 @@ import pytest
 from foresight_eval.extract_conditions import ExtractSettings
 from foresight_eval.extract_episodes import EpisodesSettings
 from foresight_eval.report.report import ReportSettings
+from foresight_eval.score import ScoreSettings
 from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp import doctor, smollm2
 from itp.config import add_flags
@@ -44,7 +45,7 @@ SETTINGS = {
     "world_model.data_processing.fetch": fetch.FetchSettings,
     "world_model.data_processing.metaicl": metaicl.MetaiclSettings,
     "foresight_eval.extract_conditions": ExtractSettings, "foresight_eval.extract_episodes": EpisodesSettings,
-    "foresight_eval.report": ReportSettings,
+    "foresight_eval.report": ReportSettings, "foresight_eval.score": ScoreSettings,
     "world_model.base_tuning.finetune": WorldModelSettings, "itp.training.base_lm": BaseLMSettings,
     "itp.training.base_policy": BasePolicySettings, "foresight_eval": AlfworldSettings,
     "foresight_eval.runner_sciworld": SciworldSettings, "itp.serve": ServeSettings,
@@ -62,7 +63,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), line)
             words = [one for word in shlex.split(line, comments=True) for one in braces(word)]
-            for part in line.split("; ") if "=\"" in line else []:
+            for part in line.split("; ") if re.match(r"\w+=\S+$", line) or "=\"" in line else []:
                 name, _, value = part.strip().partition("=")
                 variables[name] = value.strip('"')
             if words:

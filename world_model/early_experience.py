@@ -54,7 +54,7 @@ from itp.lm.server import PolicyServerFlags, Server, server_of
 from itp.methods.no_repeat import states
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next
 from itp.rollout import MAX_RESTARTS, LeftOut
 from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
@@ -127,6 +127,8 @@ def main() -> None:
                 asyncio.run(try_all(settings, server, todo, games, out / TRIED, left_out))
         print(write(out, rows, finished(out)))
     left_out.check_none_broken()
+    say_next(f"python -m itp.training.base_policy --train_json DIALOGUES,{out / 'outcomes.json'} --model_path DIR "
+             "--out_dir DIR")
 
 
 def check(settings: EarlySettings) -> Server | None:

@@ -15,7 +15,7 @@ from itp.config import flag, parse_settings
 from itp.errors import UserError
 from itp.files import check_output_file, write_json
 from itp.methods.knowledge import learned
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.text.episodes import episodes_of, read_steps
 
 NEEDS = ("state", "action", "next_state", "episode_id", "step", "success")
@@ -44,6 +44,8 @@ def main() -> None:
     write_json(settings.out_json, knowledge.to_json())
     print(f"{solved} solved and {len(episodes) - solved} failed episodes: {len(knowledge.entries)} states with their "
           f"next action, {len(knowledge.tasks)} kinds of tasks, in {settings.out_json}")
+    say_next(f"python -m foresight_eval --method wkm --wkm_base {settings.out_json} --policy_model DIR "
+             "--env_data_root DIR --out_dir DIR")
 
 
 if __name__ == "__main__":

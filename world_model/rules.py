@@ -36,7 +36,7 @@ from itp.methods.settings import MethodSettings
 from itp.methods.walle import Walle
 from itp.models import load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
-from itp.program import run_main
+from itp.program import run_main, say_next
 from itp.rollout import LeftOut, run_episodes
 from itp.run_dir import alone_in, open_run_dir
 from itp.seeding import derive_seed
@@ -240,6 +240,8 @@ def main() -> None:
         found = asyncio.run(learn(settings, out))
         write_json(out / RULES, found)
     print_rules(found)
+    say_next(f"python -m foresight_eval --method walle --walle_rules {out / RULES} --wm_model {settings.wm_model} "
+             "--policy_model DIR --env_data_root DIR --out_dir DIR")
 
 
 if __name__ == "__main__":
