@@ -16,8 +16,8 @@ source scripts/environment.sh
 
 # Sizes of the demo.
 : "${TASKS:=find-plant,find-living-thing,find-non-living-thing}" "${TRAIN:=100}" "${HELD_OUT:=34}"
-: "${LM_EPOCHS:=12}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=15}" "${WALKS:=4}" "${MAX_K:=2}"
-: "${LABEL_ROWS:=500}" "${RL_EPISODES:=64}"
+: "${LM_EPOCHS:=6}" "${POLICY_EPOCHS:=6}" "${WM_EPOCHS:=1}" "${WM_ROWS:=3000}" "${ROLLOUTS:=15}" "${WALKS:=160}" "${MAX_K:=2}"
+: "${LABEL_ROWS:=1500}" "${RL_EPISODES:=64}"
 
 step() { printf '\n== %s\n' "$*"; }
 since() { echo "$(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"; }
@@ -35,7 +35,8 @@ evaluate() {
 step "1/8 trajectories: the simulator's gold paths (D_exp), and random walks"
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$TRAIN" --out_dir "$run/d_exp" \
   --foresight_k "$MAX_K" --foresight_share 0.5
-# Few: where the simulator must list what is possible, it takes five times as long for a step.
+# Many, though a step takes five times as long where the simulator must list what is possible: gold paths go few ways,
+# and a world model that has seen 12 walks predicts three of ten random actions.
 python -m world_model.collect "${games[@]}" "${jvms[@]}" --variations "$WALKS" --out_dir "$run/walks" --actor random
 
 step "2/8 base LM from nothing, on transcripts of the simulator"
@@ -63,8 +64,9 @@ MODEL_PATH=$run/base_lm/merged_full DATA_PATH=$run/world_model_data.jsonl OUTPUT
 step "6/8 ITP-R, stages 1 and 2: pseudo-labels for $LABEL_ROWS steps, warm-up"
 python -m itp.training.train_adaptive_k label --env scienceworld --expert_jsonl "$run/d_exp/transitions.jsonl" \
   --policy_model_path "$run/policy/merged_full" --wm_model_path "$run/world_model/merged_full" \
-  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --max_rows "$LABEL_ROWS" --wm_batch_size 64
+  --out_labeled_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" --lambda_k 0.02 --max_rows "$LABEL_ROWS" --wm_batch_size 64
 python -m itp.training.train_adaptive_k sft --env scienceworld --train_jsonl "$run/labelled.jsonl" --kmax "$MAX_K" \
+  --k_balance 0.5 --act_on all \
   --policy_model_path "$run/policy/merged_full" --out_dir "$run/warm_up" --config configs/demo/warm_up.yaml
 
 step "7/8 ITP-R, stage 3: online A2C over $RL_EPISODES episodes"
