@@ -43,7 +43,8 @@ def main() -> None:
     if not done:
         learn(settings, transitions, what)
     if is_first_process():
-        say_next(f"python -m world_model.fidelity --wm_model {settings.merged_path} --transitions HELD_OUT")
+        judge = "state_fidelity" if what == "state" else "fidelity"
+        say_next(f"python -m world_model.{judge} --wm_model {settings.merged_path} --transitions HELD_OUT")
 
 
 def learn(settings: WorldModelSettings, transitions: Sequence[Transition], what: str) -> None:
