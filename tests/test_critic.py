@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Policy
 from itp.envs.base import Observation
 from itp.errors import UserError
 from itp.games import Game
 from itp.methods.armap import Armap
-from itp.methods.base import View
+from itp.methods.base import Decision, View
 from itp.methods.settings import MethodSettings
 from itp.methods.step_q import StepQ
 from itp.models import load_policy
@@ -164,3 +166,19 @@ def test_armap_follows_the_best_trajectory_while_it_comes_as_imagined() -> None:
     if len(plan.steps) > 1:
         second = asyncio.run(method.act(after("step 1")))
         assert second.action == plan.steps[1][0] and not second.considered
+
+
+def test_armap_executes_admissible_actions_only_where_they_are_chosen_among() -> None:
+    method = Armap(Policy(ToyLM("policy"), selection="constrained"), Echo(), MethodSettings(candidates=4, armap_depth=3))
+    allowed = ("go to cabinet 1", "go to desk 2", "go to fridge 1")  # nothing that the toy writes freely
+
+    def decision(state: State, past: tuple[Decision, ...] = ()) -> Decision:
+        seen = Observation(state.observation, state.task, allowed)
+        return asyncio.run(method.act(View(GAME, len(past), state, seen, 5 + len(past), past)))
+
+    first = decision(START)
+    assert {action for action, _, _ in first.considered} <= {*allowed} and len(first.considered) == 4
+    assert len({action for action, _, _ in first.considered}) > 1
+    plan = ImaginedTrajectory(START, ((first.action, "step 1"), ("take mug 1", "step 2")))
+    second = decision(START.after(first.action, "step 1"), (replace(first, memory=plan),))
+    assert second.action in allowed and len(second.considered) == 4  # a new plan
