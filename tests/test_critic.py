@@ -12,6 +12,7 @@ import pytest
 
 from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Policy
+from itp.chat_template import template_of
 from itp.envs.base import Observation
 from itp.errors import UserError
 from itp.games import Game
@@ -19,12 +20,16 @@ from itp.methods.armap import Armap
 from itp.methods.base import Decision, View
 from itp.methods.settings import MethodSettings
 from itp.methods.step_q import StepQ
+from itp.model_card import ModelCard
 from itp.models import load_policy
+from itp.pretrained import load_tokenizer
+from itp.text.prompt_format import PLAIN
 from itp.text.prompts import value_prompt
 from itp.text.state import State
 from itp.training.critic_data import CriticSettings, Preferred, Scored, pairs_of, read_examples, read_scored
 from itp.training.explore import q_values
 from itp.transitions import Transition, write_transitions
+from tests.families import TEMPLATES
 from tests.tiny import write_tiny_model
 from tests.toy import ToyLM, unit
 
@@ -62,6 +67,19 @@ def trained(tmp_path: Path, file: Path, learn: str, **changes) -> Policy:
     assert not open_run(settings, [file])
     train(settings, CriticTask(settings, examples))
     return load_policy(str(settings.merged_path))
+
+
+def test_a_critic_is_trained_on_the_prompts_that_are_wanted(tmp_path: Path) -> None:
+    from itp.training.critic_task import CriticTask
+
+    tokenizer = load_tokenizer(str(write_tiny_model(tmp_path)))
+    ModelCard(template=PLAIN).write(tmp_path)
+    tokenizer.chat_template = next(iter(TEMPLATES.values()))
+    for form, template in (("auto", PLAIN), ("plain", PLAIN), ("chat", template_of(tokenizer))):
+        settings = CriticSettings(train_jsonl="x", learn="q", model_path=str(tmp_path), out_dir="o", prompt_form=form)
+        task = CriticTask(settings, [])
+        assert task.prompt_format(tokenizer).template == template == task.card(tokenizer).template, form
+    assert template != PLAIN
 
 
 def known_q() -> list[tuple[State, str, float]]:
@@ -169,7 +187,8 @@ def test_armap_follows_the_best_trajectory_while_it_comes_as_imagined() -> None:
 
 
 def test_armap_executes_admissible_actions_only_where_they_are_chosen_among() -> None:
-    method = Armap(Policy(ToyLM("policy"), selection="constrained"), Echo(), MethodSettings(candidates=4, armap_depth=3))
+    policy = Policy(ToyLM("policy"), selection="constrained")
+    method = Armap(policy, Echo(), MethodSettings(candidates=4, armap_depth=3))
     allowed = ("go to cabinet 1", "go to desk 2", "go to fridge 1")  # nothing that the toy writes freely
 
     def decision(state: State, past: tuple[Decision, ...] = ()) -> Decision:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from itp.agent.policy import VALUE_TOKENS
 from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.lm.tokenize import Encoder
-from itp.model_card import ModelCard, format_for
-from itp.text.prompt_format import PromptFormat
+from itp.model_card import ModelCard
 from itp.text.prompts import CTRL, value_prompt
 from itp.text.state import State
 from itp.training import token_tree
@@ -118,10 +117,6 @@ class CriticTask(HeadsTask):
                 yield found
             else:  # it doesn't fit even without its history
                 counts["too_long"] += 1
-
-    def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        form = format_for(self.settings.model_path, tokenizer, env=self.settings.env)
-        return replace(form, control_token=True)
 
     def _packed(self, judged: list[Judged]) -> Iterator[list[Judged]]:
         """Examples of a group that share a row."""
