@@ -82,6 +82,28 @@ def test_a_critic_is_trained_on_the_prompts_that_are_wanted(tmp_path: Path) -> N
     assert template != PLAIN
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_weight_that_is_trained_has_a_gradient(tmp_path: Path, tied: bool) -> None:
+    """As several processes need it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from itp.training.critic_task import CriticTask
+
+    folder = str(write_tiny_model(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=tied)
+    model.save_pretrained(folder)
+    settings = CriticSettings(train_jsonl="x", learn="q", model_path=folder, out_dir="o", steps_per_sequence=1,
+                              lora_r=0)
+    task, tokenizer = CriticTask(settings, [Scored("g", *row) for row in known_q()]), load_tokenizer(folder)
+    critic = task.load(tokenizer, torch.float32)
+    torch.nn.init.ones_(critic.policy.heads.v_head.weight)  # at zero nothing below has one
+    task.forward(critic, task.collator(0)(task.encode(tokenizer).rows))["loss"].backward()
+    trained = {name: weight.grad for name, weight in critic.named_parameters() if weight.requires_grad}
+    assert len(trained) > 15 and [name for name, grad in trained.items() if grad is None] == []
+    assert critic.policy.causal_lm.get_input_embeddings().weight.requires_grad
+
+
 def known_q() -> list[tuple[State, str, float]]:
     """What is worth something depends on state and action together: a place's worth times an action's."""
     worth = {"cabinet 1": 0.2, "fridge 1": 0.6, "desk 2": 1.0}

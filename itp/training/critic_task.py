@@ -140,6 +140,10 @@ class CriticTask(HeadsTask):
         if self.settings.lora_r:
             policy.add_lora(lora_config(self.settings, policy.causal_lm, self.settings.lora_targets),
                             tokenizer.convert_tokens_to_ids(CTRL))
+        else:  # a critic writes nothing: only where it is tied, the output embedding gets a gradient
+            embeddings = policy.causal_lm.get_input_embeddings().weight
+            for weight in policy.causal_lm.get_output_embeddings().parameters():
+                weight.requires_grad_(weight is embeddings and weight.requires_grad)
         return Critic(policy)
 
     def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:
