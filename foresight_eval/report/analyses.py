@@ -34,7 +34,8 @@ def deployment(results: Sequence[Result]) -> Table:
     return Table("deployment", "Deployment", f"Seconds a decision; of these, waited for {models} on average; calls a "
                  "decision and tokens an episode of all models; generated tokens a second of deciding; episodes an "
                  "hour; most memory in use at a time, in GB.",
-                 ("", "p50 s", "p95 s", "p99 s", *(f"{sign} s" for sign in roles.values()), "calls", "tokens/ep", "tokens/s", "ep/h", "memory"),
+                 ("", "p50 s", "p95 s", "p99 s", *(f"{sign} s" for sign in roles.values()), "calls",
+                  "tokens/ep", "tokens/s", "ep/h", "memory"),
                  tuple(rows))
 
 
