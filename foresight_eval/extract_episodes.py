@@ -52,7 +52,10 @@ def main() -> None:
 
 
 def _episodes(folders: list[Path], split: str) -> Iterator[list[Transition]]:
-    """All episodes with at least one step, of every trial.  Raises UserError for a folder of another split."""
+    """All episodes with at least one step, of every trial.  Raises UserError for a folder of another split.
+
+    An id is the game's, and behind ``#`` the folder and the trial: so the episodes of a game belong together.
+    """
     for folder, name in zip(folders, short_names(folders)):
         config = read_config(folder)
         if config["split"] != split:
@@ -61,7 +64,7 @@ def _episodes(folders: list[Path], split: str) -> Iterator[list[Transition]]:
         for trials in read_trials(folder).values():
             for trial, record in enumerate(trials):
                 if record["foresight_steps"]:
-                    yield record_transitions(record, f"{name}/{record['meta']['game_id']}#{trial}", config["method"])
+                    yield record_transitions(record, f"{record['meta']['game_id']}#{name}.{trial}", config["method"])
 
 
 def record_transitions(record: dict[str, Any], episode_id: str, method: str) -> list[Transition]:

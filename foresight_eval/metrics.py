@@ -73,12 +73,12 @@ def imagined_fact_f1(record: Record) -> tuple[float, float]:
 
 
 def calls_per_decision(record: Record) -> tuple[float, float]:
-    """Calls of policy and world model together."""
+    """Calls of all models together."""
     return sum(spent["calls"] for spent in record["meta"]["usage"].values()), record["meta"]["steps"]
 
 
 def tokens_per_decision(record: Record) -> tuple[float, float]:
-    """Tokens of prompts and answers of policy and world model together."""
+    """Tokens of prompts and answers of all models together."""
     return _tokens(record), record["meta"]["steps"]
 
 

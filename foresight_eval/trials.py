@@ -43,7 +43,7 @@ def summarize_trials(trials: Records) -> dict[str, Any] | None:
 
 
 def tokens(record: dict[str, Any]) -> int:
-    """The tokens of an episode, and of the note that was made on it: prompts and answers of both models."""
+    """The tokens of an episode, and of the note that was made on it: prompts and answers of all models."""
     return sum(spent["prompt_tokens"] + spent["completion_tokens"] for spent in usages(record))
 
 

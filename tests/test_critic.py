@@ -5,24 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from itp.agent.imagination import ImaginedTrajectory
 from itp.agent.policy import Policy
+from itp.chat_template import template_of
 from itp.envs.base import Observation
 from itp.errors import UserError
 from itp.games import Game
 from itp.methods.armap import Armap
-from itp.methods.base import View
+from itp.methods.base import Decision, View
 from itp.methods.settings import MethodSettings
 from itp.methods.step_q import StepQ
+from itp.model_card import ModelCard
 from itp.models import load_policy
+from itp.pretrained import load_tokenizer
+from itp.text.prompt_format import PLAIN
 from itp.text.prompts import value_prompt
 from itp.text.state import State
 from itp.training.critic_data import CriticSettings, Preferred, Scored, pairs_of, read_examples, read_scored
 from itp.training.explore import q_values
 from itp.transitions import Transition, write_transitions
+from tests.families import TEMPLATES
 from tests.tiny import write_tiny_model
 from tests.toy import ToyLM, unit
 
@@ -60,6 +67,41 @@ def trained(tmp_path: Path, file: Path, learn: str, **changes) -> Policy:
     assert not open_run(settings, [file])
     train(settings, CriticTask(settings, examples))
     return load_policy(str(settings.merged_path))
+
+
+def test_a_critic_is_trained_on_the_prompts_that_are_wanted(tmp_path: Path) -> None:
+    from itp.training.critic_task import CriticTask
+
+    tokenizer = load_tokenizer(str(write_tiny_model(tmp_path)))
+    ModelCard(template=PLAIN).write(tmp_path)
+    tokenizer.chat_template = next(iter(TEMPLATES.values()))
+    for form, template in (("auto", PLAIN), ("plain", PLAIN), ("chat", template_of(tokenizer))):
+        settings = CriticSettings(train_jsonl="x", learn="q", model_path=str(tmp_path), out_dir="o", prompt_form=form)
+        task = CriticTask(settings, [])
+        assert task.prompt_format(tokenizer).template == template == task.card(tokenizer).template, form
+    assert template != PLAIN
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_weight_that_is_trained_has_a_gradient(tmp_path: Path, tied: bool) -> None:
+    """As several processes need it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from itp.training.critic_task import CriticTask
+
+    folder = str(write_tiny_model(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=tied)
+    model.save_pretrained(folder)
+    settings = CriticSettings(train_jsonl="x", learn="q", model_path=folder, out_dir="o", steps_per_sequence=1,
+                              lora_r=0)
+    task, tokenizer = CriticTask(settings, [Scored("g", *row) for row in known_q()]), load_tokenizer(folder)
+    critic = task.load(tokenizer, torch.float32)
+    torch.nn.init.ones_(critic.policy.heads.v_head.weight)  # at zero nothing below has one
+    task.forward(critic, task.collator(0)(task.encode(tokenizer).rows))["loss"].backward()
+    trained = {name: weight.grad for name, weight in critic.named_parameters() if weight.requires_grad}
+    assert len(trained) > 15 and [name for name, grad in trained.items() if grad is None] == []
+    assert critic.policy.causal_lm.get_input_embeddings().weight.requires_grad
 
 
 def known_q() -> list[tuple[State, str, float]]:
@@ -164,3 +206,20 @@ def test_armap_follows_the_best_trajectory_while_it_comes_as_imagined() -> None:
     if len(plan.steps) > 1:
         second = asyncio.run(method.act(after("step 1")))
         assert second.action == plan.steps[1][0] and not second.considered
+
+
+def test_armap_executes_admissible_actions_only_where_they_are_chosen_among() -> None:
+    policy = Policy(ToyLM("policy"), selection="constrained")
+    method = Armap(policy, Echo(), MethodSettings(candidates=4, armap_depth=3))
+    allowed = ("go to cabinet 1", "go to desk 2", "go to fridge 1")  # nothing that the toy writes freely
+
+    def decision(state: State, past: tuple[Decision, ...] = ()) -> Decision:
+        seen = Observation(state.observation, state.task, allowed)
+        return asyncio.run(method.act(View(GAME, len(past), state, seen, 5 + len(past), past)))
+
+    first = decision(START)
+    assert {action for action, _, _ in first.considered} <= {*allowed} and len(first.considered) == 4
+    assert len({action for action, _, _ in first.considered}) > 1
+    plan = ImaginedTrajectory(START, ((first.action, "step 1"), ("take mug 1", "step 2")))
+    second = decision(START.after(first.action, "step 1"), (replace(first, memory=plan),))
+    assert second.action in allowed and len(second.considered) == 4  # a new plan

@@ -9,12 +9,18 @@ import pytest
 
 from foresight_eval import extract_episodes
 from foresight_eval.results import write_episode
+from itp.envs.alfworld.games import list_games
 from itp.errors import UserError
 from itp.files import read_json
 from itp.text.state import parse
 from itp.training.base_policy import read_dialogues
+from itp.training.critic_data import CriticSettings, read_examples
+from itp.training.itp_r.branches import find_games
+from itp.training.itp_r.expert_steps import read_expert
 from itp.transitions import read_transitions
 from tests.made_results import PLAYED, make_episode, make_games, write_result
+from world_model import knowledge
+from world_model.early_experience import EarlySettings
 
 REFUSED = ("open desk 1", "Nothing happens.")
 
@@ -48,6 +54,30 @@ def test_solved_episodes_are_imitated_but_for_what_was_refused(tmp_path: Path, m
     assert [turn.get("weight", 1) for turn in dialogues[0]["conversations"] if turn["from"] == "gpt"] == [
         0, *[1] * len(PLAYED)]
     assert len(dialogues) == 2 == len(read_dialogues(str(tmp_path / "data" / "dialogues.json")))
+
+
+def test_the_episodes_of_a_game_in_two_folders_are_of_one_game(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               games_root: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    game = list_games("train", games_root)[0]
+    for name, success in (("one", True), ("two", False)):
+        episode = make_episode(game, success=success, imagined=[], task="put a mug in fridge.",
+                               played=PLAYED if success else [REFUSED])
+        write_result(tmp_path / name, [episode], split="train")
+    extract(monkeypatch, "--results", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--out_dir", str(tmp_path / "data"))
+    file = str(tmp_path / "data" / "transitions.jsonl")
+    assert list(dict.fromkeys(row.episode_id for row in read_transitions(file))) == [
+        f"{game.game_id}#one.0", f"{game.game_id}#two.0"]
+
+    settings = EarlySettings(expert_jsonl=file, out_dir="x", env_data_root=str(games_root))
+    assert {found.game_id for found in find_games(settings, read_expert(file, None)).values()} == {game.game_id}
+    critic = CriticSettings(train_jsonl=file, learn="reward", model_path="m", out_dir="o", unfinished=0)
+    pair, = read_examples(critic)  # the solved one of a folder against the failed one of the other
+    assert pair.group == game.game_id and pair.worse.history == (REFUSED,)
+
+    monkeypatch.setattr(sys, "argv", ["x", "--transitions", file, "--out_json", str(tmp_path / "knowledge.json")])
+    knowledge.main()
+    assert "1 solved and 1 failed episodes" in capsys.readouterr().out
 
 
 def test_held_out_games_and_nothing_to_imitate_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

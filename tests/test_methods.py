@@ -133,6 +133,18 @@ def test_statler_writes_a_state_and_reads_nothing_older() -> None:
     assert len({decision.memory for decision in past}) == 3
 
 
+def test_statler_writes_the_state_anew_where_it_decided_nothing_yet() -> None:
+    """A server's client sends a history: the state is written from its beginning on."""
+    state = START.after("take mug 1", "you see 1").after("clean mug 1", "you see 2")
+    method, policy_lm, _ = made("statler")
+    asyncio.run(method.act(replace(VIEW, step=2, state=state)))
+    writes = [prompt for prompt, _ in policy_lm.asked if prompt.endswith("World state:")]
+    assert len(writes) == 3 and "before" not in writes[0]
+    assert [prompt.split("\n")[1] for prompt in writes] == [
+        f"Observation: {seen}" for seen in (START.first, "you see 1", "you see 2")]
+    assert [prompt.split("Last command: ")[1].split("\n")[0] for prompt in writes[1:]] == ["take mug 1", "clean mug 1"]
+
+
 def test_statler_with_the_state_that_the_observations_give() -> None:
     method, policy_lm, _ = made("statler", statler_writer="belief")
     room = "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a fridge 1."

@@ -13,9 +13,10 @@ import pytest
 
 from foresight_eval import statistics
 from foresight_eval.hindsight import fact_f1_by_depth, judged
-from foresight_eval.report import page, plots, report, tables
+from foresight_eval.report import analyses, page, plots, report, tables
 from foresight_eval.results import Result, read_results
 from itp.errors import UserError
+from itp.lm.base import Usage
 from tests.made_results import CONFIG, PLAYED, TAKEN, make_episode, make_games, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,3 +243,21 @@ def test_a_result_without_games_is_shown(tmp_path: Path) -> None:
     made = write_result(tmp_path / "empty", [])
     assert tables.terminal(tables.overview([made])).splitlines()[1].split()[0] == "empty"
     assert tables.terminal(tables.cost([made])).splitlines()[1].split()[0] == "empty"
+
+
+def test_what_a_critic_was_asked_is_among_the_costs(tmp_path: Path) -> None:
+    game, = make_games(tmp_path / "games", 1)
+    episode = make_episode(game, success=True, imagined=[])
+    plain = write_result(tmp_path / "plain", [episode])
+    assert not any(name.startswith("Q") for t in (tables.cost, analyses.deployment) for name in t([plain]).header)
+    for step in episode.steps:
+        step.usage["critic"] = Usage(3, 50, 0, 0)
+    judged = write_result(tmp_path / "judged", [episode])
+    for made in (tables.cost([plain, judged]), analyses.deployment([plain, judged])):
+        assert all(len(row) == len(made.header) for row in made.rows)
+    cost = tables.cost([plain, judged])
+    at = cost.header.index("Q calls")
+    n = len(episode.steps)
+    assert [row[at:at + 3] for row in cost.rows] == [("-",) * 3, (f"{3 * n:.1f}", f"{50 * n}", "0")]
+    calls = tables.overview([plain, judged]).header.index("calls/step")
+    assert [row[calls] for row in tables.overview([plain, judged]).rows] == ["2.0", "5.0"]

@@ -29,13 +29,21 @@ from itp.serve.published import (
     PublishedState, belief_of, earlier_trial, first_observation, history_of, perceive, text_state,
 )
 from foresight_eval.settings import AlfworldSettings
+from itp import plan
+from itp.agent.policy import Policy
+from itp.agent.policy_with_heads import PolicyWithHeads
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool
 from itp.errors import UserError
+from itp.lm.base import LM
 from itp.methods.actors import ExpertActor
 from itp.methods.memory import remembered
+from itp.models import load_policy
+from itp.pretrained import load_causal_lm
 from itp.rollout import Episode, run_episodes, step_seed
+from itp.serve.planner import Planned, Planner
+from itp.serve.settings import ServeSettings
 from itp.text.belief import Belief
 from itp.text.conditions import Conditions, failed_of
 from itp.text.state import State
@@ -453,3 +461,32 @@ def test_the_load_script_measures_it(served: Served, models: list[str], games_ro
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert [row[:3] for row in rows] == [["1", "16", "0"], ["8", "16", "0"]]
     assert float(rows[0][-1]) == 1.0 < float(rows[1][-1])
+
+
+def test_the_critic_is_loaded_at_the_start_on_the_device_of_the_policy(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only a request may name a method that asks it."""
+    folder = str(write_tiny_model(tmp_path / "policy"))
+    model, tokenizer = load_causal_lm(folder, device="cpu", dtype="fp32")
+    PolicyWithHeads.create(model, tokenizer, 1).save_pretrained(tmp_path / "critic", tokenizer)
+    loaded = []
+
+    def load(path: str, *, device: str, lm: LM | None = None, **others: Any) -> Policy:
+        if lm is None:
+            loaded.append((Path(path).name, device))
+        return load_policy(path, device="cpu", lm=lm, **others)
+
+    monkeypatch.setattr(plan, "load_policy", load)
+    settings = ServeSettings(policy_model=folder, critic_model=str(tmp_path / "critic"), method="sft",
+                             prompt_style="tuned", temperature=10.0, policy_device="cuda:1", device="cuda:0")
+
+    async def serve() -> Planned:
+        planner = await Planner.load(settings)
+        assert sorted(loaded) == [("critic", "cuda:1"), ("policy", "cuda:1")]
+        planned = await planner.decide(State(TASK["task"], TASK["first_observation"]), ["look", "inventory"], 1,
+                                       method="step_q", selection="constrained")
+        await planner.close()
+        return planned
+
+    planned = asyncio.run(serve())
+    assert len(loaded) == 2 and planned.usage["critic"].calls == 2

@@ -18,6 +18,7 @@ from itp.methods.base import Decision, EarlierTrial, View
 from itp.methods.lats import Lats
 from itp.methods.mcts import Mcts
 from itp.methods.rap import Rap, goal_overlap
+from itp.methods.reflexion import Reflexion
 from itp.methods.settings import MethodSettings
 from itp.methods.tree import Node
 from itp.seeding import derive_seed
@@ -320,6 +321,7 @@ def test_lats_looks_back_on_failed_trials_only() -> None:
     lats, policy_lm, _ = searcher(Lats)
     assert asyncio.run(lats.look_back(EarlierTrial(START, (), True), 1)) == "" and not policy_lm.asked
     assert asyncio.run(lats.look_back(EarlierTrial(START, (), False), 1)) in ACTIONS
+    assert Lats.look_back is Reflexion.look_back  # one way of looking back
 
 
 def nodes(node: Node) -> list[Node]:

@@ -33,9 +33,10 @@ def main() -> None:
     steps = [step for path in settings.transitions.split(",") for step in read_steps(path, required=NEEDS)]
     episodes = []
     for indices in episodes_of(steps):
-        rows = [(steps[i][1], steps[i][0].expert_action) for i in indices if steps[i][0].expert_action]
-        if rows:
-            episodes.append((rows, steps[indices[-1]][0].success))
+        success = steps[indices[-1]][0].success  # of a failed one what was done counts, which isn't to be imitated
+        done = [(steps[i][1], steps[i][0].expert_action if success else steps[i][0].action) for i in indices]
+        if rows := [(state, action) for state, action in done if action]:
+            episodes.append((rows, success))
     solved = sum(success for _, success in episodes)
     if not solved:
         raise UserError(f"{settings.transitions}: no solved episode with actions to imitate; give those of an expert, "

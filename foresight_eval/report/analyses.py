@@ -10,7 +10,7 @@ from typing import Any
 
 from foresight_eval.hindsight import fact_f1_by_depth
 from foresight_eval.report.tables import (
-    ROLES, Table, common_depth, comparison_within, number, percent, with_interval,
+    Table, common_depth, comparison_within, number, percent, roles_of, with_interval,
 )
 from foresight_eval.results import Result, mean_k_by_golden_steps
 from foresight_eval.statistics import mean, mean_interval
@@ -19,21 +19,23 @@ from foresight_eval.trials import tokens
 
 def deployment(results: Sequence[Result]) -> Table:
     """What an agent is like to wait for: its decisions, and how much of them each model took."""
-    rows = []
+    roles, rows = roles_of(results), []
     for result in results:
         spent, seconds = result.summary["cost"], [step["info"]["seconds"] for step in result.steps]
-        waited = [number(spent[role]["seconds_per_step"], 2) if role in spent else "-" for role in ROLES]
+        waited = [number(spent[role]["seconds_per_step"], 2) if role in spent else "-" for role in roles]
         generated = sum(usage["completion_tokens"] for step in result.steps for usage in step["usage"].values())
-        asked = sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
+        asked = sum(spent[role]["calls_per_step"] for role in roles if role in spent)
         memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
         rows.append((result.title, *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")), *waited,
                      number(asked, 1), number(spent["tokens_per_episode"]),
                      number(generated / sum(seconds) if seconds else None, 1),
                      number(spent["episodes_per_hour"], 1), memory or "-"))
-    return Table("deployment", "Deployment", "Seconds a decision; of these, waited for the policy (π) and the world "
-                 "model (M) on average; calls a decision and tokens an episode of both; generated tokens a second "
-                 "of deciding; episodes an hour; most memory in use at a time, in GB.",
-                 ("", "p50 s", "p95 s", "p99 s", "π s", "M s", "calls", "tokens/ep", "tokens/s", "ep/h", "memory"),
+    models = ", ".join(f"the {role.replace('_', ' ')} ({sign})" for role, sign in roles.items())
+    return Table("deployment", "Deployment", f"Seconds a decision; of these, waited for {models} on average; calls a "
+                 "decision and tokens an episode of all models; generated tokens a second of deciding; episodes an "
+                 "hour; most memory in use at a time, in GB.",
+                 ("", "p50 s", "p95 s", "p99 s", *(f"{sign} s" for sign in roles.values()), "calls",
+                  "tokens/ep", "tokens/s", "ep/h", "memory"),
                  tuple(rows))
 
 
@@ -49,7 +51,7 @@ def decisions(results: Sequence[Result]) -> Table:
                      number(found["steps_to_success"]["value"], 1)))
     panels = "".join(f" Panel {panel}." for panel in dict.fromkeys(r.panel for r in results) if panel)
     return Table("decisions", "Methods by decision", "Success in percent with its 95 % interval; calls and tokens a "
-                 "decision of both models; steps, in percent, that were invalid, repeated an action in the same state, "
+                 "decision of all models; steps, in percent, that were invalid, repeated an action in the same state, "
                  f"led to a state that the episode had been in; steps of the episodes that succeeded.{panels}",
                  ("", "success", "n", "calls", "tokens", "invalid", "repeated", "revisits", "steps"), tuple(rows))
 

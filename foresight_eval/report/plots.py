@@ -91,7 +91,7 @@ def success_against_budget(results: Sequence[Result]) -> Plot | None:
         axes.xaxis.set_major_formatter(_thousands)
         axes.xaxis.set_minor_formatter(_thousands)
         axes.tick_params(axis="x", which="minor", labelsize=8)
-    axes.set(xlabel="tokens per episode, policy and world model together", ylabel="success, %")
+    axes.set(xlabel="tokens per episode, all models together", ylabel="success, %")
     axes.set_ylim(bottom=0)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return Plot("success_against_budget", "Success against budget",

@@ -17,7 +17,8 @@ from foresight_eval.results import Result, bucket, by_fixed_k
 from foresight_eval.statistics import mean_interval, paired
 from foresight_eval.trials import known_depth
 
-ROLES = ("policy", "world_model")
+ROLES = {"policy": "π", "world_model": "M", "critic": "Q"}
+"""The models that calls are counted of, by their signs in a table."""
 MANY_TYPES = 8
 """More task types than this (ScienceWorld has 24) are rows instead of columns."""
 _LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
@@ -57,7 +58,7 @@ def overview(results: Sequence[Result]) -> Table:
 
 
 def _calls_per_step(spent: dict[str, Any]) -> float:
-    """Of both models together."""
+    """Of all models together."""
     return sum(spent[role]["calls_per_step"] for role in ROLES if role in spent)
 
 
@@ -215,25 +216,33 @@ def _compared(result: Result, baseline: Result, k: int) -> tuple[str, ...]:
             str(pair.losses), "< 0.001" if pair.p < 0.001 else f"{pair.p:.3f}")
 
 
+def roles_of(results: Sequence[Result]) -> dict[str, str]:
+    """The ROLES of ``results``: a critic only where one was asked."""
+    asked = any("critic" in result.summary["cost"] for result in results)
+    return {role: sign for role, sign in ROLES.items() if role != "critic" or asked}
+
+
 def cost(results: Sequence[Result]) -> Table:
     """What a result cost: calls and tokens an episode by model, seconds a decision, throughput, memory."""
-    rows = []
+    roles, rows = roles_of(results), []
     for result, budget in zip(results, budgets(results), strict=True):
         spent = result.summary["cost"]
         cells = [result.title, number(result.summary["mean_k"], 2), number(result.summary["steps_per_episode"], 1)]
-        for role in ROLES:
+        for role in roles:
             cells += [number(spent[role]["calls_per_episode"], 1), number(spent[role]["prompt_tokens_per_episode"]),
                       number(spent[role]["completion_tokens_per_episode"])] if role in spent else ["-"] * 3
-        asked = sum(spent[role]["prompt_tokens_per_episode"] for role in ROLES if role in spent)
-        cached = sum(spent[role]["cached_tokens_per_episode"] for role in ROLES if role in spent)
+        asked = sum(spent[role]["prompt_tokens_per_episode"] for role in roles if role in spent)
+        cached = sum(spent[role]["cached_tokens_per_episode"] for role in roles if role in spent)
         memory = ", ".join(f"{device} {n / 1e9:.1f}" for device, n in spent["peak_memory_bytes"].items())
         rows.append((*cells, percent(cached / asked if asked else None),
                      *(number(spent["decision_seconds"][p], 2) for p in ("p50", "p95", "p99")),
                      number(spent["episodes_per_hour"]), memory or "-", number(budget, 2)))
-    return Table("cost", "Cost", "Calls and tokens an episode (π: policy, M: world model); share of the prompt tokens "
+    models = ", ".join(f"{sign}: {role.replace('_', ' ')}" for role, sign in roles.items())
+    return Table("cost", "Cost", f"Calls and tokens an episode ({models}); share of the prompt tokens "
                  "that a cache had, in percent; seconds a decision at the concurrency of the run; episodes an hour; "
                  "most memory in use at a time, in GB; NB: normalized budget.",
-                 ("", "mean k", "steps", "π calls", "π prompt", "π generated", "M calls", "M prompt", "M generated",
+                 ("", "mean k", "steps", *(f"{sign} {what}" for sign in roles.values()
+                                           for what in ("calls", "prompt", "generated")),
                   "cached", "p50", "p95", "p99", "ep/h", "memory", "NB"), tuple(rows))
 
 
@@ -257,7 +266,7 @@ def task_types(results: Sequence[Result]) -> list[str]:
 
 
 def normalized_budget(tokens: float, at_zero: float, at_max: float) -> float | None:
-    """NB = (T̄ − T̄(0)) / (T̄(K_max) − T̄(0)), with T̄ the mean tokens an episode of policy and world model together.
+    """NB = (T̄ − T̄(0)) / (T̄(K_max) − T̄(0)), with T̄ the mean tokens an episode of all models together.
 
     T̄(k) is that of the same policy with K fixed at k.  None where imagining costs nothing.
     """

@@ -16,16 +16,15 @@ again when a reflection comes.  :mod:`itp.methods.mcts` is the same without simu
 
 from __future__ import annotations
 
-from itp.methods.base import EarlierTrial, View
+from itp.methods.base import View
 from itp.methods.mcts import Mcts, not_yet
+from itp.methods.reflexion import MEMORY, Reflexion, notes
 from itp.methods.tree import Node, Tree, backup
 from itp.seeding import derive_seed
-from itp.text.prompts import foresight_text, reflection_text
-
-MEMORY = 3
+from itp.text.prompts import foresight_text
 
 
-class Lats(Mcts):
+class Lats(Mcts, Reflexion):
     name = "lats"
 
     async def search(self, view: View) -> Tree:
@@ -50,11 +49,3 @@ class Lats(Mcts):
                                                       derive_seed(view.seed, "reflect", i)))
                 reflections, tree.notes = reflections + 1, notes(said)
         return tree
-
-    async def look_back(self, trial: EarlierTrial, seed: int) -> str:
-        return "" if trial.success else await self.policy.look_back(trial.state, seed)
-
-
-def notes(said: list[str]) -> str:
-    """The latest reflections, oldest first, as lines of a prompt."""
-    return "".join(map(reflection_text, said[-MEMORY:]))

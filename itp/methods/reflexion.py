@@ -22,10 +22,15 @@ class Reflexion(PolicyMethod):
     name = "reflexion"
 
     async def act(self, view: View) -> Decision:
-        said = [trial.note for trial in view.earlier if trial.note][-MEMORY:]
+        said = [trial.note for trial in view.earlier if trial.note]
         choice = await self.policy.act(view.state, view.observation.admissible, derive_seed(view.seed, "act"),
-                                       notes="".join(map(reflection_text, said)))
+                                       notes=notes(said))
         return decide(choice)
 
     async def look_back(self, trial: EarlierTrial, seed: int) -> str:
         return "" if trial.success else await self.policy.look_back(trial.state, seed)
+
+
+def notes(said: list[str]) -> str:
+    """The latest reflections, oldest first, as lines of a prompt."""
+    return "".join(map(reflection_text, said[-MEMORY:]))

@@ -17,6 +17,8 @@ which it wasn't trained on.  The state is the decision's ``reflection`` in the r
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from itp.methods.base import Decision, PolicyMethod, View, decide
 from itp.seeding import derive_seed
 from itp.text.belief import Belief
@@ -31,7 +33,7 @@ class Statler(PolicyMethod):
 
     async def act(self, view: View) -> Decision:
         kept = await self.write(view)
-        choice = await self.policy.act(now(view), view.observation.admissible, derive_seed(view.seed, "act"),
+        choice = await self.policy.act(now(view.state), view.observation.admissible, derive_seed(view.seed, "act"),
                                        notes=f"\n{LABEL}: {indent(kept)}")
         return decide(choice, reflection=kept, memory=kept)
 
@@ -39,12 +41,17 @@ class Statler(PolicyMethod):
         """The state of the world in ``view``, in one line."""
         if self.settings.statler_writer == "belief":
             return belief_text(Belief.of(view.state).to_json())
-        before = ""
-        if view.past:
-            before = f"\n{LABEL} before: {indent(view.past[-1].memory)}\nLast command: {indent(view.past[-1].action)}"
-        return await self.policy.reflect(now(view), before, derive_seed(view.seed, "write"), LABEL)
+        state, written = view.state, view.past[-1].memory if view.past else ""
+        # Without decisions of its own (in a server, or where an episode begins later) the state is written from the
+        # beginning on, with a call for each step.
+        for t in range(len(state.history) if view.past else 0, len(state.history) + 1):
+            seen, before = replace(state, history=state.history[:t]), ""
+            if t:
+                before = f"\n{LABEL} before: {indent(written)}\nLast command: {indent(state.history[t - 1][0])}"
+            written = await self.policy.reflect(now(seen), before, derive_seed(view.seed, "write"), LABEL)
+        return written
 
 
-def now(view: View) -> State:
+def now(state: State) -> State:
     """The task and what was seen last, without history."""
-    return State(view.state.task, view.state.observation)
+    return State(state.task, state.observation)

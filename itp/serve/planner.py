@@ -22,7 +22,7 @@ from itp.lm.base import LM, Usage, metered
 from itp.lm.scheduler import BatchBarrier
 from itp.methods.base import Decision, EarlierTrial, Method, View
 from itp.methods.registry import METHODS
-from itp.methods.settings import NEED_WORLD_MODEL, WRITE_THOUGHTS
+from itp.methods.settings import NEED_CRITIC, NEED_WORLD_MODEL, WRITE_THOUGHTS
 from itp.plan import check_answers, check_scores, make_plan
 from itp.serve.settings import ServeSettings
 from itp.text.alfworld_phrases import NOTHING_HAPPENS
@@ -58,7 +58,10 @@ class Planner:
         """Load the models.  Raises UserError for what can't work, before that where possible."""
         plan, barrier = make_plan(settings), BatchBarrier()
         check_answers(plan)
-        policy = plan.load_policy(barrier, settings.policy_device or settings.device)
+        judged = plan
+        if settings.critic_model and settings.method not in NEED_CRITIC:  # as for the world model below
+            judged = make_plan(dataclasses.replace(settings, method="step_q", action_selection="generate"))
+        policy = judged.load_policy(barrier, settings.policy_device or settings.device)
         world_model: WorldModel | None = None
         if settings.has_world_model:
             asks = plan if plan.uses_world_model else make_plan(dataclasses.replace(
@@ -92,7 +95,6 @@ class Planner:
             if plan.policy_server is not None:
                 await check_scores(settings, self.policy_lm)
             policy = plan.load_policy(self.barrier, lm=self.policy_lm, critic=self.critic)
-            self.critic = policy.critic
             world_model = plan.load_world_model(self.barrier, lm=self.wm_lm) if plan.uses_world_model else None
             self._methods[name, selection] = plan.build_method(policy, world_model)
         return self._methods[name, selection]

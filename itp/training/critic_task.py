@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from itp.agent.policy import VALUE_TOKENS
 from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenizer
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.lm.tokenize import Encoder
-from itp.model_card import ModelCard, format_for
-from itp.text.prompt_format import PromptFormat
+from itp.model_card import ModelCard
 from itp.text.prompts import CTRL, value_prompt
 from itp.text.state import State
 from itp.training import token_tree
@@ -119,10 +118,6 @@ class CriticTask(HeadsTask):
             else:  # it doesn't fit even without its history
                 counts["too_long"] += 1
 
-    def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        form = format_for(self.settings.model_path, tokenizer, env=self.settings.env)
-        return replace(form, control_token=True)
-
     def _packed(self, judged: list[Judged]) -> Iterator[list[Judged]]:
         """Examples of a group that share a row."""
         most = self.settings.steps_per_sequence or len(judged)
@@ -145,6 +140,10 @@ class CriticTask(HeadsTask):
         if self.settings.lora_r:
             policy.add_lora(lora_config(self.settings, policy.causal_lm, self.settings.lora_targets),
                             tokenizer.convert_tokens_to_ids(CTRL))
+        else:  # a critic writes nothing: only where it is tied, the output embedding gets a gradient
+            embeddings = policy.causal_lm.get_input_embeddings().weight
+            for weight in policy.causal_lm.get_output_embeddings().parameters():
+                weight.requires_grad_(weight is embeddings and weight.requires_grad)
         return Critic(policy)
 
     def card(self, tokenizer: PreTrainedTokenizerBase) -> ModelCard:

@@ -121,7 +121,7 @@ class Explorer(PolicyMethod):
 
 @dataclass
 class Forest:
-    """Plays trees.  ``seats``: held by every game that is open."""
+    """Plays trees.  ``seats``: held by every episode that is played."""
 
     settings: ExploreSettings
     policy: Policy
@@ -145,7 +145,7 @@ class Forest:
         branches = await asyncio.gather(*(
             self._play(game, FirstThen(action, i, greedy), first.steps[i].state) for i, action in others))
         episodes = [first, *(branch for branch in branches if not self.left_out.takes(branch))]
-        nodes = q_values(map(_as_steps, episodes), settings.gamma)
+        nodes = q_values([_as_steps(episode) for episode in episodes if episode.steps], settings.gamma)
         return {"game_id": game.game_id, "success": first.success, "episodes": len(episodes),
                 "solved": sum(episode.success for episode in episodes),
                 "steps": sum(len(episode.steps) for episode in episodes),
@@ -171,6 +171,26 @@ def _as_steps(episode: Episode) -> tuple[list[tuple[State, str]], State, bool]:
     return steps, last.state.after(last.decision.action, last.observation), episode.success
 
 
+async def _plant(forest: Forest, games: Sequence[Game], path: Path) -> None:
+    """Append the tree of each of ``games``.  ``concurrency`` are open, so that a run that is killed loses no more."""
+    todo = iter(games)
+    with progress_bar(len(games), "game") as bar:
+
+        async def worker() -> None:
+            for game in todo:
+                if row := await forest.tree(game):
+                    append_row(path, row)
+                bar.update()
+
+        workers = [asyncio.create_task(worker()) for _ in range(forest.settings.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for task in workers:
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+
 async def explore(settings: ExploreSettings, games: Sequence[Game], out: Path) -> None:
     """Add the trees of ``games`` to the file."""
     barrier = BatchBarrier()
@@ -180,11 +200,7 @@ async def explore(settings: ExploreSettings, games: Sequence[Game], out: Path) -
                    processes_for(settings.env_processes, settings.concurrency))
     forest = Forest(settings, policy, pool, barrier, asyncio.Semaphore(settings.concurrency))
     try:
-        with progress_bar(len(games), "game") as bar:
-            for tree in asyncio.as_completed([asyncio.create_task(forest.tree(game)) for game in games]):
-                if row := await tree:
-                    append_row(out / EXPLORED, row)
-                bar.update()
+        await _plant(forest, games, out / EXPLORED)
     finally:
         await pool.close()
         await policy.close()
@@ -209,9 +225,9 @@ def main() -> None:
                 asyncio.run(explore(settings, todo, out))
         rows = read_appended(out / EXPLORED, {"game_id": str, "nodes": list})
     q = [node["q"] for row in rows for node in row["nodes"]]
+    mean = f"{len(q)} actions, mean Q {sum(q) / len(q):.3f}" if q else "no actions"
     print(f"{len(rows)} games, {sum(row['episodes'] for row in rows)} episodes ({sum(row['solved'] for row in rows)} "
-          f"solved, {sum(row['success'] for row in rows)} of the first ones), {len(q)} actions, mean Q "
-          f"{sum(q) / len(q):.3f}, in {out / EXPLORED}")
+          f"solved, {sum(row['success'] for row in rows)} of the first ones), {mean}, in {out / EXPLORED}")
 
 
 if __name__ == "__main__":

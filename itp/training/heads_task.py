@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from itp.agent.heads import has_heads
 from itp.agent.policy_with_heads import PolicyWithHeads, read_heads, save_heads
+from itp.model_card import format_for
 from itp.pretrained import load_tokenizer
+from itp.text.prompt_format import PromptFormat
 from itp.training.models import load_plain_base, merge_adapter, save_whole
+from itp.training.settings import trained_card
 from itp.training.task import TrainedModule
 from itp.training.text_task import TextTask
 
@@ -35,6 +39,14 @@ class HeadsTask(TextTask):
             policy = PolicyWithHeads.create(model, tokenizer, self.kmax())
         policy.card = self.card(tokenizer)
         return policy
+
+    def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """As the model was prompted before, since labels belong to their prompt, or as ``--prompt_form`` says."""
+        settings = self.settings
+        form = format_for(settings.model_path, tokenizer, env=settings.env)
+        as_it_is = settings.prompt_form == "auto" or form.style == "instruct" and settings.prompt_form == "chat"
+        template = form.template if as_it_is else trained_card(settings, tokenizer).template
+        return replace(form, template=template, control_token=True)
 
     def write_checkpoint(self, model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None) -> bool:
         """What is trained, and only once where embeddings are tied."""

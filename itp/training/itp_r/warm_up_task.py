@@ -19,8 +19,7 @@ from itp.agent.policy_with_heads import PolicyWithHeads, add_control_to_tokenize
 from itp.agent.prompt_budget import PromptBudget, prompt_tokens
 from itp.errors import UserError
 from itp.lm.tokenize import Encoder
-from itp.model_card import ModelCard, format_for, prompt_settings
-from itp.text.prompt_format import PromptFormat
+from itp.model_card import ModelCard, prompt_settings
 from itp.text.prompts import CTRL, action_target, control_prompt, policy_prompt
 from itp.text.state import State
 from itp.training.examples import COUNTS, Encoding, TrainingRow
@@ -135,14 +134,6 @@ class WarmUpTask(HeadsTask):
                 counts["lost_tokens"] += encode.count(whole) - len(prompt)
             unimagined = budget.prompt(step.state, functools.partial(render, foresight=""), len(target))
             yield Encoded(step, prompt, target, [*encode.start, *encode(control_prompt(unimagined, form))])
-
-    def prompt_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        """As stage 1 prompts the base policy, since labels belong to their prompt, or as ``--prompt_form`` says."""
-        settings = self.settings
-        form = format_for(settings.model_path, tokenizer, env=settings.env)
-        as_it_is = settings.prompt_form == "auto" or form.style == "instruct" and settings.prompt_form == "chat"
-        template = form.template if as_it_is else trained_card(settings, tokenizer).template
-        return replace(form, template=template, control_token=True)
 
     def _packed(self, episode: list[Encoded]) -> Iterator[list[Encoded]]:
         """Steps of an episode that share a sequence, which has at most ``max_packed_len`` tokens."""
