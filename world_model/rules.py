@@ -57,7 +57,8 @@ Step = tuple[Transition, State]
 class RulesSettings:
     wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub", affects_result=False)
     transitions: str = flag(help="transitions.jsonl to begin with; several comma-separated", affects_result=False)
-    out_dir: str = flag(help="folder for rules.json and the transitions of each round", affects_result=False)
+    out_dir: str = flag(help="folder for rules.json, and the transitions of each round with the rules that it "
+                              "played with", affects_result=False)
     max_rows: int = flag(4000, at_least=0, help="a random sample of so many transitions at most (0: all)")
     held_out: float = flag(0.25, above=0, below=1, help="share of the games that only check rules, or only measure")
     rounds: int = flag(0, at_least=0, help="rounds of playing and learning after the first")
@@ -164,8 +165,9 @@ async def play(settings: RulesSettings, number: int, rules: Sequence[Rule], out:
     barrier, left_out = BatchBarrier(), LeftOut()
     policy = load_policy(settings.policy_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
     world_model = load_world_model(settings.wm_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
-    write_json(out / RULES, {"rules": [rule.to_json() for rule in rules]})
-    method = Walle(policy, world_model, MethodSettings(walle_rules=str(out / RULES)))
+    so_far = out / f"rules-{number}.json"  # a file of this round alone: what is read of a path is kept
+    write_json(so_far, {"rules": [rule.to_json() for rule in rules]})
+    method = Walle(policy, world_model, MethodSettings(walle_rules=str(so_far)))
     pool = EnvPool(engine_of(EnvFlags(), want_admissible=method.want_admissible),
                    processes_for(settings.env_processes, settings.concurrency))
     transitions: list[Transition] = []
