@@ -28,8 +28,8 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
-    asks_yes_or_no,
+    DRAW_ACTIONS, LEARNED_FILES, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
+    MethodSettings, asks_yes_or_no,
 )
 from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_state_model, load_world_model
@@ -72,9 +72,11 @@ class EvalPlan:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
         facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
-        if settings.critic_model:
-            facts["critic_fingerprint"] = model_fingerprint(settings.critic_model)
-        facts |= {f"{name}_sha256": content_digest(path) for name, path in settings.learned_files.items()}
+        critic = settings.critic_model if settings.method in NEED_CRITIC else ""
+        facts["critic_fingerprint"] = model_fingerprint(critic) if critic else ""  # "": to resume without is refused
+        for method, name in LEARNED_FILES.items():
+            path = getattr(settings, name) if settings.method == method else ""
+            facts[f"{name}_sha256"] = content_digest(path) if path else ""
         if self.policy_server is None:
             facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
         else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted

@@ -23,7 +23,7 @@ import pytest
 
 from foresight_eval import results
 from foresight_eval.report.report import overview
-from foresight_eval.runner import choose_games, evaluate
+from foresight_eval.runner import choose_games, evaluate, open_folder
 from foresight_eval.settings import AlfworldSettings
 from foresight_eval.summary import write_summary
 from itp.config import flag_fields
@@ -223,6 +223,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(base: AlfworldSettings, fin
     with pytest.raises(UserError, match="3.json is a result of gone/trial_0"):
         run(base, folder)
     assert set(run(base, folder, override=True, only_ids="2", max_steps=1)) == {2}
+
+
+def test_what_was_learned_for_a_method_is_part_of_a_result(base: AlfworldSettings, tmp_path: Path) -> None:
+    rules, out = tmp_path / "rules.json", tmp_path / "out"
+    rules.write_text('{"rules": []}')
+
+    def opened(**changes: Any) -> Path:
+        plan = make_plan(dataclasses.replace(base, out_dir=str(out), **changes))
+        return open_folder(plan, None, start_anew=False)
+
+    record = opened(method="walle", walle_rules=str(rules)) / "config.json"
+    with pytest.raises(UserError, match="walle_rules_sha256"):
+        opened(method="walle")
+    record.unlink()
+    opened(method="sft", critic_model=base.policy_model)
+    opened(method="sft")  # which asks no critic
+    written = json.loads(record.read_text())
+    for name in ("critic_fingerprint", "walle_rules_sha256", "wkm_base_sha256"):  # a result of before they were there
+        assert written["config"].pop(name) == ""
+    record.write_text(json.dumps(written))
+    opened(method="sft")
 
 
 def test_some_games_only(base: AlfworldSettings, finished: tuple[Path, str], tmp_path: Path) -> None:

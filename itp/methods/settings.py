@@ -25,6 +25,9 @@ WRITE_THOUGHTS = ("react", "cot")
 SCORE_ACTIONS = ("revise", "wkm")
 """They compare the log-probabilities of given actions."""
 
+LEARNED_FILES = {"walle": "walle_rules", "wkm": "wkm_base"}
+"""Method -> the flag that names what its program has learned.  The file's content affects the result, not its path."""
+
 LOOK_AHEAD = ("tot", "mpc", "rafa")
 """Their depth is K_max, which therefore can't be 0."""
 
@@ -102,11 +105,6 @@ class MethodSettings:
     statler_writer: str = flag("lm", before="lm", choices=STATLER_WRITERS,
                                help="statler: who writes the state of the world: the policy (an instruct model), or "
                                     "ALFWorld's rules from the observations")
-
-    @property
-    def learned_files(self) -> dict[str, str]:
-        """Files that a method's program has learned, by flag: their content affects the result, not their path."""
-        return {name: path for name in ("walle_rules", "wkm_base") if (path := getattr(self, name))}
 
     @property
     def revise_k(self) -> int:
