@@ -210,6 +210,9 @@ def _check_method(settings: AgentSettings) -> None:
                         "prompt, so the policy can't think first; leave the flag out")
     if method == "statler" and settings.statler_writer == "belief" and settings.env != "alfworld":
         raise UserError("--statler_writer belief knows ALFWorld's rules only; give --statler_writer lm")
+    if method in LEARNED_FILES and settings.env != "alfworld":
+        raise UserError(f"--method {method} reads the symbolic state of ALFWorld's rooms only; choose another method "
+                        f"for {settings.env}")
     if method == "implement":
         _check_implement(settings)
     if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):

@@ -40,6 +40,8 @@ MISTAKES = [
      "--policy_model model", "--wm_backend engine imagines in the game itself"),
     ("-m foresight_eval.runner_sciworld --out_dir out --method statler --statler_writer belief --policy_model model",
      "give --statler_writer lm"),
+    *((f"-m foresight_eval.runner_sciworld --out_dir out --method {method} {PAIR}",
+       f"--method {method} reads the symbolic state of ALFWorld's rooms only") for method in ("walle", "wkm")),
     (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel nothing", "no such file, nor a panel"),
     (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel alfworld_made_unseen",
      "204 of its 204 games aren't under data"),
