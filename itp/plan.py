@@ -28,8 +28,8 @@ from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LEARNED_FILES, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
-    MethodSettings, asks_yes_or_no,
+    DRAW_ACTIONS, LEARNED_FILES, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
+    MethodSettings, asks_yes_or_no, looks_ahead,
 )
 from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
 from itp.models import load_policy, load_state_model, load_world_model
@@ -280,7 +280,7 @@ def _check_horizon(plan: EvalPlan) -> None:
     settings, method, path = plan.settings, plan.method_settings, plan.settings.policy_model
     if method.min_k > method.max_k:
         raise UserError(f"--min_k {method.min_k}: more than K_max, which is {method.max_k}; give less")
-    if settings.method in LOOK_AHEAD and method.max_k < 1:
+    if looks_ahead(settings.method, settings) and method.max_k < 1:
         raise UserError(f"--method {settings.method} looks --max_k steps ahead: give at least 1")
     if settings.k_policy == "head" and not plan.heads:
         raise UserError(f"--k_policy head: {path} has no K-head; train one with "

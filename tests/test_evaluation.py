@@ -286,6 +286,7 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
     (SERVED | {"method": "rap"}, "--method rap weighs"),
     (SERVED | {"k_policy": "head"}, "a server has no K-head"),
     (SERVED | {"prompt_style": "instruct"}, "/no/such/model: no such model folder"),
+    (SERVED | {"method": "walle", "walle_critic": "judge", "max_k": 0}, "--method walle looks --max_k steps ahead"),
     ({"split": "validation"}, "unknown split"),
     ({"env_data_root": "/nowhere"}, "no such folder"),
 ])

@@ -29,7 +29,7 @@ LEARNED_FILES = {"walle": "walle_rules", "wkm": "wkm_base"}
 """Method -> the flag that names what its program has learned.  The file's content affects the result, not its path."""
 
 LOOK_AHEAD = ("tot", "mpc", "rafa")
-"""Their depth is K_max, which therefore can't be 0."""
+"""Their depth is K_max: see :func:`looks_ahead`."""
 
 IMPLEMENT_CHOICES = ("policy", "gain")
 IMPLEMENT_MEMORY = ("context", "recall", "none")
@@ -122,4 +122,14 @@ class MethodSettings:
 
 def asks_yes_or_no(method: str, settings: MethodSettings) -> bool:
     """Whether ``method`` asks the policy whether something helps."""
-    return method in NEED_YES_OR_NO or method == "walle" and settings.walle_critic == "judge"
+    return method in NEED_YES_OR_NO or _judges(method, settings)
+
+
+def looks_ahead(method: str, settings: MethodSettings) -> bool:
+    """Whether ``method`` imagines K_max steps, which therefore can't be 0."""
+    return method in LOOK_AHEAD or _judges(method, settings)
+
+
+def _judges(method: str, settings: MethodSettings) -> bool:
+    """Whether this is walle as a special case of mpc."""
+    return method == "walle" and settings.walle_critic == "judge"
