@@ -32,7 +32,7 @@ from itp.methods.settings import (
     MethodSettings, asks_yes_or_no, looks_ahead,
 )
 from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
-from itp.models import load_policy, load_state_model, load_world_model
+from itp.models import check_recall, load_policy, load_state_model, load_world_model
 from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
 from itp.text.prompts import NO, YES
 
@@ -250,11 +250,13 @@ def _check_revise(settings: AgentSettings) -> None:
 
 
 def _check_states(plan: EvalPlan) -> None:
-    """Refuse a world model on symbolic states where nobody can ask it."""
+    """Refuse a world model on symbolic states where nobody can ask it, and recall that no world model here can use."""
     settings = plan.settings
     if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
         raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
                         "on ALFWorld; give a world model that predicts observations")
+    if settings.wm_recall and plan.uses_world_model and not plan.imagines_in_engine:
+        check_recall(settings.wm_model, settings.env, plan.predicts_states)
 
 
 def _check_server_policy(plan: EvalPlan) -> None:
