@@ -26,6 +26,7 @@ from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import ENGINE, Server, server_of
 from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
+from itp.methods.knowledge import read_knowledge
 from itp.methods.registry import build
 from itp.methods.settings import (
     DRAW_ACTIONS, LEARNED_FILES, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
@@ -35,6 +36,7 @@ from itp.model_card import card_digest, predicts_states, prompt_settings, resolv
 from itp.models import check_recall, load_policy, load_state_model, load_world_model
 from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
 from itp.text.prompts import NO, YES
+from itp.text.rules import read_rules
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +215,7 @@ def _check_method(settings: AgentSettings) -> None:
     if method in LEARNED_FILES and settings.env != "alfworld":
         raise UserError(f"--method {method} reads the symbolic state of ALFWorld's rooms only; choose another method "
                         f"for {settings.env}")
+    _read_learned(settings)
     if method == "implement":
         _check_implement(settings)
     if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):
@@ -225,6 +228,14 @@ def _check_method(settings: AgentSettings) -> None:
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
         raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
                         "--method foresight")
+
+
+def _read_learned(settings: AgentSettings) -> None:
+    """Refuse a file of rules or of knowledge that isn't there, or isn't one."""
+    read = {"walle_rules": read_rules, "wkm_base": read_knowledge}
+    name = LEARNED_FILES.get(settings.method)
+    if name and (path := getattr(settings, name)):
+        read[name](path)
 
 
 def _check_implement(settings: AgentSettings) -> None:
@@ -269,6 +280,9 @@ def _check_server_policy(plan: EvalPlan) -> None:
     if settings.action_selection == "score" and draws:
         raise UserError(f"--method {method} draws several actions: with --policy_backend {settings.policy_backend} it "
                         "needs --action_selection generate")
+    if method in NEED_CRITIC and not settings.critic_model:
+        raise UserError(f"--method {method} asks a value head, and a policy behind a server has none: give "
+                        "--critic_model, which python -m itp.training.critic trains")
     if method == "rap":
         raise UserError("--method rap weighs an action by the log-probability of what the policy wrote, which a server "
                         "doesn't say: use --method mcts, or a local policy")

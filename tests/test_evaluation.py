@@ -33,6 +33,7 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.methods.actors import ExpertActor, RandomWalk
 from itp.methods.base import Method
+from itp.methods.settings import NEED_CRITIC
 from itp.plan import make_plan
 from itp.rollout import run_episodes
 from itp.text.prompts import foresight_text
@@ -329,6 +330,9 @@ def test_only_the_k_head_is_bound_to_the_k_it_was_trained_with(base: AlfworldSet
     assert "--max_k 3: " in checked(k_policy="random", max_k=3) and checked(k_policy="random") == ""
     assert "--fixed_k 3: " in checked(fixed_k=3) and checked(fixed_k=2, max_k=3) == ""
     assert checked(disable_wm=1, max_k=3) == checked(method="sft", max_k=3) == ""
+    for method in NEED_CRITIC:  # heads that a server doesn't ask
+        with pytest.raises(UserError, match=f"--method {method} asks a value head"):
+            checked(method=method, **SERVED)
     with pytest.raises(UserError, match="--k_policy head: .* no K-head"):
         checked(policy_model=base.policy_model, k_policy="head")
 
