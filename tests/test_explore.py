@@ -13,6 +13,7 @@ from foresight_eval import results
 from itp.plan import make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
+from itp.config import parse_settings
 from itp.errors import UserError
 from itp.text.state import parse
 from itp.training import critic, explore
@@ -22,7 +23,7 @@ from tests.tiny import write_tiny_model
 def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     policy, tree = write_tiny_model(tmp_path / "policy"), tmp_path / "tree"
-    argv = ["explore", "--policy_model", str(policy), "--env_data_path", str(games_root), "--out_dir", str(tree),
+    argv = ["explore", "--policy_model", str(policy), "--env_data_root", str(games_root), "--out_dir", str(tree),
             "--max_games", "2", "--max_steps", "3", "--branch_points", "1", "--candidates", "3", "--explore", "0",
             "--temperature", "10",
             "--env_processes", "1", "--device", "cpu"]
@@ -58,3 +59,9 @@ def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path
 
     with pytest.raises(UserError, match="needs --critic_model"):
         make_plan(AlfworldSettings(policy_model=str(policy), out_dir="x", method="step_q"))
+
+
+def test_the_folder_of_games_is_called_as_elsewhere() -> None:
+    needed = ["--policy_model", "p", "--out_dir", "o"]
+    for name in ("--env_data_root", "--env_data_path"):  # the second is the name that it had
+        assert parse_settings(explore.ExploreSettings, [*needed, name, "data"]).env_data_root == "data"

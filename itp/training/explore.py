@@ -1,6 +1,6 @@
 r"""Exploration trees of the policy in the real engine, with a Q for every action in them: the data of step-level Q.
 
-    python -m itp.training.explore --policy_model POLICY --env_data_path DATA --out_dir runs/tree
+    python -m itp.training.explore --policy_model POLICY --env_data_root DATA --out_dir runs/tree
 
 The policy plays each game, and a share of its actions (``--explore``) is another one of ``--candidates`` proposals.  Of
 the ``--branch_points`` steps that are chosen by chance, the other proposals are executed too: the game is moved to the
@@ -54,7 +54,8 @@ EXPLORED = "explored.jsonl"
 class ExploreSettings(EnvFlags):
     policy_model: str = flag(help="the policy that explores: a model folder, or a name on the Hugging Face hub",
                              affects_result=False)
-    env_data_path: str = flag("", help="folder that holds json_2.1.1", affects_result=False)
+    env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1", affects_result=False,
+                              aliases=("env_data_path",))
     out_dir: str = flag(help="folder for explored.jsonl; the same command again goes on", affects_result=False)
     split: str = flag("train", help="split of the games")
     max_games: int = flag(0, at_least=0, help="a random choice of so many games (0: all)")
@@ -195,7 +196,7 @@ async def explore(settings: ExploreSettings, games: Sequence[Game], out: Path) -
 def main() -> None:
     settings = parse_settings(ExploreSettings, prog="python -m itp.training.explore", description=__doc__)
     check_model_path(settings.policy_model)
-    games = games_of(settings, settings.split, settings.env_data_path)
+    games = games_of(settings, settings.split, settings.env_data_root)
     if settings.max_games:
         games = sorted(games, key=lambda g: derive_seed(settings.seed, "games", g.game_id))[:settings.max_games]
     games = [dataclasses.replace(goal, max_steps=0) for game in games for goal in goals_of(settings, game)]
