@@ -57,10 +57,11 @@ class MethodSettings:
                                       "a K-head, else prompt", choices=K_POLICIES)
     k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
     proposals: ClassVar[Topic] = Topic("Methods that propose and compare")
-    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt and no_repeat "
-                                                 "propose")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt, no_repeat, "
+                                                 "walle and step_q propose, and wkm where they are written freely; "
+                                                 "trajectories that armap imagines")
     beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
-    rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
+    rounds: int = flag(5, at_least=1, help="rounds of implement, self_refine and walle at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
                                                     "action that gathers information; for others 1")
     of_implement: ClassVar[Topic] = Topic("IMPLEMENT and revise")
