@@ -40,13 +40,17 @@ def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path
         assert all(node["q"] == 0.0 for node in row["nodes"]) or row["solved"]
     before = (tree / explore.EXPLORED).read_bytes()
     explore.main()
-    assert (tree / explore.EXPLORED).read_bytes() == before and "2 games" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (tree / explore.EXPLORED).read_bytes() == before and "2 games" in said
+    assert f"next: python -m itp.training.critic --learn q --train_jsonl {tree / explore.EXPLORED} " in said
 
     monkeypatch.setattr(sys, "argv", [
         "critic", "--learn", "q", "--train_jsonl", str(tree / explore.EXPLORED), "--model_path", str(policy),
         "--epochs", "1", "--out_dir", str(tmp_path / "q"), "--steps_per_sequence", "0",
         "--eval_share", "0.5", "--lora_r", "2"])
     critic.main()
+    next_command = f"next: python -m foresight_eval --method step_q --critic_model {tmp_path / 'q' / 'merged_full'} "
+    assert next_command in capsys.readouterr().out
     settings = AlfworldSettings(
         policy_model=str(policy), critic_model=str(tmp_path / "q" / "merged_full"), out_dir=str(tmp_path / "eval"),
         env_data_root=str(games_root), split="unseen", method="step_q", action_selection="constrained", candidates=3,

@@ -22,9 +22,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from itp.config import flag, parse_settings
+from itp.config import Topic, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
@@ -55,6 +55,11 @@ Step = tuple[Transition, State]
 
 @dataclass
 class RulesSettings:
+    """What the rules are learned from."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "wm_model", "transitions", "out_dir", "rounds", "policy_model",
+        "env_data_root", "games_per_round", "support", "max_rules", "device")
     wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub", affects_result=False)
     transitions: str = flag(help="transitions.jsonl to begin with; several comma-separated", affects_result=False)
     out_dir: str = flag(help="folder for rules.json, and the transitions of each round with the rules that it "
@@ -68,11 +73,13 @@ class RulesSettings:
     games_per_round: int = flag(30, at_least=1, help="games of a round, none of which is played twice if there are "
                                                      "enough")
     max_steps: int = flag(30, at_least=1, help="steps of an episode at most")
+    kept: ClassVar[Topic] = Topic("Which rules are kept")
     max_conditions: int = flag(2, at_least=0, help="conditions of a rule at most")
     support: int = flag(5, at_least=1, help="transitions in which a rule must hold")
     precision: float = flag(0.99, above=0, help="share of the answers that a rule must have right where it applies")
     max_rules: int = flag(40, at_least=0, help="rules at most (0: all that explain --least failures)")
     least: int = flag(2, at_least=1, help="failures that a rule must explain which those before it don't")
+    running: ClassVar[Topic] = Topic("Devices, speed and chance")
     device: str = flag("cuda", help="device of the models", affects_result=False)
     dtype: str = flag("fp16", help="their precision on a GPU", choices=DTYPES)
     concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)

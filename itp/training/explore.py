@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.agent.policy import SELECTIONS, Policy
 from itp.config import flag, parse_settings
@@ -40,7 +40,7 @@ from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next
 from itp.rollout import Episode, LeftOut, play
 from itp.run_dir import alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
@@ -52,6 +52,11 @@ EXPLORED = "explored.jsonl"
 
 @dataclass
 class ExploreSettings(EnvFlags):
+    """What is explored, and how."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "env_data_root", "out_dir", "env", "split",
+        "max_games", "candidates", "explore", "branch_points", "action_selection")
     policy_model: str = flag(help="the policy that explores: a model folder, or a name on the Hugging Face hub",
                              affects_result=False)
     env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1", affects_result=False,
@@ -213,6 +218,8 @@ def main() -> None:
     print(f"{len(rows)} games, {sum(row['episodes'] for row in rows)} episodes ({sum(row['solved'] for row in rows)} "
           f"solved, {sum(row['success'] for row in rows)} of the first ones), {len(q)} actions, mean Q "
           f"{sum(q) / len(q):.3f}, in {out / EXPLORED}")
+    say_next(f"python -m itp.training.critic --learn q --train_jsonl {out / EXPLORED} --model_path "
+             f"{settings.policy_model} --out_dir DIR")
 
 
 if __name__ == "__main__":
