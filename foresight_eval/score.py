@@ -9,7 +9,6 @@ were added since, and mended ones, come to results of any age.  :mod:`foresight_
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from foresight_eval.metrics import METRICS
 from foresight_eval.report import tables
 from foresight_eval.results import read_config, read_results
 from foresight_eval.summary import write_summary
-from itp.config import add_flags, did_you_mean, flag, from_args
+from itp.config import complete, did_you_mean, flag, from_args, make_parser
 from itp.errors import UserError
 from itp.files import check_output_file, write_atomic
 from itp.program import run_main
@@ -25,15 +24,17 @@ from itp.program import run_main
 
 @dataclass
 class ScoreSettings:
+    """What is shown."""
+
     metrics: str = flag("", help="metrics to show, comma-separated (empty: all)")
     out_csv: str = flag("", help="file for the table")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m foresight_eval.score", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(ScoreSettings, prog="python -m foresight_eval.score", description=__doc__,
+                         positional="DIR [DIR ...] ")
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="result folders")
-    add_flags(parser, ScoreSettings)
+    complete(parser)
     args = parser.parse_args()
     settings = from_args(ScoreSettings, args)
     wanted = [name for name in settings.metrics.split(",") if name]

@@ -73,10 +73,8 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     its budget are those of its own card.  Raises UserError, also for a model of symbolic states, which only those who
     want one (``states``) can ask: see :func:`load_state_model`.
     """
-    if recall and env != "alfworld":
-        raise UserError(f"--wm_recall knows the rules of ALFWorld's rooms only; leave it out for {env}")
-    if recall and states:
-        raise UserError(f"{path} predicts symbolic states, which --wm_recall doesn't; leave it out")
+    if recall:
+        check_recall(path, env, states)
     if not states and predicts_states(path):
         raise UserError(f"{path} predicts symbolic states, which only --method implement reads; give a world model "
                         "that predicts observations")
@@ -91,6 +89,14 @@ def load_world_model(path: str, *, env: str = "alfworld", lm: LM | None = None, 
     return WorldModel(lm, form, _budget(lm, path, form, prompt["max_seq_len"], "observation"),
                       history_keep_steps=prompt["history_keep_steps"], max_new_tokens=max_new_tokens,
                       recall=recall, limit_flag=limit_flag)
+
+
+def check_recall(path: str, env: str, states: bool = False) -> None:
+    """Refuse ``--wm_recall`` where it can't help the world model in ``path``, which predicts symbolic ``states``."""
+    if env != "alfworld":
+        raise UserError(f"--wm_recall knows the rules of ALFWorld's rooms only; leave it out for {env}")
+    if states:
+        raise UserError(f"{path} predicts symbolic states, which --wm_recall doesn't; leave it out")
 
 
 def load_state_model(path: str, *, state_tokens: int = 2048, **options: Any) -> StateModel:

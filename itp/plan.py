@@ -26,15 +26,17 @@ from itp.lm.scheduler import BatchBarrier
 from itp.lm.server import ENGINE, Server, server_of
 from itp.lm.tokenize import Encoder
 from itp.methods.base import Method
+from itp.methods.knowledge import read_knowledge
 from itp.methods.registry import build
 from itp.methods.settings import (
-    DRAW_ACTIONS, LOOK_AHEAD, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS, MethodSettings,
-    asks_yes_or_no,
+    DRAW_ACTIONS, LEARNED_FILES, NEED_CRITIC, NEED_WORLD_MODEL, SCORE_ACTIONS, TREE_SEARCH, WRITE_THOUGHTS,
+    MethodSettings, asks_yes_or_no, looks_ahead,
 )
 from itp.model_card import card_digest, predicts_states, prompt_settings, resolve_by_card
-from itp.models import load_policy, load_state_model, load_world_model
+from itp.models import check_recall, load_policy, load_state_model, load_world_model
 from itp.pretrained import check_model_path, load_tokenizer, model_fingerprint
 from itp.text.prompts import NO, YES
+from itp.text.rules import read_rules
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +74,11 @@ class EvalPlan:
         """What the results depend on besides the settings: models count by their weights, not by their paths."""
         settings = self.settings
         facts = {"max_k": self.method_settings.max_k}  # not -1: what a report measures budgets by
-        if settings.critic_model:
-            facts["critic_fingerprint"] = model_fingerprint(settings.critic_model)
-        facts |= {f"{name}_sha256": content_digest(path) for name, path in settings.learned_files.items()}
+        critic = settings.critic_model if settings.method in NEED_CRITIC else ""
+        facts["critic_fingerprint"] = model_fingerprint(critic) if critic else ""  # "": to resume without is refused
+        for method, name in LEARNED_FILES.items():
+            path = getattr(settings, name) if settings.method == method else ""
+            facts[f"{name}_sha256"] = content_digest(path) if path else ""
         if self.policy_server is None:
             facts["policy_fingerprint"] = model_fingerprint(settings.policy_model)
         else:  # a server's weights can't be seen; its folder, where one is given, says how it is prompted
@@ -208,6 +212,10 @@ def _check_method(settings: AgentSettings) -> None:
                         "prompt, so the policy can't think first; leave the flag out")
     if method == "statler" and settings.statler_writer == "belief" and settings.env != "alfworld":
         raise UserError("--statler_writer belief knows ALFWorld's rules only; give --statler_writer lm")
+    if method in LEARNED_FILES and settings.env != "alfworld":
+        raise UserError(f"--method {method} reads the symbolic state of ALFWorld's rooms only; choose another method "
+                        f"for {settings.env}")
+    _read_learned(settings)
     if method == "implement":
         _check_implement(settings)
     if method in NEED_CRITIC and not has_heads(settings.critic_model or settings.policy_model):
@@ -220,6 +228,14 @@ def _check_method(settings: AgentSettings) -> None:
     elif method in NEED_WORLD_MODEL and method != "foresight" and (settings.disable_wm or settings.fixed_k >= 0):
         raise UserError(f"--method {method} is nothing without its world model: --disable_wm and --fixed_k are for "
                         "--method foresight")
+
+
+def _read_learned(settings: AgentSettings) -> None:
+    """Refuse a file of rules or of knowledge that isn't there, or isn't one."""
+    read = {"walle_rules": read_rules, "wkm_base": read_knowledge}
+    name = LEARNED_FILES.get(settings.method)
+    if name and (path := getattr(settings, name)):
+        read[name](path)
 
 
 def _check_implement(settings: AgentSettings) -> None:
@@ -245,11 +261,13 @@ def _check_revise(settings: AgentSettings) -> None:
 
 
 def _check_states(plan: EvalPlan) -> None:
-    """Refuse a world model on symbolic states where nobody can ask it."""
+    """Refuse a world model on symbolic states where nobody can ask it, and recall that no world model here can use."""
     settings = plan.settings
     if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
         raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
                         "on ALFWorld; give a world model that predicts observations")
+    if settings.wm_recall and plan.uses_world_model and not plan.imagines_in_engine:
+        check_recall(settings.wm_model, settings.env, plan.predicts_states)
 
 
 def _check_server_policy(plan: EvalPlan) -> None:
@@ -262,6 +280,9 @@ def _check_server_policy(plan: EvalPlan) -> None:
     if settings.action_selection == "score" and draws:
         raise UserError(f"--method {method} draws several actions: with --policy_backend {settings.policy_backend} it "
                         "needs --action_selection generate")
+    if method in NEED_CRITIC and not settings.critic_model:
+        raise UserError(f"--method {method} asks a value head, and a policy behind a server has none: give "
+                        "--critic_model, which python -m itp.training.critic trains")
     if method == "rap":
         raise UserError("--method rap weighs an action by the log-probability of what the policy wrote, which a server "
                         "doesn't say: use --method mcts, or a local policy")
@@ -275,7 +296,7 @@ def _check_horizon(plan: EvalPlan) -> None:
     settings, method, path = plan.settings, plan.method_settings, plan.settings.policy_model
     if method.min_k > method.max_k:
         raise UserError(f"--min_k {method.min_k}: more than K_max, which is {method.max_k}; give less")
-    if settings.method in LOOK_AHEAD and method.max_k < 1:
+    if looks_ahead(settings.method, settings) and method.max_k < 1:
         raise UserError(f"--method {settings.method} looks --max_k steps ahead: give at least 1")
     if settings.k_policy == "head" and not plan.heads:
         raise UserError(f"--k_policy head: {path} has no K-head; train one with "

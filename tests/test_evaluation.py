@@ -23,7 +23,7 @@ import pytest
 
 from foresight_eval import results
 from foresight_eval.report.report import overview
-from foresight_eval.runner import choose_games, evaluate
+from foresight_eval.runner import choose_games, evaluate, open_folder
 from foresight_eval.settings import AlfworldSettings
 from foresight_eval.summary import write_summary
 from itp.config import flag_fields
@@ -33,6 +33,7 @@ from itp.envs.pool import EnvPool
 from itp.errors import UserError
 from itp.methods.actors import ExpertActor, RandomWalk
 from itp.methods.base import Method
+from itp.methods.settings import NEED_CRITIC
 from itp.plan import make_plan
 from itp.rollout import run_episodes
 from itp.text.prompts import foresight_text
@@ -225,6 +226,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(base: AlfworldSettings, fin
     assert set(run(base, folder, override=True, only_ids="2", max_steps=1)) == {2}
 
 
+def test_what_was_learned_for_a_method_is_part_of_a_result(base: AlfworldSettings, tmp_path: Path) -> None:
+    rules, out = tmp_path / "rules.json", tmp_path / "out"
+    rules.write_text('{"rules": []}')
+
+    def opened(**changes: Any) -> Path:
+        plan = make_plan(dataclasses.replace(base, out_dir=str(out), **changes))
+        return open_folder(plan, None, start_anew=False)
+
+    record = opened(method="walle", walle_rules=str(rules)) / "config.json"
+    with pytest.raises(UserError, match="walle_rules_sha256"):
+        opened(method="walle")
+    record.unlink()
+    opened(method="sft", critic_model=base.policy_model)
+    opened(method="sft")  # which asks no critic
+    written = json.loads(record.read_text())
+    for name in ("critic_fingerprint", "walle_rules_sha256", "wkm_base_sha256"):  # a result of before they were there
+        assert written["config"].pop(name) == ""
+    record.write_text(json.dumps(written))
+    opened(method="sft")
+
+
 def test_some_games_only(base: AlfworldSettings, finished: tuple[Path, str], tmp_path: Path) -> None:
     whole = timeless(results.read_episodes(finished[0]))
     some = timeless(run(base, tmp_path, only_ids="4,1", concurrency=2))
@@ -265,6 +287,7 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
     (SERVED | {"method": "rap"}, "--method rap weighs"),
     (SERVED | {"k_policy": "head"}, "a server has no K-head"),
     (SERVED | {"prompt_style": "instruct"}, "/no/such/model: no such model folder"),
+    (SERVED | {"method": "walle", "walle_critic": "judge", "max_k": 0}, "--method walle looks --max_k steps ahead"),
     ({"split": "validation"}, "unknown split"),
     ({"env_data_root": "/nowhere"}, "no such folder"),
 ])
@@ -307,6 +330,9 @@ def test_only_the_k_head_is_bound_to_the_k_it_was_trained_with(base: AlfworldSet
     assert "--max_k 3: " in checked(k_policy="random", max_k=3) and checked(k_policy="random") == ""
     assert "--fixed_k 3: " in checked(fixed_k=3) and checked(fixed_k=2, max_k=3) == ""
     assert checked(disable_wm=1, max_k=3) == checked(method="sft", max_k=3) == ""
+    for method in NEED_CRITIC:  # heads that a server doesn't ask
+        with pytest.raises(UserError, match=f"--method {method} asks a value head"):
+            checked(method=method, **SERVED)
     with pytest.raises(UserError, match="--k_policy head: .* no K-head"):
         checked(policy_model=base.policy_model, k_policy="head")
 

@@ -15,6 +15,7 @@ from itp.plan import make_plan
 from foresight_eval.runner import evaluate
 from foresight_eval.settings import AlfworldSettings
 from itp.agent.policy import Policy
+from itp.config import parse_settings
 from itp.errors import UserError
 from itp.games import Game
 from itp.methods.base import Decision
@@ -29,7 +30,7 @@ from tests.toy import ToyLM
 def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     policy, tree = write_tiny_model(tmp_path / "policy"), tmp_path / "tree"
-    argv = ["explore", "--policy_model", str(policy), "--env_data_path", str(games_root), "--out_dir", str(tree),
+    argv = ["explore", "--policy_model", str(policy), "--env_data_root", str(games_root), "--out_dir", str(tree),
             "--max_games", "2", "--max_steps", "3", "--branch_points", "1", "--candidates", "3", "--explore", "0",
             "--temperature", "10",
             "--env_processes", "1", "--device", "cpu"]
@@ -46,13 +47,17 @@ def test_from_exploration_to_an_evaluation_by_q(tmp_path: Path, games_root: Path
         assert all(node["q"] == 0.0 for node in row["nodes"]) or row["solved"]
     before = (tree / explore.EXPLORED).read_bytes()
     explore.main()
-    assert (tree / explore.EXPLORED).read_bytes() == before and "2 games" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (tree / explore.EXPLORED).read_bytes() == before and "2 games" in said
+    assert f"next: python -m itp.training.critic --learn q --train_jsonl {tree / explore.EXPLORED} " in said
 
     monkeypatch.setattr(sys, "argv", [
         "critic", "--learn", "q", "--train_jsonl", str(tree / explore.EXPLORED), "--model_path", str(policy),
         "--epochs", "1", "--out_dir", str(tmp_path / "q"), "--steps_per_sequence", "0",
         "--eval_share", "0.5", "--lora_r", "2"])
     critic.main()
+    next_command = f"next: python -m foresight_eval --method step_q --critic_model {tmp_path / 'q' / 'merged_full'} "
+    assert next_command in capsys.readouterr().out
     settings = AlfworldSettings(
         policy_model=str(policy), critic_model=str(tmp_path / "q" / "merged_full"), out_dir=str(tmp_path / "eval"),
         env_data_root=str(games_root), split="unseen", method="step_q", action_selection="constrained", candidates=3,
@@ -154,3 +159,7 @@ def test_games_without_an_action_have_no_mean(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["explore", "--policy_model", str(model), "--out_dir", str(tmp_path / "out")])
     explore.main()
     assert "1 games, 1 episodes" in capsys.readouterr().out
+def test_the_folder_of_games_is_called_as_elsewhere() -> None:
+    needed = ["--policy_model", "p", "--out_dir", "o"]
+    for name in ("--env_data_root", "--env_data_path"):  # the second is the name that it had
+        assert parse_settings(explore.ExploreSettings, [*needed, name, "data"]).env_data_root == "data"

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 
+from foresight_eval import score
 from itp.config import FEW, Topic, first_flags, flag, flag_fields, make_parser, topics
 from itp.program import progress_bar, say_next, show_success
 from tests.test_docs import ROOT, SETTINGS
@@ -94,6 +95,15 @@ def test_a_shell_completes_flags_and_their_values() -> None:
     assert "rl_k" in completions("itp-train ")
     assert {"--gamma", "--gae_lambda"} <= completions("itp-train rl_k --ga")
     assert "--baseline" in completions("itp-report runs/x --ba")
+
+
+def test_scores_have_the_help_of_every_program(capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["score", "--help-all"])
+    with pytest.raises(SystemExit) as end:
+        score.main()
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "usage: python -m foresight_eval.score DIR [DIR ...] [flags]" in said
 
 
 def test_a_bar_shows_how_many_were_won(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from itp.agent.state_model import StateModel
 from itp.agent.world_model import WorldModel
 from itp.errors import UserError
+from itp.files import write_json
 from itp.lm.base import Generation, GenParams
 from itp.lm.vision import VisionLM, chat_prompt, inputs_of, load_processor, sees
 from itp.model_card import ModelCard
@@ -141,6 +143,25 @@ def test_a_model_learns_to_say_what_a_picture_shows(vlm: str, data: Path, tmp_pa
     assert [answer.finish_reason for answer in said] == ["stop", "stop"]
     again, = asyncio.run(lm.generate([world_model_prompt(STATE.render(), "open cabinet 1")], params))
     assert again.text.strip() == "Nothing happens."
+
+
+def test_another_picture_under_the_same_name_is_another_run(vlm: str, data: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "wm"
+    shutil.copy(data, rows)
+    for color in COLORS:
+        shutil.copy(data.parent / f"{color}.png", tmp_path)
+    monkeypatch.setattr("sys.argv", ["finetune", "--model_path", vlm, "--data_path", str(rows), "--out_dir", str(out),
+                                     "--check_only"])
+    finetune.main()
+    write_json(out / "metrics.json", {})  # finished
+    finetune.main()
+    shutil.copy(tmp_path / "red.png", tmp_path / "blue.png")
+    with pytest.raises(UserError, match="pictures_sha256"):
+        finetune.main()
+    (tmp_path / "blue.png").unlink()
+    with pytest.raises(UserError, match="image .*blue.png: can't be read"):
+        finetune.main()
 
 
 def test_what_cannot_be_seen_is_one_line(vlm: str, data: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ import pytest
 
 from itp.agent.policy import Choice, Policy, distinct
 from itp.agent.world_model import WorldModel
+from itp.config import flag_fields
 from itp.envs.base import Observation
 from itp.games import Game
 from itp.lm.base import GenParams, Usage, asking, metered
@@ -246,3 +249,13 @@ def test_requests_at_the_same_time_wait_together() -> None:
     usage = asyncio.run(work())["policy"]
     assert usage == Usage(calls=7, prompt_tokens=63, completion_tokens=28)
     assert 0.4 <= usage.seconds < 0.8
+
+
+@pytest.mark.parametrize("flag", ["candidates", "rounds"])
+def test_a_flag_names_the_methods_that_read_it(flag: str) -> None:
+    field = next(field for field in flag_fields(MethodSettings) if field.name == flag)
+    named = set(re.findall(r"\w+", field.metadata["flag"].help))
+    read = re.compile(rf"settings\.{flag}\b")
+    for name, method in METHODS.items():
+        if any(read.search(inspect.getsource(cls)) for cls in method.__mro__ if cls.__module__.startswith("itp.")):
+            assert name in named, f"--{flag}: {name} reads it"

@@ -40,6 +40,11 @@ MISTAKES = [
      "--policy_model model", "--wm_backend engine imagines in the game itself"),
     ("-m foresight_eval.runner_sciworld --out_dir out --method statler --statler_writer belief --policy_model model",
      "give --statler_writer lm"),
+    *((f"-m foresight_eval.runner_sciworld --out_dir out --method {method} {PAIR}",
+       f"--method {method} reads the symbolic state of ALFWorld's rooms only") for method in ("walle", "wkm")),
+    (f"{EVALUATE} {PAIR} --method walle --walle_rules broken.json --env_data_root data", "broken.json:2: not JSON"),
+    (f"{EVALUATE} {PAIR} --method wkm --wkm_base nowhere.json --env_data_root data", "nowhere.json: no such file"),
+    (f"{EVALUATE} {PAIR} --method wkm --wkm_base typo.json --env_data_root data", "typo.json"),
     (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel nothing", "no such file, nor a panel"),
     (f"{EVALUATE} --policy_model model --method sft --env_data_root data --panel alfworld_made_unseen",
      "204 of its 204 games aren't under data"),
@@ -96,6 +101,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> Path:
     (desk / "typo.yaml").write_text("max_game: 5\n")
     (desk / "broken.json").write_text("[{\n")
     (desk / "latin.yaml").write_bytes("method: caf\u00e9".encode("latin-1"))
+    write_json(desk / "typo.json", {"tasks": {}, "entry": []})
     raw = [("human", "Interact with a household."), ("gpt", "OK"),
            ("human", "You see a desk 1.\nYour task is to: look."),
            ("gpt", "Thought: Well.\nAction: look")]

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from foresight_eval.settings import AlfworldSettings, SciworldSettings
 from itp.agent.world_model import WorldModel
 from itp.envs.alfworld.env import AlfworldEnv
 from itp.envs.alfworld.games import list_games
 from itp.errors import UserError
+from itp.model_card import ModelCard
 from itp.models import load_world_model
+from itp.plan import make_plan
 from itp.text.kinds import kinds_of
 from itp.text.recall import recalled
 from itp.text.state import State
+from itp.training.itp_r import a2c_settings, label
 from tests.test_text import ScriptedLM
 
 START = State("put a mug in shelf", "You are in the middle of a room. Looking quickly around you, you see a cabinet 1, "
@@ -68,3 +72,18 @@ def test_the_lm_is_asked_only_for_what_cannot_be_known() -> None:
 def test_another_environment_is_refused() -> None:
     with pytest.raises(UserError, match="--wm_recall knows the rules of ALFWorld"):
         load_world_model("nowhere", env="scienceworld", recall=True)
+
+
+def test_it_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "policy_heads.json").write_text('{"kmax": 8, "hidden_size": 32}')
+    model = {"policy_model": str(tmp_path), "wm_model": str(tmp_path), "wm_recall": True}
+    of_rows = {"env": "scienceworld", "expert_jsonl": "", "out_labeled_jsonl": ""}
+    for refuse in (lambda: make_plan(SciworldSettings(out_dir="", **model)),
+                   lambda: label.check(label.LabelSettings(**of_rows, **model)),
+                   lambda: a2c_settings.check(a2c_settings.RlSettings(env="scienceworld", out_dir="", **model))):
+        with pytest.raises(UserError, match="--wm_recall knows the rules of ALFWorld"):
+            refuse()
+    ModelCard(predicts="state").write(tmp_path)
+    with pytest.raises(UserError, match="symbolic states, which --wm_recall doesn't"):
+        make_plan(AlfworldSettings(out_dir="", method="implement", **model))

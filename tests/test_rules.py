@@ -22,6 +22,7 @@ from itp.text.belief import Belief
 from itp.text.rules import Condition, Rule, Situation, fill, lift, predicted, read_rules
 from itp.text.state import State
 from itp.transitions import Transition
+from world_model import rules as program
 from world_model.rules import Learner, RulesSettings, cases_of, split_steps
 from world_model.rule_induction import Case, InductionLimits, explained, induce, prune, verify
 
@@ -189,3 +190,29 @@ def test_rules_correct_the_world_model() -> None:
         NOTHING_HAPPENS, "I don't know."]
     assert asyncio.run(model.sample(state, "go to desk 1", 2, 0)) == [NOTHING_HAPPENS] * 2
     assert predicted([GO_FAILS], Belief.of(state), "go to lamp 2") is None
+
+
+def test_every_round_plays_with_the_rules_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closes:
+        form = selection = None
+
+        async def close(self) -> None:
+            pass
+
+    Closes.lm = Closes()
+    played = []
+
+    async def episodes(pool: object, method: Walle, games: object, **options: object):
+        played.append(method.world_model.rules)
+        return
+        yield
+
+    for name in ("load_policy", "load_world_model", "EnvPool"):
+        monkeypatch.setattr(program, name, lambda *args, **options: Closes())
+    for name in ("list_games", "read_transitions"):
+        monkeypatch.setattr(program, name, lambda *args: [])
+    monkeypatch.setattr(program, "run_episodes", episodes)
+    settings = RulesSettings(wm_model="", transitions="", out_dir="", policy_model="p")
+    for number, rules in ((1, (GO_FAILS,)), (2, (GO_FAILS, USE_FAILS))):
+        asyncio.run(program.play(settings, number, rules, tmp_path))
+    assert played == [(GO_FAILS,), (GO_FAILS, USE_FAILS)]

@@ -37,7 +37,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from itp.agent.policy import SELECTIONS, Policy
 from itp.config import flag, parse_settings
@@ -75,6 +75,11 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class EarlySettings(PolicyServerFlags, EngineFlags):
+    """What is tried, and where."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "expert_jsonl", "out_dir", "policy_model", "env", "env_data_root",
+        "alternatives", "random_alternatives", "max_states", "reflections", "action_selection")
     expert_jsonl: str = flag(help="the expert's transitions: rows of episode_id, step, state, action, next_state",
                              affects_result=False, holds="path", aliases=("transitions",))
     out_dir: str = flag(help="where to write tried.jsonl, transitions.jsonl, outcomes.json, reflections.json; the same "

@@ -23,6 +23,8 @@ NEEDS = ("state", "action", "next_state", "episode_id", "step", "success")
 
 @dataclass
 class KnowledgeSettings:
+    """What the knowledge is made of."""
+
     transitions: str = flag(help="transitions.jsonl of solved and failed episodes; several comma-separated")
     out_json: str = flag(help="where to write the knowledge")
 

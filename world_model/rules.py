@@ -22,9 +22,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from itp.config import flag, parse_settings
+from itp.config import Topic, flag, parse_settings
 from itp.devices import DTYPES
 from itp.envs.alfworld.games import list_games
 from itp.envs.pool import EnvPool, processes_for
@@ -55,9 +55,15 @@ Step = tuple[Transition, State]
 
 @dataclass
 class RulesSettings:
+    """What the rules are learned from."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "wm_model", "transitions", "out_dir", "rounds", "policy_model",
+        "env_data_root", "games_per_round", "support", "max_rules", "device")
     wm_model: str = flag(help="world model: a model folder, or a name on the Hugging Face hub", affects_result=False)
     transitions: str = flag(help="transitions.jsonl to begin with; several comma-separated", affects_result=False)
-    out_dir: str = flag(help="folder for rules.json and the transitions of each round", affects_result=False)
+    out_dir: str = flag(help="folder for rules.json, and the transitions of each round with the rules that it "
+                              "played with", affects_result=False)
     max_rows: int = flag(4000, at_least=0, help="a random sample of so many transitions at most (0: all)")
     held_out: float = flag(0.25, above=0, below=1, help="share of the games that only check rules, or only measure")
     rounds: int = flag(0, at_least=0, help="rounds of playing and learning after the first")
@@ -67,11 +73,13 @@ class RulesSettings:
     games_per_round: int = flag(30, at_least=1, help="games of a round, none of which is played twice if there are "
                                                      "enough")
     max_steps: int = flag(30, at_least=1, help="steps of an episode at most")
+    kept: ClassVar[Topic] = Topic("Which rules are kept")
     max_conditions: int = flag(2, at_least=0, help="conditions of a rule at most")
     support: int = flag(5, at_least=1, help="transitions in which a rule must hold")
     precision: float = flag(0.99, above=0, help="share of the answers that a rule must have right where it applies")
     max_rules: int = flag(40, at_least=0, help="rules at most (0: all that explain --least failures)")
     least: int = flag(2, at_least=1, help="failures that a rule must explain which those before it don't")
+    running: ClassVar[Topic] = Topic("Devices, speed and chance")
     device: str = flag("cuda", help="device of the models", affects_result=False)
     dtype: str = flag("fp16", help="their precision on a GPU", choices=DTYPES)
     concurrency: int = flag(16, at_least=1, help="episodes at a time", affects_result=False)
@@ -164,8 +172,9 @@ async def play(settings: RulesSettings, number: int, rules: Sequence[Rule], out:
     barrier, left_out = BatchBarrier(), LeftOut()
     policy = load_policy(settings.policy_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
     world_model = load_world_model(settings.wm_model, device=settings.device, dtype=settings.dtype, barrier=barrier)
-    write_json(out / RULES, {"rules": [rule.to_json() for rule in rules]})
-    method = Walle(policy, world_model, MethodSettings(walle_rules=str(out / RULES)))
+    so_far = out / f"rules-{number}.json"  # a file of this round alone: what is read of a path is kept
+    write_json(so_far, {"rules": [rule.to_json() for rule in rules]})
+    method = Walle(policy, world_model, MethodSettings(walle_rules=str(so_far)))
     pool = EnvPool(engine_of(EnvFlags(), want_admissible=method.want_admissible),
                    processes_for(settings.env_processes, settings.concurrency))
     transitions: list[Transition] = []

@@ -51,6 +51,8 @@ from world_model.data_processing.metaicl import scenes_of, usable
 
 @dataclass
 class StateFidelitySettings:
+    """What is measured, and with which models."""
+
     wm_model: str = flag(help="world model on symbolic states: a model folder")
     text_wm_model: str = flag("", help="a text world model to compare with")
     transitions: str = flag(help="transitions.jsonl of several episodes in each game, in rooms that no training saw")

@@ -14,7 +14,7 @@ NEED_YES_OR_NO = ("rap", "mcts", "tot", "mpc", "rafa", "k_candidates", "lats")
 NEED_CRITIC = ("step_q", "armap")
 """They ask a value head for the worth of actions or trajectories."""
 
-DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle", "step_q")
+DRAW_ACTIONS = (*NEED_YES_OR_NO, "multi_attempt", "no_repeat", "walle", "step_q", "armap")
 """They sample several actions, from the trie of the admissible ones where the policy doesn't write freely."""
 
 TREE_SEARCH = ("rap", "mcts", "lats")
@@ -25,8 +25,11 @@ WRITE_THOUGHTS = ("react", "cot")
 SCORE_ACTIONS = ("revise", "wkm")
 """They compare the log-probabilities of given actions."""
 
+LEARNED_FILES = {"walle": "walle_rules", "wkm": "wkm_base"}
+"""Method -> the flag that names what its program has learned.  The file's content affects the result, not its path."""
+
 LOOK_AHEAD = ("tot", "mpc", "rafa")
-"""Their depth is K_max, which therefore can't be 0."""
+"""Their depth is K_max: see :func:`looks_ahead`."""
 
 IMPLEMENT_CHOICES = ("policy", "gain")
 IMPLEMENT_MEMORY = ("context", "recall", "none")
@@ -54,10 +57,11 @@ class MethodSettings:
                                       "a K-head, else prompt", choices=K_POLICIES)
     k_sample: bool = flag(False, help="sample K from the K-head's distribution instead of taking the most likely")
     proposals: ClassVar[Topic] = Topic("Methods that propose and compare")
-    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt and no_repeat "
-                                                 "propose")
+    candidates: int = flag(4, at_least=1, help="actions that tot, mpc, rafa, k_candidates, multi_attempt, no_repeat, "
+                                                 "walle and step_q propose, and wkm where they are written freely; "
+                                                 "trajectories that armap imagines")
     beam: int = flag(2, at_least=1, help="trajectories that tot keeps at every level")
-    rounds: int = flag(5, at_least=1, help="rounds of implement and self_refine at most")
+    rounds: int = flag(5, at_least=1, help="rounds of implement, self_refine and walle at most")
     belief_samples: int = flag(10, at_least=1, help="outcomes that implement samples from the world model for an "
                                                     "action that gathers information; for others 1")
     of_implement: ClassVar[Topic] = Topic("IMPLEMENT and revise")
@@ -104,11 +108,6 @@ class MethodSettings:
                                     "ALFWorld's rules from the observations")
 
     @property
-    def learned_files(self) -> dict[str, str]:
-        """Files that a method's program has learned, by flag: their content affects the result, not their path."""
-        return {name: path for name in ("walle_rules", "wkm_base") if (path := getattr(self, name))}
-
-    @property
     def revise_k(self) -> int:
         """The number of steps that revise imagines."""
         return 1 if self.fixed_k < 0 else self.fixed_k
@@ -124,4 +123,14 @@ class MethodSettings:
 
 def asks_yes_or_no(method: str, settings: MethodSettings) -> bool:
     """Whether ``method`` asks the policy whether something helps."""
-    return method in NEED_YES_OR_NO or method == "walle" and settings.walle_critic == "judge"
+    return method in NEED_YES_OR_NO or _judges(method, settings)
+
+
+def looks_ahead(method: str, settings: MethodSettings) -> bool:
+    """Whether ``method`` imagines K_max steps, which therefore can't be 0."""
+    return method in LOOK_AHEAD or _judges(method, settings)
+
+
+def _judges(method: str, settings: MethodSettings) -> bool:
+    """Whether this is walle as a special case of mpc."""
+    return method == "walle" and settings.walle_critic == "judge"

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 
 from itp.config import parse_settings
-from itp.program import run_main
+from itp.distributed import is_first_process
+from itp.program import run_main, say_next
 from itp.training.critic_data import CriticSettings, read_examples
 from itp.training.run import open_run, train
 from itp.training.settings import check_settings
@@ -29,12 +30,15 @@ def main() -> None:
     settings = parse_settings(CriticSettings, prog="python -m itp.training.critic", description=__doc__)
     examples = read_examples(settings)
     check_settings(settings)
-    if open_run(settings, settings.train_jsonl.split(",")):
-        return
-    log.info("%d examples of %d games", len(examples), len({one.group for one in examples}))
-    from itp.training.critic_task import CriticTask
+    if not open_run(settings, settings.train_jsonl.split(",")):
+        log.info("%d examples of %d games", len(examples), len({one.group for one in examples}))
+        from itp.training.critic_task import CriticTask
 
-    train(settings, CriticTask(settings, examples))
+        train(settings, CriticTask(settings, examples))
+    if is_first_process():
+        method = "step_q" if settings.learn == "q" else "armap --wm_model DIR"
+        say_next(f"python -m foresight_eval --method {method} --critic_model {settings.merged_path} --policy_model DIR "
+                 "--env_data_root DIR --out_dir DIR")
 
 
 if __name__ == "__main__":

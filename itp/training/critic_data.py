@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from itp.config import flag
 from itp.errors import UserError
@@ -22,6 +23,11 @@ LEARN = ("q", "reward")
 
 @dataclass
 class CriticSettings(PackingFlags, FinetuneSettings):
+    """What the critic learns from, and what it learns."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "learn", "train_jsonl", "model_path", "out_dir", "env",
+        "epochs", "lr", "lora_r", "bf16", "gradient_checkpointing")
     train_jsonl: str = flag(help="q: explored.jsonl of itp.training.explore; reward: transitions of solved and failed "
                                  "episodes; several files, separated by commas", affects_result=False, holds="data")
     learn: str = flag(help="q: the value of an action in a state; reward: which of two trajectories is the better one",

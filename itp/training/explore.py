@@ -1,6 +1,6 @@
 r"""Exploration trees of the policy in the real engine, with a Q for every action in them: the data of step-level Q.
 
-    python -m itp.training.explore --policy_model POLICY --env_data_path DATA --out_dir runs/tree
+    python -m itp.training.explore --policy_model POLICY --env_data_root DATA --out_dir runs/tree
 
 The policy plays each game, and a share of its actions (``--explore``) is another one of ``--candidates`` proposals.  Of
 the ``--branch_points`` steps that are chosen by chance, the other proposals are executed too: the game is moved to the
@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from itp.agent.policy import SELECTIONS, Policy
 from itp.config import flag, parse_settings
@@ -40,7 +40,7 @@ from itp.methods.settings import MethodSettings
 from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
-from itp.program import progress_bar, run_main
+from itp.program import progress_bar, run_main, say_next
 from itp.rollout import Episode, LeftOut, play
 from itp.run_dir import alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
@@ -52,9 +52,15 @@ EXPLORED = "explored.jsonl"
 
 @dataclass
 class ExploreSettings(EnvFlags):
+    """What is explored, and how."""
+
+    FIRST_FLAGS: ClassVar[tuple[str, ...]] = (
+        "policy_model", "env_data_root", "out_dir", "env", "split",
+        "max_games", "candidates", "explore", "branch_points", "action_selection")
     policy_model: str = flag(help="the policy that explores: a model folder, or a name on the Hugging Face hub",
                              affects_result=False)
-    env_data_path: str = flag("", help="folder that holds json_2.1.1", affects_result=False)
+    env_data_root: str = flag("", help="ALFWorld: folder that holds json_2.1.1", affects_result=False,
+                              aliases=("env_data_path",))
     out_dir: str = flag(help="folder for explored.jsonl; the same command again goes on", affects_result=False)
     split: str = flag("train", help="split of the games")
     max_games: int = flag(0, at_least=0, help="a random choice of so many games (0: all)")
@@ -211,7 +217,7 @@ async def explore(settings: ExploreSettings, games: Sequence[Game], out: Path) -
 def main() -> None:
     settings = parse_settings(ExploreSettings, prog="python -m itp.training.explore", description=__doc__)
     check_model_path(settings.policy_model)
-    games = games_of(settings, settings.split, settings.env_data_path)
+    games = games_of(settings, settings.split, settings.env_data_root)
     if settings.max_games:
         games = sorted(games, key=lambda g: derive_seed(settings.seed, "games", g.game_id))[:settings.max_games]
     games = [dataclasses.replace(goal, max_steps=0) for game in games for goal in goals_of(settings, game)]
@@ -228,6 +234,8 @@ def main() -> None:
     mean = f"{len(q)} actions, mean Q {sum(q) / len(q):.3f}" if q else "no actions"
     print(f"{len(rows)} games, {sum(row['episodes'] for row in rows)} episodes ({sum(row['solved'] for row in rows)} "
           f"solved, {sum(row['success'] for row in rows)} of the first ones), {mean}, in {out / EXPLORED}")
+    say_next(f"python -m itp.training.critic --learn q --train_jsonl {out / EXPLORED} --model_path "
+             f"{settings.policy_model} --out_dir DIR")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import json
 import logging
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +48,13 @@ METRICS = "metrics.json"
 # ---------------------------------------------------------------- before torch: is it this run's folder, and finished?
 
 
-def open_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], *, own_base: bool = False) -> bool:
+def open_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], *, own_base: bool = False,
+             pictures: Iterable[str] = ()) -> bool:
     """Make ``out_dir`` this run's, or check that it is.  True: the run is finished (and on the hub, if asked).
 
-    The data count by their content, so that an edited file isn't taken for the same run; so does the base model, unless
-    the run makes it itself (``own_base``).  Raises UserError for the folder of another run.
+    The data, and the files of the ``pictures`` that they name, count by their content, so that an edited file isn't
+    taken for the same run; so does the base model, unless the run makes it itself (``own_base``).  Raises UserError for
+    the folder of another run, and for a picture that can't be read.
     """
     for folder in (settings.out_dir, settings.merged_path):
         check_output_folder(folder)
@@ -60,7 +62,8 @@ def open_run(settings: FinetuneSettings, data_paths: Sequence[str | Path], *, ow
     if is_first_process():
         nothing_yet = not _is_finished(settings) and not whole_checkpoints(settings.out_dir)
         with alone_in(settings.out_dir):  # the record there may be that of a run that has no checkpoint yet
-            open_run_dir(settings.out_dir, settings, facts=_facts(settings, data_paths, own_base), override=nothing_yet)
+            facts = _facts(settings, data_paths, own_base) | {"pictures_sha256": _digest_of_pictures(pictures)}
+            open_run_dir(settings.out_dir, settings, facts=facts, override=nothing_yet)
     if not _is_finished(settings) or settings.merge and not settings.merged_path.exists():
         return False
     if is_first_process():
@@ -85,6 +88,17 @@ def _facts(settings: FinetuneSettings, data_paths: Sequence[str | Path], own_bas
     if settings.deepspeed:
         facts["deepspeed"] = read_object(settings.deepspeed)
     return facts
+
+
+def _digest_of_pictures(files: Iterable[str]) -> str:
+    """Tells the contents of ``files`` apart; empty where there are none, as in runs that knew no pictures."""
+    digest, files = hashlib.sha256(), list(dict.fromkeys(files))
+    for file in files:
+        try:
+            digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        except OSError as error:
+            raise UserError(f"image {file}: can't be read ({error.strerror}); mend the row that names it") from error
+    return digest.hexdigest() if files else ""
 
 
 def _is_finished(settings: FinetuneSettings) -> bool:

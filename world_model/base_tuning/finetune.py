@@ -35,7 +35,7 @@ def main() -> None:
     what = predicts(transitions, settings.data_path)
     if 0 < settings.max_rows < len(transitions):
         transitions = sample(settings, transitions)
-    done = open_run(settings, [settings.data_path])
+    done = open_run(settings, [settings.data_path], pictures=[t.image for t in transitions if t.image])
     if done and settings.check_only:
         print(DONE)
     if settings.check_only:

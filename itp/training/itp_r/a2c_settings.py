@@ -20,6 +20,7 @@ from itp.errors import UserError
 from itp.files import read_yaml
 from itp.lm.memory_budget import EngineFlags
 from itp.model_card import AS_RELEASED, PromptFlags, resolve_by_card
+from itp.models import check_recall
 from itp.pretrained import MASKED_ATTENTION, check_model_path
 from itp.training.settings import TRACKERS, UpdateFlags, check_precision, check_tracker
 
@@ -203,6 +204,8 @@ def check(settings: RlSettings) -> None:
         raise UserError("--wm_model is missing: the world model to imagine with (only --fixed_k 0 needs none)")
     if settings.wm_model:
         check_model_path(settings.wm_model)
+        if settings.wm_recall:
+            check_recall(settings.wm_model, settings.env)
     check_precision(settings)
     check_tracker(settings.report_to)
     if settings.minibatches > settings.batch_episodes:

@@ -44,7 +44,7 @@ from itp.files import check_output_file, check_output_folder, read_appended, wri
 from itp.games import Game
 from itp.lm.scheduler import BatchBarrier
 from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
-from itp.models import load_policy, load_world_model
+from itp.models import check_recall, load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar
 from itp.run_dir import TIMING, alone_in, open_run_dir, timed
@@ -108,6 +108,8 @@ def check(settings: LabelSettings) -> tuple[int, ...]:
     path = settings.policy_model
     check_model_path(path)
     check_model_path(settings.wm_model)
+    if settings.wm_recall:
+        check_recall(settings.wm_model, settings.env)
     if has_heads(path) and kmax_of(path) != settings.max_k:
         raise UserError(f"--max_k {settings.max_k} contradicts {path}, whose K-head has kmax {kmax_of(path)}; "
                         f"give --max_k {kmax_of(path)}")
