@@ -159,6 +159,8 @@ def test_games_without_an_action_have_no_mean(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["explore", "--policy_model", str(model), "--out_dir", str(tmp_path / "out")])
     explore.main()
     assert "1 games, 1 episodes" in capsys.readouterr().out
+
+
 def test_the_folder_of_games_is_called_as_elsewhere() -> None:
     needed = ["--policy_model", "p", "--out_dir", "o"]
     for name in ("--env_data_root", "--env_data_path"):  # the second is the name that it had
