@@ -23,7 +23,7 @@ from itp.text.rules import Condition, Rule, Situation, fill, lift, predicted, re
 from itp.text.state import State
 from itp.transitions import Transition
 from world_model import rules as program
-from world_model.rules import Learner, RulesSettings, cases_of, split_steps
+from world_model.rules import RuleLearner, RulesSettings, cases_of, split_steps
 from world_model.rule_induction import Case, InductionLimits, explained, induce, prune, verify
 
 ROOM = "You are in the middle of a room. Looking quickly around you, you see a desk 1, a lamp 2, and a shelf 3."
@@ -138,9 +138,9 @@ def test_the_program_learns_from_some_games_checks_and_measures_on_others() -> N
     assert [len(part) for part in games] == [4, 2, 2] and len(set.union(*games)) == 8
     settings = RulesSettings(wm_model="", transitions="", out_dir="")
 
-    async def learned() -> Learner:
+    async def learned() -> RuleLearner:
         model = Model("You arrive at lamp 2.")  # right for one of three places, from two of three
-        learner = Learner(settings, await cases_of(model, check), await cases_of(model, measure), model)
+        learner = RuleLearner(settings, await cases_of(model, check), await cases_of(model, measure), model)
         await learner.add(known)
         learner.learn()
         return learner

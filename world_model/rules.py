@@ -111,7 +111,7 @@ def split_steps(steps: Sequence[Step], share: float, seed: int) -> tuple[list[St
 
 
 @dataclass
-class Learner:
+class RuleLearner:
     """The transitions so far, what the world model says to each, and the rules."""
 
     settings: RulesSettings
@@ -209,7 +209,7 @@ async def learn(settings: RulesSettings, out: Path) -> dict[str, Any]:
     world_model = load_world_model(settings.wm_model, device=settings.device, dtype=settings.dtype)
     rounds: list[dict[str, Any]] = []
     try:
-        learner = Learner(settings, await cases_of(world_model, check), await cases_of(world_model, measure),
+        learner = RuleLearner(settings, await cases_of(world_model, check), await cases_of(world_model, measure),
                           world_model)
         await learner.add(known)
         for number in range(settings.rounds + 1):

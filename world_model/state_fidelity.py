@@ -66,7 +66,7 @@ class StateFidelitySettings:
 
 
 @dataclass(frozen=True)
-class Case:
+class Asked:
     """A transition, and the earlier trials in its room."""
 
     transition: Transition
@@ -92,7 +92,7 @@ class OfStates:
     def __init__(self, model: StateModel, seed: int) -> None:
         self.model, self.seed = model, seed
 
-    async def after(self, case: Case, remembers: bool) -> Belief:
+    async def after(self, case: Asked, remembers: bool) -> Belief:
         action, known = case.transition.action, Conditions()
         if remembers:
             known = Conditions.of_all((trial.state, trial.invalid) for trial in case.earlier).chosen(
@@ -107,7 +107,7 @@ class OfText:
     def __init__(self, model: WorldModel, seed: int) -> None:
         self.model, self.seed = model, seed
 
-    async def after(self, case: Case, remembers: bool) -> Belief:
+    async def after(self, case: Asked, remembers: bool) -> Belief:
         state, action = case.state, case.transition.action
         if remembers:
             memory = unseen(remembered(case.earlier), state)
@@ -116,7 +116,7 @@ class OfText:
         return case.before.after(action, said)
 
 
-def _draw(seed: int, case: Case) -> random.Random:
+def _draw(seed: int, case: Asked) -> random.Random:
     return random.Random(derive_seed(seed, case.transition.episode_id, case.transition.step))
 
 
@@ -139,20 +139,20 @@ def main() -> None:
         write_json(settings.out_json, figures)
 
 
-def cases_of(steps: Sequence[tuple[Transition, State]]) -> Iterator[Case]:
+def cases_of(steps: Sequence[tuple[Transition, State]]) -> Iterator[Asked]:
     """Each transition with the episodes of its room that stand before its own."""
     for scene in scenes_of(list(steps)):
         earlier: tuple[EarlierTrial, ...] = ()
         for episode in scene.episodes:
             for transition, state in episode:
-                yield Case(transition, state, earlier)
+                yield Asked(transition, state, earlier)
             last, state = episode[-1]
             end = state.after(last.action, last.next_state)
             failed = tuple(seen == NOTHING_HAPPENS for _, seen in end.history)
             earlier = (*earlier, EarlierTrial(end, failed, last.success, ""))
 
 
-def remembered_visits(cases: Sequence[Case]) -> list[tuple[Case, Counter[str]]]:
+def remembered_visits(cases: Sequence[Asked]) -> list[tuple[Asked, Counter[str]]]:
     """First visits that show types of objects which an earlier trial saw there, with these types."""
     found = []
     for case in cases:
@@ -166,7 +166,7 @@ def remembered_visits(cases: Sequence[Case]) -> list[tuple[Case, Counter[str]]]:
     return found
 
 
-async def judge(settings: StateFidelitySettings, cases: Sequence[Case]) -> dict[str, Any]:
+async def judge(settings: StateFidelitySettings, cases: Sequence[Asked]) -> dict[str, Any]:
     """The figures of all models: ``next_state`` by kind, and ``memory`` with and without earlier trials."""
     barrier = BatchBarrier()
     options = {"device": settings.device, "dtype": settings.dtype, "barrier": barrier}
@@ -189,11 +189,11 @@ async def judge(settings: StateFidelitySettings, cases: Sequence[Case]) -> dict[
     return figures
 
 
-async def _all(model: OfStates | OfText, barrier: BatchBarrier, cases: Sequence[Case], remembers: bool) -> list[Belief]:
+async def _all(model: OfStates | OfText, barrier: BatchBarrier, cases: Sequence[Asked], remembers: bool) -> list[Belief]:
     """The predictions for all cases, in batches."""
     barrier.add(live=len(cases))
 
-    async def one(case: Case) -> Belief:
+    async def one(case: Asked) -> Belief:
         try:
             return await model.after(case, remembers)
         finally:
@@ -202,7 +202,7 @@ async def _all(model: OfStates | OfText, barrier: BatchBarrier, cases: Sequence[
     return list(await asyncio.gather(*map(one, cases)))
 
 
-def _by_kind(cases: Sequence[Case], predicted: Sequence[Belief]) -> dict[str, dict[str, float]]:
+def _by_kind(cases: Sequence[Asked], predicted: Sequence[Belief]) -> dict[str, dict[str, float]]:
     exact, f1 = defaultdict(list), defaultdict(list)
     for case, belief in zip(cases, predicted, strict=True):
         a, b = changes(case.before, belief), changes(case.before, case.after)
@@ -214,7 +214,7 @@ def _by_kind(cases: Sequence[Case], predicted: Sequence[Belief]) -> dict[str, di
             for kind, values in sorted(exact.items())}
 
 
-def _found(visits: Sequence[tuple[Case, Counter[str]]], predicted: Sequence[Belief]) -> dict[str, float]:
+def _found(visits: Sequence[tuple[Asked, Counter[str]]], predicted: Sequence[Belief]) -> dict[str, float]:
     known, said, found, true = 0, 0, 0, 0
     for (case, both), belief in zip(visits, predicted, strict=True):
         place = contents(case.transition.next_state)[0].place
