@@ -25,6 +25,7 @@ from itp.methods.settings import WRITE_THOUGHTS
 from itp.plan import make_plan
 from itp.rollout import run_episodes
 from itp.text.prompts import NO, YES
+from tests.rl_runs import write_models
 from tests.test_evaluation import timeless
 from tests.tiny import write_tiny_model
 
@@ -35,8 +36,11 @@ Records = dict[int, dict[str, Any]]
 def base(tmp_path_factory: pytest.TempPathFactory, games_root: Path) -> AlfworldSettings:
     """Small budgets: two steps of four games, drawn at temperature .8."""
     folder = tmp_path_factory.mktemp("models")
+    (folder / "heads").mkdir()
+    critic, _ = write_models(folder / "heads", games_root)
     return AlfworldSettings(
-        policy_model=str(write_tiny_model(folder / "policy", seed=0, words=(YES, NO))), out_dir="",
+        critic_model=str(critic), out_dir="",
+        policy_model=str(write_tiny_model(folder / "policy", seed=0, words=(YES, NO))),
         wm_model=str(write_tiny_model(folder / "wm", seed=1)), env_data_root=str(games_root), split="train",
         only_ids="0,1,2,3", max_steps=2, max_k=2, act_tokens=8, wm_max_new_tokens=8, rap_wm_pred_tokens=8,
         rap_action_gen_tokens=6, prompt_style="tuned", wm_prompt_style="tuned", device="cpu", env_processes=1,
@@ -77,8 +81,8 @@ def test_the_same_at_any_concurrency(played: dict[tuple[str, int], Records], met
     alone, together = (timeless(played[method, concurrency]) for concurrency in (1, 4))
     for record in (*alone.values(), *together.values()):
         for step in record["foresight_steps"]:
-            for tried in step["considered"]:  # whose last digits may depend on a batch's shape
-                tried["value"] = round(tried["value"], 4)
+            for valued in (step, *step["considered"]):  # whose last digits may depend on a batch's shape
+                valued["value"] = None if valued["value"] is None else round(valued["value"], 4)
     assert together == alone and set(alone) == {0, 1, 2, 3}
     steps = [step for record in alone.values() for step in record["foresight_steps"]]
     assert len(steps) == 8 and all(step["usage"]["policy"]["calls"] for step in steps)

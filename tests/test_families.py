@@ -381,7 +381,7 @@ def test_methods_ask_in_turns(name: str, style: str) -> None:
                 Observation(state.observation, state.task), 5)
     method = build(name, policy, world_model, MethodSettings(candidates=3, k_policy="fixed", fixed_k=2))
     assert asyncio.run(method.act(view)).action
-    ends = "|".join(("Action", "Thought", "Reflection", "Helps", "Plan", "Belief", "Choice"))
+    ends = "|".join(("Action", "Thought", "Reflection", "Helps", "Plan", "Belief", "Choice", "World state"))
     assert asked["policy"] and all(re.fullmatch(rf"<u>[^<>]*<a>({ends}):", prompt) for prompt in asked["policy"])
     assert bool(asked["world_model"]) == (name in NEED_WORLD_MODEL)
     assert all(re.fullmatch(r"<w>[^<>]*<a>Observation:", prompt) for prompt in asked["world_model"])

@@ -405,7 +405,7 @@ def test_a_policy_with_heads_is_asked_with_its_control_token(make, models: tuple
 
 def test_the_command_line() -> None:
     program = [sys.executable, "-m", "itp.training.train_adaptive_k"]
-    said = subprocess.run([*program, "label", "--help"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([*program, "label", "--help-all"], capture_output=True, text=True, check=True).stdout
     assert "--teacher_forced" not in said and "--imagination" in said and "train_adaptive_k label" in said
     assert "{label,sft,rl_k}" in subprocess.run([*program, "-h"], capture_output=True, text=True, check=True).stdout
     wrong = subprocess.run([*program, "labels"], capture_output=True, text=True, check=False)
