@@ -122,7 +122,9 @@ def named_by(table: dict[str, str], command: Command) -> str:
 
 def is_shell(command: Command) -> bool:
     """Variables, loops and pipes of cat: there is no program of ours in it."""
-    return command.words[0] in ("for", "done", "cat", "source") or all(re.match(r"\w+=", word) for word in command.words)
+    if command.words[0] in ("for", "done", "cat", "source"):
+        return True
+    return all(re.match(r"\w+=", word) for word in command.words)
 
 
 DOCUMENTED = documented()

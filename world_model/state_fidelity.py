@@ -189,7 +189,8 @@ async def judge(settings: StateFidelitySettings, cases: Sequence[Asked]) -> dict
     return figures
 
 
-async def _all(model: OfStates | OfText, barrier: BatchBarrier, cases: Sequence[Asked], remembers: bool) -> list[Belief]:
+async def _all(model: OfStates | OfText, barrier: BatchBarrier, cases: Sequence[Asked],
+               remembers: bool) -> list[Belief]:
     """The predictions for all cases, in batches."""
     barrier.add(live=len(cases))
 
