@@ -266,7 +266,9 @@ def _check_states(plan: EvalPlan) -> None:
     if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
         raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
                         "on ALFWorld; give a world model that predicts observations")
-    if settings.wm_recall and plan.uses_world_model and not plan.imagines_in_engine:
+    if settings.wm_recall and plan.imagines_in_engine:
+        raise UserError("--wm_recall: with --wm_backend engine the game itself answers; leave one of them out")
+    if settings.wm_recall and plan.uses_world_model:
         check_recall(settings.wm_model, settings.env, plan.predicts_states)
 
 

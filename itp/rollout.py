@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -229,6 +229,20 @@ async def _with_note(earlier: tuple[EarlierTrial, ...], game: Game, method: Meth
 def step_seed(seed: int, game: Game, step: int, trial: int) -> int:
     """The seed of a step; a first trial has those of a game that is played once."""
     return derive_seed(seed, game.game_id, step, *(("trial", trial) if trial else ()))
+
+
+async def run_workers(worker: Callable[[], Awaitable[None]], n: int) -> None:
+    """``n`` of ``worker`` at a time, each to its end.
+
+    The first error cancels the others, and is raised when all have ended.
+    """
+    workers = [asyncio.create_task(worker()) for _ in range(n)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for task in workers:
+            task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
 
 
 async def play(env, method: Method, game: Game, *, max_steps: int, seed: int, seat: Seat,

@@ -65,7 +65,7 @@ NOT_RUN = {
     r"^vllm serve": "another package's program, which needs a GPU",
     r"scripts/test\.sh": "is the test suite",
     r"scripts/real_lm\.sh": "trains a model of 135 million parameters for 86 minutes; its sections: test_recipes.py",
-    r"scripts/quickstart_scienceworld\.sh": "trains for an hour; its programs: test_scienceworld_programs.py",
+    r"scripts/quickstart_scienceworld\.sh": "trains for long; its programs: test_scienceworld_programs.py",
     r"runner_sciworld .* runs/real_lm/": "plays with what real_lm.sh left, for an hour",
     r"scripts/(train_released|when_it_pays|experience|expert_iteration)\.sh": "trains models for hours",
     r"scripts/(wheelhouse|gpu_check)\.sh": "prepares, and makes, a check on a GPU",

@@ -275,6 +275,7 @@ def test_shares_of_the_games(base: AlfworldSettings) -> None:
 
 @pytest.mark.parametrize("changes, says", [
     ({"wm_model": ""}, "--method foresight needs --wm_model"),
+    ({"wm_recall": True, "wm_backend": "engine", "wm_model": ""}, "the game itself answers"),
     ({"wm_backend": "openai", "wm_model": ""}, "--wm_api_base_url"),
     ({"k_policy": "fixed"}, "--fixed_k"),
     ({"k_policy": "prompt", "fixed_k": 2}, "contradicts"),

@@ -27,14 +27,13 @@ a_i.  The paper trains on IWM first and then on the expert, with as many updates
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -55,7 +54,7 @@ from itp.methods.no_repeat import states
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar, run_main, say_next
-from itp.rollout import MAX_RESTARTS, LeftOut
+from itp.rollout import LeftOut, MAX_RESTARTS, run_workers
 from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text import dialogues
@@ -244,7 +243,7 @@ class Trier:
     async def _in_game(self, row: ExpertStep, what: Callable[[EnvHandle, Observation], Awaitable[Answer]],
                        steps: dict[str, int]) -> Answer:
         """The result of ``what`` in a copy of the game that is in the row's state."""
-        async with self._waiting(), self.seats, self.pool.session() as env:
+        async with self.barrier.away(), self.seats, self.pool.session() as env:
             for _ in range(MAX_RESTARTS + 1):
                 try:
                     observation = await reach(env, self.games[row.transition.episode_id], row.state)
@@ -257,15 +256,6 @@ class Trier:
     async def close(self) -> None:
         await self.policy.lm.close()
         await self.pool.close()
-
-    @contextlib.asynccontextmanager
-    async def _waiting(self) -> AsyncIterator[None]:
-        """The row asks no model meanwhile."""
-        self.barrier.add(live=-1)
-        try:
-            yield
-        finally:
-            self.barrier.add(live=1)
 
     async def thought(self, state: State, action: str, outcome: str, tried: Sequence[tuple[str, str]]) -> str:
         """Why the expert's ``action`` is better than what else was ``tried``; empty where all led to the same."""
@@ -323,13 +313,9 @@ async def try_all(settings: EarlySettings, server: Server | None, rows: Sequence
             file.flush()
             bar.update()
 
-        workers = [asyncio.create_task(worker()) for _ in range(settings.concurrency)]
         try:
-            await asyncio.gather(*workers)
+            await run_workers(worker, settings.concurrency)
         finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
             await trier.close()
 
 

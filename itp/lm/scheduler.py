@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from itp.devices import free_bytes
@@ -60,6 +60,24 @@ class BatchBarrier:
         """Count ``live`` more episodes; fewer, if it is negative."""
         self.live += live
         self.changed.set()
+
+    @asynccontextmanager
+    async def episode(self) -> AsyncIterator[None]:
+        """Around an episode that asks models: it is live meanwhile."""
+        self.add(live=1)
+        try:
+            yield
+        finally:
+            self.add(live=-1)
+
+    @asynccontextmanager
+    async def away(self) -> AsyncIterator[None]:
+        """Around what someone who counts as live does without asking a model."""
+        self.add(live=-1)
+        try:
+            yield
+        finally:
+            self.add(live=1)
 
     @contextmanager
     def wait(self, who: object) -> Iterator[None]:

@@ -16,12 +16,11 @@ are played at the same time.  The same command goes on with the games that are m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +40,7 @@ from itp.methods.sft import Sft
 from itp.models import load_policy
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar, run_main, say_next
-from itp.rollout import Episode, LeftOut, play
+from itp.rollout import Episode, LeftOut, play, run_workers
 from itp.run_dir import alone_in, open_run_dir, timed
 from itp.seeding import derive_seed
 from itp.text.state import State
@@ -160,15 +159,7 @@ class Forest:
     async def _play(self, game: Game, method: Any, begin: State | None = None) -> Episode:
         async with self.seats, self.pool.session() as env:
             return await play(env, method, game, max_steps=self.settings.max_steps,
-                              seed=derive_seed(self.settings.seed, "tree"), seat=self._seat, begin=begin)
-
-    @contextlib.asynccontextmanager
-    async def _seat(self) -> AsyncIterator[None]:
-        self.barrier.add(live=1)
-        try:
-            yield
-        finally:
-            self.barrier.add(live=-1)
+                              seed=derive_seed(self.settings.seed, "tree"), seat=self.barrier.episode, begin=begin)
 
 
 def _as_steps(episode: Episode) -> tuple[list[tuple[State, str]], State, bool]:
@@ -188,13 +179,7 @@ async def _plant(forest: Forest, games: Sequence[Game], path: Path) -> None:
                     append_row(path, row)
                 bar.update()
 
-        workers = [asyncio.create_task(worker()) for _ in range(forest.settings.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await run_workers(worker, forest.settings.concurrency)
 
 
 async def explore(settings: ExploreSettings, games: Sequence[Game], out: Path) -> None:

@@ -16,11 +16,10 @@ After CoMAP (arXiv 2606.02372), which labels "revise" where the alternative's br
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -117,7 +116,7 @@ class BranchLabeler(Labeler):
 
     async def _admissible(self, row: ExpertStep) -> tuple[str, ...] | None:
         """The admissible actions of the row's state."""
-        async with self._waiting(), self.seats, self.pool.session() as env:
+        async with self.barrier.away(), self.seats, self.pool.session() as env:
             for _ in range(MAX_RESTARTS + 1):
                 try:
                     return (await reach(env, self.games[row.transition.episode_id], row.state)).admissible
@@ -131,7 +130,7 @@ class BranchLabeler(Labeler):
         if len(actions) < 2:
             return {}
         n = self.settings.branches
-        async with self._waiting():
+        async with self.barrier.away():
             episodes = await asyncio.gather(*(self._play(row, action, i) for action in actions for i in range(n)))
         steps["replayed"] += len(row.state.history) * len(episodes)
         steps["played"] += sum(len(episode.steps) for episode in episodes)
@@ -145,29 +144,13 @@ class BranchLabeler(Labeler):
         method = FirstThen(action, len(row.state.history), Sft(policy, None, MethodSettings()))
         async with self.seats, self.pool.session() as env:
             episode = await play(env, method, self.games[row.transition.episode_id], max_steps=settings.branch_steps,
-                                 seed=derive_seed(self._seed(row), "branch", i), seat=self._live, begin=row.state)
+                                 seed=derive_seed(self._seed(row), "branch", i), seat=self.barrier.episode,
+                                 begin=row.state)
         if episode.reason == "unplayable":
             raise UnplayableGame(episode.fault)
         if episode.reason == "env_died":
             raise UserError(LOST)
         return episode
-
-    @contextlib.asynccontextmanager
-    async def _live(self) -> AsyncIterator[None]:
-        self.barrier.add(live=1)
-        try:
-            yield
-        finally:
-            self.barrier.add(live=-1)
-
-    @contextlib.asynccontextmanager
-    async def _waiting(self) -> AsyncIterator[None]:
-        """The row itself asks no model meanwhile."""
-        self.barrier.add(live=-1)
-        try:
-            yield
-        finally:
-            self.barrier.add(live=1)
 
     async def close(self) -> None:
         await super().close()

@@ -47,6 +47,7 @@ from itp.model_card import AS_RELEASED, prompt_settings, resolve_by_card
 from itp.models import check_recall, load_policy, load_world_model
 from itp.pretrained import check_model_path, model_fingerprint
 from itp.program import progress_bar
+from itp.rollout import run_workers
 from itp.run_dir import TIMING, alone_in, open_run_dir, timed
 from itp.training.itp_r import branches
 from itp.training.itp_r.expert_steps import ExpertStep, choose_rows, read_expert
@@ -197,13 +198,9 @@ async def _label_all(settings: LabelSettings, candidates: tuple[int, ...], rows:
             file.flush()
             bar.update()
 
-        workers = [asyncio.create_task(worker()) for _ in range(settings.concurrency)]
         try:
-            await asyncio.gather(*workers)
+            await run_workers(worker, settings.concurrency)
         finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
             await labeler.close()
 
 
