@@ -177,6 +177,8 @@ def _check_model(settings: AgentSettings, server: Server | None, path: str, styl
 def _check_one_world_model(settings: AgentSettings, server: Server | None) -> None:
     """Refuse a missing world model, and one beside the engine, which nobody would ask."""
     if settings.wm_backend == ENGINE:
+        if settings.wm_recall:
+            raise UserError("--wm_recall: with --wm_backend engine the game itself answers; leave one of them out")
         if settings.wm_model:
             raise UserError("--wm_backend engine imagines in the game itself and asks no world model: leave --wm_model "
                             "out, or --wm_backend")
@@ -266,9 +268,7 @@ def _check_states(plan: EvalPlan) -> None:
     if plan.predicts_states and (settings.method != "implement" or settings.env != "alfworld"):
         raise UserError(f"--wm_model {settings.wm_model} predicts symbolic states, which --method implement asks for "
                         "on ALFWorld; give a world model that predicts observations")
-    if settings.wm_recall and plan.imagines_in_engine:
-        raise UserError("--wm_recall: with --wm_backend engine the game itself answers; leave one of them out")
-    if settings.wm_recall and plan.uses_world_model:
+    if settings.wm_recall and plan.uses_world_model and not plan.imagines_in_engine:
         check_recall(settings.wm_model, settings.env, plan.predicts_states)
 
 
